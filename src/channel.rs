@@ -1,0 +1,135 @@
+//! Requests, and the queues that carry them: control travels here, and no bytes of files.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::{Error, Misuse, Result};
+use crate::peer::Link;
+use crate::protocol::{Offer, Offered, Receiver, Sender, ShmTransfer, Starting};
+use crate::segment::{Backing, Lease, SegmentId, Stock};
+use crate::sync::Deadline;
+
+mod in_process;
+mod seqpacket;
+
+pub use in_process::InProcess;
+pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
+
+/// The longest key that a request carries, in bytes.
+pub const KEY_LIMIT: usize = 4096;
+
+/// The receiver's end of a queue: where requests are put in.
+///
+/// Typed by the backing of the segments that it can carry.
+pub trait Requester<B: Backing>: Send + Sync {
+    /// Sends a request, waiting for room until the deadline.
+    ///
+    /// # Errors
+    /// Hands the request back, unsent, with the reason.
+    fn send(&self, request: Request<B>, deadline: Deadline) -> Result<(), SendError<B>>;
+}
+
+/// The sender's end of a queue: where requests come out, for many workers at once.
+pub trait RequestQueue: Send + Sync {
+    /// Takes the next request, waiting for one until the deadline.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] when none came; [`Error::Closed`] after [`close`](Self::close);
+    /// [`Error::Os`] when the system fails. A client's misbehaviour is never an error here.
+    fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>>;
+
+    /// Stops taking requests: every `recv`, running or to come, fails with [`Error::Closed`].
+    /// Transfers that were taken before go on.
+    fn close(&self);
+}
+
+/// A small message that names a segment and what is to be put into it.
+///
+/// Made by [`Lease::request`], sent by a [`Requester`]. Dropped unsent, it tells its transfer that
+/// no reply will come.
+pub struct Request<B: Backing> {
+    stock: Arc<Stock<B>>,
+    generation: u64,
+    key: Arc<[u8]>,
+    offer: Arc<Offer>,
+}
+
+impl<B: Backing> Lease<B> {
+    /// Turns the lease into a request for `key` (at most [`KEY_LIMIT`] bytes) and the transfer that
+    /// will bring the answer.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] when the key is too long: the segment goes back to the pool.
+    pub fn request(self, key: impl AsRef<[u8]>) -> Result<(Request<B>, ShmTransfer<Receiver, Offered>)> {
+        let key = key.as_ref();
+        if key.len() > KEY_LIMIT {
+            return Err(Misuse::KeyTooLong { len: key.len(), limit: KEY_LIMIT }.into());
+        }
+        let (stock, holding) = self.into_parts();
+        let (transfer, offer, generation) = ShmTransfer::offer(holding)?;
+        Ok((Request { stock, generation, key: key.into(), offer }, transfer))
+    }
+}
+
+impl<B: Backing> Request<B> {
+    /// The segment that the answer is to go through.
+    pub fn segment(&self) -> SegmentId {
+        self.stock.segment.id()
+    }
+
+    /// What is asked for.
+    pub fn key(&self) -> &[u8] {
+        &self.key
+    }
+
+    /// The request as the sender of this same process gets it.
+    fn begin_here(&self, link: &Arc<Link>) -> Result<ShmTransfer<Sender, Starting>> {
+        let segment = self.stock.writable()?;
+        Ok(ShmTransfer::begin(segment, self.generation, Arc::clone(&self.key), link))
+    }
+
+    /// Consumes the request once it is on its way over `link`.
+    fn sent_over(self, link: &Arc<Link>) {
+        self.offer.sent_over(link);
+    }
+}
+
+impl<B: Backing> Drop for Request<B> {
+    fn drop(&mut self) {
+        self.offer.abandon();
+    }
+}
+
+impl<B: Backing> fmt::Debug for Request<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request")
+            .field("segment", &self.segment())
+            .field("generation", &self.generation)
+            .field("key", &String::from_utf8_lossy(&self.key))
+            .finish()
+    }
+}
+
+/// A request that could not be sent, and why.
+#[derive(thiserror::Error)]
+#[error("the request could not be sent")]
+pub struct SendError<B: Backing> {
+    /// The request, to be tried elsewhere or dropped.
+    pub request: Request<B>,
+    /// What was in the way.
+    #[source]
+    pub error: Error,
+}
+
+impl<B: Backing> fmt::Debug for SendError<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendError").field("error", &self.error).field("request", &self.request).finish()
+    }
+}
+
+impl<B: Backing> From<SendError<B>> for Error {
+    /// Keeps the reason and drops the request.
+    fn from(failed: SendError<B>) -> Error {
+        failed.error
+    }
+}

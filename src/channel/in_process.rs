@@ -1,0 +1,151 @@
+//! The queue within one process: sender and receiver are threads, the transfer is the same.
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+use crossbeam_channel::{Receiver as Outlet, Select, SelectedOperation, Sender as Inlet, bounded};
+
+use crate::crew;
+use crate::error::{Awaited, Error, Result};
+use crate::peer::Link;
+use crate::protocol::{Sender, ShmTransfer, Starting};
+use crate::segment::Backing;
+use crate::sync::{Deadline, lock};
+
+use super::{Request, RequestQueue, Requester, SendError};
+
+/// A bounded queue between threads, over [`crossbeam_channel`]. Carries any backing.
+///
+/// Cheap to clone; all clones are the same queue, and each is both of its ends. Requests still in
+/// it when it is closed, or when the last clone is dropped, are aborted.
+///
+/// ```
+/// use shmferry::{Deadline, InProcess, Memfd, Reply, RequestQueue, Requester, SegmentPool};
+/// use std::{io::Read, thread};
+///
+/// let pool = SegmentPool::<Memfd>::builder().segments(1).create()?;
+/// let queue = InProcess::bounded(1);
+/// let sender = {
+///     let queue = queue.clone();
+///     thread::spawn(move || {
+///         let transfer = queue.recv(Deadline::NEVER)?;
+///         let mut sending = transfer.accept(5)?;
+///         sending.next_slot(Deadline::NEVER)?.send(b"hello")
+///     })
+/// };
+///
+/// let (request, transfer) = pool.lease(Deadline::NEVER)?.request("greeting")?;
+/// queue.send(request, Deadline::NEVER)?;
+/// let Reply::Found(mut body) = transfer.reply(Deadline::NEVER)? else { panic!("refused") };
+/// let mut text = String::new();
+/// body.read_to_string(&mut text).unwrap();
+/// assert_eq!(text, "hello");
+/// sender.join().unwrap()?;
+/// # Ok::<(), shmferry::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct InProcess {
+    inlet: Inlet<ShmTransfer<Sender, Starting>>,
+    outlet: Outlet<ShmTransfer<Sender, Starting>>,
+    /// Taken, and so disconnected, when the queue is closed.
+    open: Arc<Mutex<Option<Inlet<()>>>>,
+    closed: Outlet<()>,
+    link: Arc<Link>,
+}
+
+impl InProcess {
+    /// A queue with room for `requests` that nobody has taken yet; zero makes every `send` wait for
+    /// a `recv`.
+    pub fn bounded(requests: usize) -> InProcess {
+        let (inlet, outlet) = bounded(requests);
+        let (open, closed) = bounded(0);
+        let link = Arc::new(Link::within());
+        InProcess { inlet, outlet, open: Arc::new(Mutex::new(Some(open))), closed, link }
+    }
+
+    fn is_closed(&self) -> bool {
+        lock(&self.open).is_none()
+    }
+
+    /// Aborts what nobody will take any more.
+    fn drain(&self) {
+        self.outlet.try_iter().for_each(drop);
+    }
+}
+
+impl<B: Backing> Requester<B> for InProcess {
+    fn send(&self, request: Request<B>, deadline: Deadline) -> Result<(), SendError<B>> {
+        if self.is_closed() {
+            return Err(SendError { request, error: Error::Closed });
+        }
+        let transfer = match request.begin_here(&self.link) {
+            Ok(transfer) => transfer,
+            Err(error) => return Err(SendError { request, error }),
+        };
+        let mut select = Select::new();
+        let room = select.send(&self.inlet);
+        select.recv(&self.closed);
+        let unsent = match crew::lend(|| wait_for(&mut select, deadline)) {
+            Some(ready) if ready.index() == room => match ready.send(&self.inlet, transfer) {
+                Ok(()) => None,
+                Err(unsent) => Some((unsent.0, Error::Closed)),
+            },
+            Some(ready) => {
+                // The channel to say so carries nothing; it only ends.
+                let _ = ready.recv(&self.closed);
+                Some((transfer, Error::Closed))
+            }
+            None => Some((transfer, Error::Timeout(Awaited::QueueRoom))),
+        };
+        match unsent {
+            Some((transfer, error)) => {
+                transfer.forget();
+                Err(SendError { request, error })
+            }
+            None => {
+                request.sent_over(&self.link);
+                if self.is_closed() {
+                    self.drain(); // closed meanwhile, perhaps after its own drain
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl RequestQueue for InProcess {
+    fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
+        let mut select = Select::new();
+        let request = select.recv(&self.outlet);
+        select.recv(&self.closed);
+        if self.is_closed() {
+            return Err(Error::Closed);
+        }
+        match wait_for(&mut select, deadline) {
+            Some(ready) if ready.index() == request => ready.recv(&self.outlet).map_err(|_| Error::Closed),
+            Some(ready) => {
+                let _ = ready.recv(&self.closed);
+                Err(Error::Closed)
+            }
+            None => Err(Error::Timeout(Awaited::Request)),
+        }
+    }
+
+    fn close(&self) {
+        lock(&self.open).take();
+        self.drain();
+    }
+}
+
+impl fmt::Debug for InProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InProcess").field("queued", &self.outlet.len()).finish_non_exhaustive()
+    }
+}
+
+fn wait_for<'a>(select: &mut Select<'a>, deadline: Deadline) -> Option<SelectedOperation<'a>> {
+    match deadline.instant() {
+        None => Some(select.select()),
+        Some(at) => select.select_deadline(at).ok(),
+    }
+}

@@ -1,0 +1,238 @@
+//! The client of a Unix-socket queue: connects by itself, hands descriptors over once, and resends
+//! what a dead server never took.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SocketAddrUnix};
+
+use crate::channel::{Request, Requester, SendError};
+use crate::crew;
+use crate::error::{Awaited, Error, Misuse, Rejection, Result};
+use crate::peer::{Link, Peer, Watch, on_hang_up};
+use crate::segment::{Memfd, SegmentPool};
+use crate::sync::{Deadline, lock};
+
+use super::wire::{MAX_MESSAGE, Message, VERSION};
+use super::{Policy, send, socket, socket_address};
+
+/// The longest pause between two looks whether the server is there.
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Sends requests with segments of one pool to the server at one path. Used by many threads.
+///
+/// Dropping it hangs up: transfers under way end with [`Error::Disconnected`].
+pub struct SeqpacketRequester {
+    path: PathBuf,
+    address: SocketAddrUnix,
+    policy: Policy,
+    pool: SegmentPool<Memfd>,
+    connection: Mutex<Option<Arc<Connection>>>,
+}
+
+impl SeqpacketRequester {
+    pub(super) fn new(path: &Path, policy: Policy, pool: SegmentPool<Memfd>) -> Result<SeqpacketRequester> {
+        let address = socket_address(path)?;
+        Ok(SeqpacketRequester { path: path.to_owned(), address, policy, pool, connection: Mutex::new(None) })
+    }
+
+    /// The server, if there is a connection to it.
+    pub fn server(&self) -> Option<Peer> {
+        let connection = lock(&self.connection);
+        connection.as_ref().filter(|c| !c.link.is_severed()).and_then(|c| c.link.peer())
+    }
+
+    pub(super) fn wait_connected(&self, deadline: Deadline) -> Result<()> {
+        self.connected(deadline).map(drop)
+    }
+
+    /// The living connection, or a new one as soon as the server is there.
+    ///
+    /// A server that is not there cannot tell when it comes: we look again after a pause, which
+    /// grows from one millisecond to 100.
+    fn connected(&self, deadline: Deadline) -> Result<Arc<Connection>> {
+        for attempt in 0.. {
+            let mut current = lock(&self.connection);
+            if let Some(connection) = current.as_ref().filter(|c| !c.link.is_severed()) {
+                return Ok(Arc::clone(connection));
+            }
+            if let Some(connection) = Connection::open(&self.address, &self.policy, &self.pool, deadline)? {
+                let connection = Arc::new(connection);
+                *current = Some(Arc::clone(&connection));
+                return Ok(connection);
+            }
+            drop(current);
+            if deadline.has_passed() {
+                return Err(Error::Timeout(Awaited::Server));
+            }
+            crew::lend(|| pause(attempt, deadline));
+        }
+        unreachable!("the loop has no end of its own")
+    }
+}
+
+impl Requester<Memfd> for SeqpacketRequester {
+    /// Connects first where there is no connection, waiting for the server until the deadline. A
+    /// request that a dying server did not take goes to its successor.
+    fn send(&self, request: Request<Memfd>, deadline: Deadline) -> Result<(), SendError<Memfd>> {
+        if request.segment().pool() != self.pool.id() {
+            return Err(SendError { request, error: Misuse::ForeignPool.into() });
+        }
+        for attempt in 0.. {
+            let sent = self.connected(deadline).and_then(|connection| {
+                connection.deliver(&self.pool, &request, deadline).map(|()| connection)
+            });
+            match sent {
+                Ok(connection) => {
+                    request.sent_over(&connection.link);
+                    return Ok(());
+                }
+                Err(Error::Disconnected) if !deadline.has_passed() => {
+                    if attempt > 0 {
+                        crew::lend(|| pause(attempt, deadline));
+                    }
+                }
+                Err(error) => return Err(SendError { request, error }),
+            }
+        }
+        unreachable!("the loop has no end of its own")
+    }
+}
+
+impl fmt::Debug for SeqpacketRequester {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SeqpacketRequester")
+            .field("path", &self.path)
+            .field("server", &self.server())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Sleeps for a while that grows with the attempts.
+pub(super) fn pause(attempt: u32, deadline: Deadline) {
+    let pause = Duration::from_millis(1 << attempt.min(7)).min(LONGEST_PAUSE);
+    thread::sleep(deadline.remaining().map_or(pause, |left| left.min(pause)));
+}
+
+/// One connection to one server process.
+struct Connection {
+    socket: Arc<OwnedFd>,
+    link: Arc<Link>,
+    known: Mutex<Known>,
+    _watch: Watch,
+}
+
+/// Which segments the server has been given.
+struct Known {
+    /// The pool's edition that they are of; `None` before the first.
+    edition: Option<u64>,
+    segments: BTreeSet<u32>,
+}
+
+impl Connection {
+    /// Connects and hands the pool over; `None` when no server is there now.
+    fn open(
+        address: &SocketAddrUnix,
+        policy: &Policy,
+        pool: &SegmentPool<Memfd>,
+        deadline: Deadline,
+    ) -> Result<Option<Connection>> {
+        let socket = socket()?;
+        match rustix::net::connect(&socket, address) {
+            Ok(()) => {}
+            // Not there; there no more; there, but with its hands full.
+            Err(Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN) => return Ok(None),
+            Err(errno) => return Err(Error::os("connect")(errno)),
+        }
+        let server = Peer::of_socket(&socket)?;
+        if !policy.trusts(server) {
+            return Err(Rejection::User(server.uid).into());
+        }
+        let socket = Arc::new(socket);
+        let link = Arc::new(Link::to(server));
+        let watch = on_hang_up(Arc::clone(&socket), {
+            let (socket, link) = (Arc::clone(&socket), Arc::clone(&link));
+            move || link.sever(last_words(&socket))
+        })?;
+        let known = Mutex::new(Known { edition: None, segments: BTreeSet::new() });
+        let connection = Connection { socket, link, known, _watch: watch };
+        match connection.introduce(pool, deadline) {
+            Ok(()) => Ok(Some(connection)),
+            Err(Error::Disconnected) => Ok(None), // it died, or rejected us, while we spoke
+            Err(error) => Err(error),
+        }
+    }
+
+    fn introduce(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
+        let geometry = pool.geometry();
+        let hello = Message::Hello {
+            version: VERSION,
+            pool: pool.id().0,
+            slot_count: geometry.slot_count(),
+            slot_len: geometry.slot_len(),
+        };
+        self.say(hello, None, deadline)?;
+        self.update(pool, deadline)
+    }
+
+    fn deliver(&self, pool: &SegmentPool<Memfd>, request: &Request<Memfd>, deadline: Deadline) -> Result<()> {
+        self.update(pool, deadline)?;
+        let (index, generation) = (request.segment().index(), request.generation);
+        self.say(Message::Request { index, generation, key: &request.key }, None, deadline)
+    }
+
+    /// Hands over what has come into the pool, and takes back what has left it.
+    fn update(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
+        let mut known = lock(&self.known);
+        if known.edition == Some(pool.edition()) {
+            return Ok(());
+        }
+        let (edition, live) = pool.live();
+        let indices: BTreeSet<u32> = live.iter().map(|stock| stock.segment.id().index()).collect();
+        for &index in known.segments.clone().difference(&indices) {
+            self.say(Message::Retire { index }, None, deadline)?;
+            known.segments.remove(&index);
+        }
+        for stock in &live {
+            let index = stock.segment.id().index();
+            if !known.segments.contains(&index) {
+                self.say(Message::Segment { index }, Some(&stock.backing), deadline)?;
+                known.segments.insert(index);
+            }
+        }
+        known.edition = Some(edition);
+        Ok(())
+    }
+
+    /// Sends one message; finding nobody there any more severs the link.
+    fn say(&self, message: Message<'_>, memory: Option<&Memfd>, deadline: Deadline) -> Result<()> {
+        let sent = send(&self.socket, &message.encode(), memory.map(AsFd::as_fd), deadline);
+        if let Err(Error::Disconnected) = sent {
+            self.link.sever(last_words(&self.socket));
+            return Err(self.link.obituary());
+        }
+        sent
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.link.sever(None);
+    }
+}
+
+/// Why the server hung up, if it said so.
+fn last_words(socket: &OwnedFd) -> Option<Rejection> {
+    let mut buffer = [0; MAX_MESSAGE];
+    let mut nothing = rustix::net::RecvAncillaryBuffer::default();
+    let mut into = [IoSliceMut::new(&mut buffer)];
+    let received = rustix::net::recvmsg(socket, &mut into, &mut nothing, RecvFlags::DONTWAIT).ok()?;
+    Message::decode(buffer.get(..received.bytes)?).ok()?.rejection()
+}

@@ -1,0 +1,301 @@
+//! A crew of worker threads that lend their places while they wait for somebody.
+//!
+//! A fixed number of threads serves badly when some of them are stuck with slow clients, and a
+//! thread for each job lets everything run at once. A [`Crew`] bounds the jobs that are *at work*
+//! and not those that wait: around everything that blocks on somebody else, a worker [`lend`]s its
+//! place to the next job, and takes a place again, in order of arrival, before it goes on.
+//!
+//! The waits of this crate (for a lease, a reply, a slot, a sink) lend by themselves.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::io;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+
+use crate::sync::{Deadline, Turnstile, lock};
+
+/// Threads that take jobs and do them, at most so many at once.
+///
+/// ```
+/// use shmferry::{Crew, Deadline, lend};
+/// use std::sync::{Mutex, mpsc};
+///
+/// let (jobs, inbox) = mpsc::channel::<u32>();
+/// let (done, results) = mpsc::channel();
+/// let inbox = Mutex::new(inbox);
+///
+/// let crew = Crew::start(
+///     "squares",
+///     2,
+///     move || inbox.lock().unwrap().recv().ok(), // blocks; `None` ends the crew
+///     move |n| {
+///         lend(|| std::thread::yield_now()); // anything that waits for somebody else
+///         done.send(n * n).unwrap();
+///     },
+/// )?;
+/// (1..=3).for_each(|n| jobs.send(n).unwrap());
+/// drop(jobs);
+/// assert!(crew.join(Deadline::NEVER));
+/// assert_eq!(results.iter().sum::<u32>(), 14);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub struct Crew {
+    shared: Arc<Shared>,
+}
+
+impl Crew {
+    /// The most threads a crew grows to, at work and waiting together. Jobs beyond that stay where
+    /// they are, with whoever `next` takes them from.
+    pub const THREAD_LIMIT: usize = 4096;
+
+    /// Starts with one thread, and adds more as they are needed.
+    ///
+    /// `next` blocks until there is a job; it holds no place meanwhile, and one thread at least is
+    /// in it whenever the limit allows. `None` means that no more will come. `work` does a job in
+    /// one of `places` places; a panic in it ends that job only.
+    ///
+    /// # Errors
+    /// When the system refuses the first thread. Refused later, the crew stays smaller.
+    ///
+    /// # Panics
+    /// If `places` is zero.
+    pub fn start<J>(
+        name: &str,
+        places: usize,
+        next: impl Fn() -> Option<J> + Send + Sync + 'static,
+        work: impl Fn(J) + Send + Sync + 'static,
+    ) -> io::Result<Crew> {
+        assert!(places > 0, "a crew needs a place to work in");
+        let shared = Arc::new(Shared {
+            name: name.to_owned(),
+            places: Arc::new(Turnstile::new(places)),
+            spares: places,
+            roll: Mutex::new(Roll { threads: 0, at_next: 0, over: false }),
+            gone_home: Condvar::new(),
+        });
+        spawn_hand(&Arc::new(Orders { shared: Arc::clone(&shared), next, work }))?;
+        Ok(Crew { shared })
+    }
+
+    /// Waits until `next` has said `None` and every job is done; `false` when the deadline came
+    /// first. Does not itself end anything.
+    pub fn join(&self, deadline: Deadline) -> bool {
+        let mut roll = lock(&self.shared.roll);
+        while roll.threads > 0 {
+            if deadline.has_passed() {
+                return false;
+            }
+            roll = match deadline.remaining() {
+                None => self.shared.gone_home.wait(roll).unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    self.shared.gone_home.wait_timeout(roll, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        true
+    }
+}
+
+impl fmt::Debug for Crew {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Crew").field("name", &self.shared.name).finish_non_exhaustive()
+    }
+}
+
+/// Runs `wait`, which blocks on somebody else, while this thread's place in its [`Crew`] is lent to
+/// another. Takes a place again before it returns. On a thread of no crew it only runs `wait`.
+pub fn lend<T>(wait: impl FnOnce() -> T) -> T {
+    // Taken out for the time being, so that a wait within the wait does not lend twice.
+    let Some(place) = PLACE.with_borrow_mut(Option::take) else { return wait() };
+    place.leave();
+    let _back_to_work = OnDrop(|| {
+        place.enter(Deadline::NEVER);
+        PLACE.set(Some(Arc::clone(&place)));
+    });
+    wait()
+}
+
+thread_local! {
+    /// Where this thread's place is to be given back; `None` when it holds none.
+    static PLACE: RefCell<Option<Arc<Turnstile>>> = const { RefCell::new(None) };
+}
+
+struct Shared {
+    name: String,
+    places: Arc<Turnstile>,
+    /// How many threads may wait for a job before one goes home.
+    spares: usize,
+    roll: Mutex<Roll>,
+    gone_home: Condvar,
+}
+
+struct Roll {
+    threads: usize,
+    /// Threads in `next`.
+    at_next: usize,
+    /// `next` has said `None`.
+    over: bool,
+}
+
+struct Orders<N, W> {
+    shared: Arc<Shared>,
+    next: N,
+    work: W,
+}
+
+fn spawn_hand<J, N, W>(orders: &Arc<Orders<N, W>>) -> io::Result<()>
+where
+    N: Fn() -> Option<J> + Send + Sync + 'static,
+    W: Fn(J) + Send + Sync + 'static,
+{
+    let shared = &orders.shared;
+    {
+        let mut roll = lock(&shared.roll);
+        roll.threads += 1;
+        roll.at_next += 1;
+    }
+    let hand = Arc::clone(orders);
+    let spawned = thread::Builder::new().name(shared.name.clone()).spawn(move || serve(&hand));
+    if spawned.is_err() {
+        let mut roll = lock(&shared.roll);
+        roll.threads -= 1;
+        roll.at_next -= 1;
+    }
+    spawned.map(drop)
+}
+
+fn serve<J, N, W>(orders: &Arc<Orders<N, W>>)
+where
+    N: Fn() -> Option<J> + Send + Sync + 'static,
+    W: Fn(J) + Send + Sync + 'static,
+{
+    let shared = &orders.shared;
+    // Whatever ends this thread, the roll says so.
+    let _home = OnDrop(|| {
+        let mut roll = lock(&shared.roll);
+        roll.threads -= 1;
+        drop(roll);
+        shared.gone_home.notify_all();
+    });
+    loop {
+        let job = (orders.next)();
+        let nobody_left = {
+            let mut roll = lock(&shared.roll);
+            roll.at_next -= 1;
+            roll.over |= job.is_none();
+            roll.at_next == 0 && !roll.over && roll.threads < Crew::THREAD_LIMIT
+        };
+        let Some(job) = job else { return };
+        if nobody_left {
+            // Refused: this thread comes back to `next` itself when its job is done.
+            let _ = spawn_hand(orders);
+        }
+        at_work(&shared.places, || (orders.work)(job));
+
+        let mut roll = lock(&shared.roll);
+        if roll.over || roll.at_next >= shared.spares {
+            return;
+        }
+        roll.at_next += 1;
+    }
+}
+
+/// Runs `job` in a place. A panic has been reported by the panic hook, and its unwinding has ended
+/// whatever the job held; it must not take the thread along.
+fn at_work(places: &Arc<Turnstile>, job: impl FnOnce()) {
+    places.enter(Deadline::NEVER);
+    PLACE.set(Some(Arc::clone(places)));
+    let _ = panic::catch_unwind(AssertUnwindSafe(job));
+    PLACE.set(None);
+    places.leave();
+}
+
+/// Runs its closure when it goes out of scope, unwinding included.
+struct OnDrop<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(30))
+    }
+
+    /// A crew fed by a channel; dropping the sender ends it.
+    fn crew<J: Send + 'static>(
+        places: usize,
+        work: impl Fn(J) + Send + Sync + 'static,
+    ) -> (mpsc::Sender<J>, Crew) {
+        let (jobs, inbox) = mpsc::channel();
+        let inbox = Mutex::new(inbox);
+        (jobs, Crew::start("test", places, move || lock(&inbox).recv().ok(), work).unwrap())
+    }
+
+    #[test]
+    fn no_more_at_work_than_places() {
+        static AT_WORK: AtomicUsize = AtomicUsize::new(0);
+        let (jobs, crew) = crew(3, |()| {
+            assert!(AT_WORK.fetch_add(1, Ordering::SeqCst) < 3);
+            thread::yield_now();
+            AT_WORK.fetch_sub(1, Ordering::SeqCst);
+        });
+        (0..500).for_each(|_| jobs.send(()).unwrap());
+        drop(jobs);
+        assert!(crew.join(soon()));
+        assert_eq!(AT_WORK.load(Ordering::SeqCst), 0, "an assertion in a job failed");
+    }
+
+    #[test]
+    fn waiting_jobs_starve_nobody() {
+        let (release, gate) = mpsc::channel::<()>();
+        let (done, results) = mpsc::channel();
+        let gate = Mutex::new(gate);
+        let (jobs, crew) = crew(2, move |stalls: bool| {
+            if stalls {
+                lend(|| lock(&gate).recv().unwrap());
+            }
+            done.send(stalls).unwrap();
+        });
+        (0..6).for_each(|_| jobs.send(true).unwrap());
+        jobs.send(false).unwrap();
+        assert!(!results.recv_timeout(Duration::from_secs(30)).unwrap(), "the fast one comes first");
+        (0..6).for_each(|_| release.send(()).unwrap());
+        drop(jobs);
+        assert!(crew.join(soon()));
+        assert_eq!(results.iter().filter(|stalls| *stalls).count(), 6);
+    }
+
+    #[test]
+    fn a_panic_ends_one_job_and_gives_its_place_back() {
+        let (done, results) = mpsc::channel();
+        let (jobs, crew) = crew(1, move |n: u32| {
+            if n == 0 {
+                lend(|| panic!("meant to be seen in the test's output"));
+            }
+            done.send(n).unwrap();
+        });
+        (0..3).for_each(|n| jobs.send(n).unwrap());
+        drop(jobs);
+        assert!(crew.join(soon()));
+        assert_eq!(results.iter().collect::<Vec<_>>(), [1, 2]);
+    }
+
+    #[test]
+    fn join_respects_its_deadline() {
+        let (jobs, crew) = crew(1, |()| {});
+        assert!(!crew.join(Deadline::after(Duration::from_millis(1))));
+        drop(jobs);
+        assert!(crew.join(soon()));
+    }
+}

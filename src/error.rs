@@ -1,0 +1,416 @@
+//! `Error` and its parts: what went wrong, and whose fault it was.
+
+use std::fmt;
+use std::io;
+
+use crate::segment::SegmentId;
+
+/// The result of every fallible call in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong, told apart by cause.
+///
+/// [`Error::fault`] sums a value up as one of five culprits. A timeout is never reported for a dead
+/// peer, nor the reverse: [`Timeout`](Error::Timeout) means that the peer still seemed alive when
+/// the deadline passed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The deadline passed first.
+    #[error("timed out waiting for {0}")]
+    Timeout(Awaited),
+
+    /// The connection to the peer hung up: its process ended, or it closed the connection. What had
+    /// been filled before that was still delivered (rule P7).
+    #[error("the peer is gone")]
+    Disconnected,
+
+    /// The sender gave the transfer up: it was dropped, it panicked, or its source failed.
+    #[error("the sender gave the transfer up")]
+    Aborted,
+
+    /// The receiver no longer wants the bytes: it was dropped before the end.
+    #[error("the receiver cancelled the transfer")]
+    Cancelled,
+
+    /// The request is out of date: its receiver withdrew it before anyone accepted (rule P1).
+    #[error("the request is out of date: its receiver has withdrawn it")]
+    Stale,
+
+    /// This side closed the queue, or dropped the other end of it.
+    #[error("the request queue is closed")]
+    Closed,
+
+    /// The peer broke the protocol. Nothing it wrote was used.
+    #[error("the peer broke the protocol: {0}")]
+    Peer(#[from] PeerFault),
+
+    /// The segment offered is not one that this build can use.
+    #[error("unusable segment: {0}")]
+    Layout(#[from] LayoutMismatch),
+
+    /// The server turned this process away.
+    #[error("the server turned us away: {0}")]
+    Rejected(#[from] Rejection),
+
+    /// The call cannot be right, whatever the peer does.
+    #[error(transparent)]
+    Misuse(#[from] Misuse),
+
+    /// The source came out shorter or longer than the size that had been announced (rule P4).
+    #[error("{announced} bytes were announced, but the source holds {found}")]
+    SizeMismatch {
+        /// Bytes announced with the status.
+        announced: u64,
+        /// Bytes that the source turned out to hold, as far as was read.
+        found: u64,
+    },
+
+    /// There is not enough memory for a pool of this size. Nothing was kept.
+    #[error("a pool of {asked} bytes does not fit: {available} bytes of memory are available")]
+    OutOfMemory {
+        /// Bytes that all segments of the pool take, headers included.
+        asked: u64,
+        /// Bytes that the system says it can still give.
+        available: u64,
+    },
+
+    /// Another living process serves this address.
+    #[error("{address} is being served by process {pid}")]
+    AddressInUse {
+        /// The address asked for.
+        address: String,
+        /// The process that holds it.
+        pid: u32,
+    },
+
+    /// What the bytes were being copied to failed: a full disk, a client that left.
+    #[error("the sink failed: {0}")]
+    Sink(#[source] io::Error),
+
+    /// What the bytes were being copied from failed.
+    #[error("the source failed: {0}")]
+    Source(#[source] io::Error),
+
+    /// A system call failed.
+    #[error("{call}: {source}")]
+    Os {
+        /// What was being attempted.
+        call: &'static str,
+        /// What the system answered.
+        source: io::Error,
+    },
+}
+
+/// Whose fault an [`Error`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// This process: a call that cannot be right, or something it decided itself.
+    Ours,
+    /// The process at the other end: it died, left, cancelled, or misbehaved.
+    Peer,
+    /// What the bytes come from or go to: the file, the socket, the client behind it.
+    Outside,
+    /// The operating system.
+    System,
+    /// Nobody in particular: time ran out.
+    Time,
+}
+
+impl Error {
+    /// Whose fault this is.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Error::Timeout(Awaited::Sink) => Fault::Outside,
+            Error::Timeout(_) => Fault::Time,
+            Error::Disconnected
+            | Error::Aborted
+            | Error::Cancelled
+            | Error::Stale
+            | Error::Peer(_)
+            | Error::Layout(_)
+            | Error::Rejected(_) => Fault::Peer,
+            Error::Closed | Error::Misuse(_) | Error::AddressInUse { .. } => Fault::Ours,
+            Error::SizeMismatch { .. } | Error::Sink(_) | Error::Source(_) => Fault::Outside,
+            Error::OutOfMemory { .. } | Error::Os { .. } => Fault::System,
+        }
+    }
+
+    pub(crate) fn os(call: &'static str) -> impl FnOnce(rustix::io::Errno) -> Error {
+        move |errno| Error::Os { call, source: errno.into() }
+    }
+}
+
+impl From<Error> for io::Error {
+    /// Keeps the error as the source, under the kind that callers of `io::Read` look for.
+    fn from(error: Error) -> io::Error {
+        let kind = match &error {
+            Error::Timeout(_) => io::ErrorKind::TimedOut,
+            Error::Disconnected => io::ErrorKind::ConnectionReset,
+            Error::Aborted | Error::Cancelled | Error::Stale => io::ErrorKind::ConnectionAborted,
+            Error::Peer(_) | Error::Layout(_) => io::ErrorKind::InvalidData,
+            Error::Misuse(_) => io::ErrorKind::InvalidInput,
+            Error::Sink(source) | Error::Source(source) | Error::Os { source, .. } => source.kind(),
+            _ => io::ErrorKind::Other,
+        };
+        io::Error::new(kind, error)
+    }
+}
+
+/// What a wait was for when its deadline passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Awaited {
+    /// A segment of the pool to become free.
+    Lease,
+    /// A sender to accept the request and answer.
+    Reply,
+    /// The sender to fill a slot.
+    FilledSlot,
+    /// The receiver to free a slot.
+    FreeSlot,
+    /// A request to arrive.
+    Request,
+    /// Room in the queue.
+    QueueRoom,
+    /// A server to listen at the address.
+    Server,
+    /// The sink to take bytes.
+    Sink,
+}
+
+impl fmt::Display for Awaited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Awaited::Lease => "a free segment",
+            Awaited::Reply => "the sender's reply",
+            Awaited::FilledSlot => "the sender to fill a slot",
+            Awaited::FreeSlot => "the receiver to free a slot",
+            Awaited::Request => "a request",
+            Awaited::QueueRoom => "room in the request queue",
+            Awaited::Server => "a server at the address",
+            Awaited::Sink => "the sink to take bytes",
+        })
+    }
+}
+
+/// How a peer broke the protocol (rule P3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PeerFault {
+    /// A chunk length beyond the slot.
+    #[error("a chunk of {len} bytes in a slot of {limit}")]
+    ChunkTooLong {
+        /// The length found.
+        len: u32,
+        /// The slot's length.
+        limit: u32,
+    },
+    /// More bytes than the announced size.
+    #[error("{received} bytes of an announced {announced}")]
+    TooLong {
+        /// The announced size, in bytes.
+        announced: u64,
+        /// Bytes received, with the chunk at fault.
+        received: u64,
+    },
+    /// The end came before the announced size, or was not marked at it.
+    #[error("the end at {received} bytes of an announced {announced}")]
+    WrongEnd {
+        /// The announced size, in bytes.
+        announced: u64,
+        /// Bytes received, with the chunk at fault.
+        received: u64,
+    },
+    /// A reply whose status is none that a sender can give.
+    #[error("a reply of unknown status {0}")]
+    UnknownStatus(u32),
+    /// Metadata longer than the header has room for.
+    #[error("metadata of {len} bytes where {limit} fit")]
+    MetadataTooLong {
+        /// The length found.
+        len: u32,
+        /// The most that fits.
+        limit: u32,
+    },
+    /// Metadata that does not read as the type asked for.
+    #[error("metadata that does not read as {0}")]
+    MetadataType(&'static str),
+    /// The turn word changed in a way that no rule allows.
+    #[error("an impossible phase in the turn word: {0:#x}")]
+    ImpossibleTurn(u64),
+    /// A semaphore was poisoned without a cause.
+    #[error("a semaphore poisoned without a cause")]
+    BaselessPoison,
+    /// A queue message that does not decode.
+    #[error("a malformed message of {len} bytes")]
+    MalformedMessage {
+        /// The message's length, in bytes.
+        len: usize,
+    },
+    /// A request for a segment that was never handed over.
+    #[error("a request for segment {0}, which was never handed over")]
+    UnknownSegment(u32),
+    /// A segment that was handed over twice.
+    #[error("segment {0} handed over twice")]
+    RepeatedSegment(u32),
+}
+
+/// Why a segment cannot be used (rules L1 and L2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayoutMismatch {
+    /// The memory does not begin with a segment header.
+    #[error("it does not begin with a segment header")]
+    NotASegment,
+    /// The two processes were built with different layouts.
+    #[error("its layout version is {theirs}, ours is {ours}")]
+    Version {
+        /// The version found.
+        theirs: u32,
+        /// The version that this build speaks.
+        ours: u32,
+    },
+    /// Fewer or more bytes than the geometry takes.
+    #[error("it has {found} bytes where its geometry takes {expected}")]
+    Size {
+        /// Bytes found.
+        found: u64,
+        /// Bytes that the geometry takes.
+        expected: u64,
+    },
+    /// A geometry outside the limits.
+    #[error("a geometry of {slot_count} slots of {slot_len} bytes is outside the limits")]
+    Geometry {
+        /// Slots claimed.
+        slot_count: u32,
+        /// Bytes a slot claimed.
+        slot_len: u32,
+    },
+    /// The header names another segment than the request.
+    #[error("it says that it is {found}, not {expected}")]
+    Identity {
+        /// What the header says.
+        found: SegmentId,
+        /// What was announced.
+        expected: SegmentId,
+    },
+    /// The descriptor could still be shrunk, so that touching it could kill us (SIGBUS).
+    #[error("its descriptor is not sealed against resizing")]
+    Unsealed,
+    /// The descriptor has holes, which would be filled at our expense.
+    #[error("only {present} of its {expected} bytes are allocated")]
+    Sparse {
+        /// Bytes allocated.
+        present: u64,
+        /// Bytes that the geometry takes.
+        expected: u64,
+    },
+}
+
+/// Why a server turned a client away (rule S3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Rejection {
+    /// It speaks another version.
+    #[error("it speaks version {theirs}, we speak {ours}")]
+    Version {
+        /// The server's version.
+        theirs: u32,
+        /// Ours.
+        ours: u32,
+    },
+    /// This user is not welcome.
+    #[error("user {0} may not connect")]
+    User(u32),
+    /// The pool has more segments than the server takes from one client.
+    #[error("a pool of more than {0} segments")]
+    TooManySegments(u32),
+    /// The pool has more memory than the server maps for one client.
+    #[error("a pool of more than {0} bytes")]
+    TooManyBytes(u64),
+    /// The server serves as many clients as it may.
+    #[error("it already serves {0} clients")]
+    TooManyClients(u32),
+    /// The server says that this process broke the protocol.
+    #[error("it says that we broke the protocol")]
+    Protocol,
+    /// The server has run out of memory or descriptors.
+    #[error("it has run out of memory or descriptors")]
+    Resources,
+}
+
+/// A call that cannot be right.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Misuse {
+    /// A builder's number is outside its limits.
+    #[error("{what} is {given}; it must be from {least} to {most}")]
+    OutOfRange {
+        /// Which number.
+        what: &'static str,
+        /// What was given.
+        given: u64,
+        /// The least that works.
+        least: u64,
+        /// The most that works.
+        most: u64,
+    },
+    /// A key longer than a request carries.
+    #[error("a key of {len} bytes; a request carries at most {limit}")]
+    KeyTooLong {
+        /// The key's length, in bytes.
+        len: usize,
+        /// The most that fits.
+        limit: usize,
+    },
+    /// Metadata longer than an announcement carries.
+    #[error("metadata of {len} bytes; an announcement carries at most {limit}")]
+    MetadataTooLong {
+        /// The encoded length, in bytes.
+        len: usize,
+        /// The most that fits.
+        limit: usize,
+    },
+    /// More bytes than a slot holds were sent as one chunk.
+    #[error("a chunk of {len} bytes; the slot holds {limit}")]
+    ChunkTooLong {
+        /// The chunk's length, in bytes.
+        len: usize,
+        /// The slot's capacity, in bytes.
+        limit: usize,
+    },
+    /// The range to send is not as long as the size that was announced.
+    #[error("a range of {range} bytes; {announced} were announced")]
+    RangeLength {
+        /// The range's length, in bytes.
+        range: u64,
+        /// The size announced, in bytes.
+        announced: u64,
+    },
+    /// The largest `u64` stands for "unknown" and cannot be a size.
+    #[error("no transfer can be u64::MAX bytes long")]
+    SizeReserved,
+    /// The transfer has failed or ended already; there is nothing more to do on it.
+    #[error("the transfer is over")]
+    TransferOver,
+    /// The request was dropped before it was sent, so that no reply can come.
+    #[error("the request was dropped before it was sent")]
+    NeverSent,
+    /// The request's segment is not of the pool that this queue was connected for.
+    #[error("the request's segment is of another pool than the queue was connected for")]
+    ForeignPool,
+    /// A socket path that the system cannot take.
+    #[error("the socket path {path:?} is {len} bytes long; the system takes at most {limit}")]
+    PathTooLong {
+        /// The path.
+        path: std::path::PathBuf,
+        /// Its length, in bytes.
+        len: usize,
+        /// The most that fits.
+        limit: usize,
+    },
+    /// The directory for the default socket belongs to someone else, or others may write to it.
+    #[error("{0:?} is not a directory that only this user can write to")]
+    UnsafeDirectory(std::path::PathBuf),
+}

@@ -1,0 +1,259 @@
+//! Who the other process is, and whether it lives. Death is pushed, not polled (rule P7).
+//!
+//! Each connection has a [`Link`]. Whoever waits for the peer enrols what it waits on; when the
+//! connection hangs up, the process's one watcher thread severs the link, which poisons all that is
+//! enrolled, and so wakes every waiter at once.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::{PollFd, PollFlags, epoll, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::error::{Error, Rejection, Result};
+use crate::sync::{Deadline, lock};
+
+/// The process at the other end of a connection, as the kernel vouched for it when it connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Peer {
+    /// Its process id.
+    pub pid: u32,
+    /// The user it ran as.
+    pub uid: u32,
+}
+
+impl Peer {
+    /// The process at the other end of a Unix socket (`SO_PEERCRED`).
+    pub(crate) fn of_socket(socket: impl AsFd) -> Result<Peer> {
+        let cred = rustix::net::sockopt::socket_peercred(socket).map_err(Error::os("SO_PEERCRED"))?;
+        Ok(Peer { pid: cred.pid.as_raw_nonzero().get().unsigned_abs(), uid: cred.uid.as_raw() })
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} of user {}", self.pid, self.uid)
+    }
+}
+
+/// Something that can be ended for all who wait on it.
+pub(crate) trait Poison: Send + Sync {
+    /// Ends every wait, now and later.
+    fn poison(&self);
+}
+
+/// The life line to one peer.
+pub(crate) struct Link {
+    peer: Option<Peer>,
+    /// Tells a peer that is dead for certain from one that only hung up (rule P6). Should the pid
+    /// have been reused before this was opened, it names a living process: the safe side.
+    process: Option<OwnedFd>,
+    state: Mutex<LinkState>,
+}
+
+#[derive(Default)]
+struct LinkState {
+    severed: bool,
+    rejection: Option<Rejection>,
+    enrolled: HashMap<u64, Arc<dyn Poison>>,
+    next: u64,
+    relief: Option<Relief>,
+}
+
+/// What is to happen once fewer than `below` are enrolled.
+struct Relief {
+    below: usize,
+    then: Box<dyn FnOnce() + Send>,
+}
+
+impl Link {
+    /// To a peer in another process.
+    pub(crate) fn to(peer: Peer) -> Link {
+        // Without a pidfd (an old kernel, a peer in a foreign pid namespace) nobody is ever dead
+        // for certain, and segments are retired instead.
+        let process = i32::try_from(peer.pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Link { peer: Some(peer), process, state: Mutex::default() }
+    }
+
+    /// To this same process, which never outlives itself.
+    pub(crate) fn within() -> Link {
+        Link { peer: None, process: None, state: Mutex::default() }
+    }
+
+    pub(crate) fn peer(&self) -> Option<Peer> {
+        self.peer
+    }
+
+    /// Poisons everything enrolled, now and later.
+    pub(crate) fn sever(&self, why: Option<Rejection>) {
+        let mut state = lock(&self.state);
+        state.severed = true;
+        state.rejection = state.rejection.or(why);
+        state.enrolled.values().for_each(|enrolled| enrolled.poison());
+    }
+
+    pub(crate) fn is_severed(&self) -> bool {
+        lock(&self.state).severed
+    }
+
+    /// Why the other side is gone.
+    pub(crate) fn obituary(&self) -> Error {
+        lock(&self.state).rejection.map_or(Error::Disconnected, Error::Rejected)
+    }
+
+    /// Has `subject` poisoned when the link is severed; at once if it is already.
+    pub(crate) fn enrol(self: &Arc<Link>, subject: Arc<dyn Poison>) -> Enrolment {
+        let mut state = lock(&self.state);
+        if state.severed {
+            subject.poison();
+        }
+        let number = state.next;
+        state.next += 1;
+        state.enrolled.insert(number, subject);
+        Enrolment { link: Arc::clone(self), number }
+    }
+
+    /// Calls `then`, once, as soon as fewer than `below` are enrolled; perhaps at once.
+    pub(crate) fn when_below(&self, below: usize, then: impl FnOnce() + Send + 'static) {
+        let mut state = lock(&self.state);
+        if state.enrolled.len() < below {
+            drop(state);
+            then();
+        } else {
+            state.relief = Some(Relief { below, then: Box::new(then) });
+        }
+    }
+
+    /// Whether the peer's process has ended, waiting for it until the deadline. `false` too when
+    /// there is no telling.
+    pub(crate) fn wait_dead(&self, deadline: Deadline) -> bool {
+        let Some(process) = &self.process else { return false };
+        loop {
+            let mut fds = [PollFd::new(process, PollFlags::IN)];
+            match poll(&mut fds, deadline.timespec().as_ref()) {
+                Err(Errno::INTR) => {}
+                Ok(0) if !deadline.has_passed() => {}
+                Ok(ready) => return ready > 0,
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+/// Keeps its subject enrolled; once dropped, the link cannot poison the subject any more.
+pub(crate) struct Enrolment {
+    link: Arc<Link>,
+    number: u64,
+}
+
+impl Enrolment {
+    pub(crate) fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+}
+
+impl Drop for Enrolment {
+    fn drop(&mut self) {
+        let mut state = lock(&self.link.state);
+        state.enrolled.remove(&self.number);
+        let enrolled = state.enrolled.len();
+        let relief = state.relief.take_if(|relief| enrolled < relief.below);
+        drop(state);
+        if let Some(relief) = relief {
+            (relief.then)();
+        }
+    }
+}
+
+/// Calls `then`, once, on the watcher thread, when the socket's other end hangs up. Dropping the
+/// returned watch forgets about it.
+pub(crate) fn on_hang_up(socket: Arc<OwnedFd>, then: impl FnOnce() + Send + 'static) -> Result<Watch> {
+    let watcher = Watcher::of_this_process()?;
+    let token = {
+        let mut calls = lock(&watcher.calls);
+        calls.next += 1;
+        let token = calls.next;
+        calls.waiting.insert(token, Box::new(then));
+        token
+    };
+    let watch = Watch { socket, token, watcher };
+    let events = epoll::EventFlags::RDHUP | epoll::EventFlags::ONESHOT;
+    epoll::add(&watcher.epoll, &watch.socket, epoll::EventData::new_u64(token), events)
+        .map_err(Error::os("watching a connection"))?;
+    Ok(watch)
+}
+
+/// Keeps a connection watched.
+pub(crate) struct Watch {
+    socket: Arc<OwnedFd>,
+    token: u64,
+    watcher: &'static Watcher,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        lock(&self.watcher.calls).waiting.remove(&self.token);
+        // Fails only if it was never added; then there is nothing to delete.
+        let _ = epoll::delete(&self.watcher.epoll, &self.socket);
+    }
+}
+
+/// The one thread of this process that learns of hang-ups.
+struct Watcher {
+    epoll: OwnedFd,
+    calls: Mutex<Calls>,
+}
+
+#[derive(Default)]
+struct Calls {
+    next: u64,
+    waiting: HashMap<u64, Box<dyn FnOnce() + Send>>,
+}
+
+impl Watcher {
+    fn of_this_process() -> Result<&'static Watcher> {
+        static WATCHER: OnceLock<Watcher> = OnceLock::new();
+        static STARTING: Mutex<()> = Mutex::new(());
+        if let Some(watcher) = WATCHER.get() {
+            return Ok(watcher);
+        }
+        let _one_at_a_time = lock(&STARTING);
+        if let Some(watcher) = WATCHER.get() {
+            return Ok(watcher);
+        }
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
+        let watching = epoll.try_clone().map_err(|source| Error::Os { call: "dup", source })?;
+        // The thread finds the watcher in its cell: whoever can register with it has put it there.
+        thread::Builder::new()
+            .name("shmferry-watch".to_owned())
+            .spawn(move || watch(&watching, || WATCHER.get()))
+            .map_err(|source| Error::Os { call: "starting the watcher thread", source })?;
+        Ok(WATCHER.get_or_init(|| Watcher { epoll, calls: Mutex::default() }))
+    }
+}
+
+fn watch(epoll: &OwnedFd, watcher: impl Fn() -> Option<&'static Watcher>) {
+    let mut events = Vec::with_capacity(64);
+    loop {
+        events.clear();
+        match epoll::wait(epoll, spare_capacity(&mut events), None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => unreachable!("epoll_wait on an epoll of our own: {errno}"),
+        }
+        for event in &events {
+            let call = watcher().and_then(|w| lock(&w.calls).waiting.remove(&event.data.u64()));
+            // Not under the lock: the call may drop watches.
+            if let Some(call) = call {
+                call();
+            }
+        }
+    }
+}

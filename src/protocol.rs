@@ -1,0 +1,269 @@
+//! The transfer: what its states share, and how each side waits for the other (rules P).
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::crew;
+use crate::error::{Error, PeerFault, Result};
+use crate::peer::{Enrolment, Link};
+use crate::segment::{MAX_METADATA, Phase, ReadSlots, Segment};
+use crate::sync::atomic::{AtomicU32, Relaxed};
+use crate::sync::{Deadline, Interrupted, Permit, Semaphore, Spinner, lock};
+
+mod metadata;
+mod receiver;
+mod sender;
+
+pub use metadata::Metadata;
+pub use receiver::{Chunk, Offered, Receiver, Receiving, Reply};
+pub use sender::{Sender, Sending, Slot, Starting};
+
+/// One transfer through one segment, seen from one side, in one state.
+///
+/// Each state is a type of its own, and a step from one to the next consumes it, so that steps out
+/// of order do not compile.
+///
+/// | side | state | what can be done | leads to |
+/// | --- | --- | --- | --- |
+/// | [`Receiver`] | [`Offered`] | [`reply`](ShmTransfer::reply) | `Receiving`, or a [`Refusal`] |
+/// | [`Receiver`] | [`Receiving`] | [`next_chunk`](ShmTransfer::next_chunk), [`copy_to`](ShmTransfer::copy_to), `io::Read` | |
+/// | [`Sender`] | [`Starting`] | [`accept`](ShmTransfer::accept), [`refuse`](ShmTransfer::refuse) | `Sending`, or the end |
+/// | [`Sender`] | [`Sending`] | [`next_slot`](ShmTransfer::next_slot), [`send_file`](ShmTransfer::send_file), `io::Write`, [`finish`](ShmTransfer::finish) | the end |
+///
+/// Dropping is safe at every point (rule P5). A receiver that is dropped early cancels, and the
+/// sender's next step fails with [`Error::Cancelled`]. A sender that is dropped early, a panic
+/// included, aborts: the receiver is given what was filled before, and then [`Error::Aborted`].
+///
+/// # What does not compile
+/// Asking for a chunk before there is a reply:
+/// ```compile_fail,E0599
+/// # use shmferry::*;
+/// fn early(mut transfer: ShmTransfer<Receiver, Offered>) {
+///     let _ = transfer.next_chunk(Deadline::NEVER);
+/// }
+/// ```
+/// Asking for the next chunk while holding one:
+/// ```compile_fail,E0499
+/// # use shmferry::*;
+/// fn two_at_once(mut body: ShmTransfer<Receiver, Receiving>) -> Result<()> {
+///     let first = body.next_chunk(Deadline::NEVER)?;
+///     let second = body.next_chunk(Deadline::NEVER)?;
+///     drop((first, second));
+///     Ok(())
+/// }
+/// ```
+/// Sending before accepting, and accepting twice:
+/// ```compile_fail,E0599
+/// # use shmferry::*;
+/// fn unannounced(mut transfer: ShmTransfer<Sender, Starting>) {
+///     let _ = transfer.next_slot(Deadline::NEVER);
+/// }
+/// ```
+/// ```compile_fail,E0382
+/// # use shmferry::*;
+/// fn twice(transfer: ShmTransfer<Sender, Starting>) {
+///     let _ = transfer.accept(1);
+///     let _ = transfer.accept(1);
+/// }
+/// ```
+/// Finishing with a slot in hand:
+/// ```compile_fail,E0505
+/// # use shmferry::*;
+/// fn unfinished(mut sending: ShmTransfer<Sender, Sending>) -> Result<()> {
+///     let slot = sending.next_slot(Deadline::NEVER)?;
+///     sending.finish()?;
+///     slot.send(b"late")
+/// }
+/// ```
+#[derive(Debug)]
+#[must_use = "a transfer that is dropped is given up"]
+pub struct ShmTransfer<Side, State> {
+    side: Side,
+    state: State,
+}
+
+/// How long the calls that take no deadline wait for the next step of the other side, unless
+/// [told otherwise](ShmTransfer::set_patience): 30 seconds without progress.
+pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The most bytes of [`Metadata`] that travel beside status and size.
+pub const METADATA_LIMIT: usize = MAX_METADATA;
+
+/// How many bytes a transfer will bring (rule P4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// Exactly so many bytes; fewer or more is an error on both sides.
+    Known(u64),
+    /// A stream, whose end is marked when it comes.
+    Unknown,
+}
+
+impl Size {
+    const UNKNOWN: u64 = u64::MAX;
+
+    fn from_word(word: u64) -> Size {
+        if word == Self::UNKNOWN { Size::Unknown } else { Size::Known(word) }
+    }
+
+    fn to_word(self) -> u64 {
+        match self {
+            Size::Known(bytes) => bytes,
+            Size::Unknown => Self::UNKNOWN,
+        }
+    }
+
+    /// The number of bytes, if it is known.
+    pub fn known(self) -> Option<u64> {
+        match self {
+            Size::Known(bytes) => Some(bytes),
+            Size::Unknown => None,
+        }
+    }
+}
+
+impl From<u64> for Size {
+    fn from(bytes: u64) -> Size {
+        Size::Known(bytes)
+    }
+}
+
+/// A sender's answer that brings no bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// There is nothing by that key.
+    NotFound,
+    /// The sender failed.
+    Failed,
+    /// The key makes no sense to the sender.
+    Invalid,
+    /// A code of the application's own.
+    Other(u16),
+}
+
+/// The status word of an announcement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Status {
+    Found,
+    Refused(Refusal),
+}
+
+impl Status {
+    const FOUND: u32 = 1;
+    const NOT_FOUND: u32 = 2;
+    const FAILED: u32 = 3;
+    const INVALID: u32 = 4;
+    const OTHER: u32 = 1 << 16;
+
+    /// Zero, which the receiver wrote before it offered, is no status.
+    fn from_word(word: u32) -> Result<Status, PeerFault> {
+        Ok(match word {
+            Self::FOUND => Status::Found,
+            Self::NOT_FOUND => Status::Refused(Refusal::NotFound),
+            Self::FAILED => Status::Refused(Refusal::Failed),
+            Self::INVALID => Status::Refused(Refusal::Invalid),
+            _ if word >> 16 == 1 => Status::Refused(Refusal::Other(word as u16)),
+            _ => return Err(PeerFault::UnknownStatus(word)),
+        })
+    }
+
+    fn to_word(self) -> u32 {
+        match self {
+            Status::Found => Self::FOUND,
+            Status::Refused(Refusal::NotFound) => Self::NOT_FOUND,
+            Status::Refused(Refusal::Failed) => Self::FAILED,
+            Status::Refused(Refusal::Invalid) => Self::INVALID,
+            Status::Refused(Refusal::Other(code)) => Self::OTHER | u32::from(code),
+        }
+    }
+}
+
+/// What a request and its transfer share within the receiver's process: who will answer.
+pub(crate) struct Offer {
+    segment: Arc<Segment<ReadSlots>>,
+    generation: u64,
+    state: Mutex<OfferState>,
+}
+
+enum OfferState {
+    /// The request waits to be sent.
+    Unsent,
+    /// It went over a connection, which now watches over the segment.
+    Sent(Enrolment),
+    /// The transfer is over, and the segment may be in other hands.
+    Over,
+}
+
+impl Offer {
+    fn new(segment: Arc<Segment<ReadSlots>>, generation: u64) -> Offer {
+        Offer { segment, generation, state: Mutex::new(OfferState::Unsent) }
+    }
+
+    /// The request went out: from now on the link's end ends the transfer's waits.
+    pub(crate) fn sent_over(&self, link: &Arc<Link>) {
+        let mut state = lock(&self.state);
+        if !matches!(*state, OfferState::Over) {
+            *state = OfferState::Sent(link.enrol(Arc::clone(&self.segment) as _));
+        }
+    }
+
+    /// The request was dropped: nobody will answer.
+    pub(crate) fn abandon(&self) {
+        let state = lock(&self.state);
+        if matches!(*state, OfferState::Unsent) {
+            let header = self.segment.header();
+            // Fails only if a sender has it after all, and then that one answers.
+            if header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn).is_ok() {
+                header.filled.poison();
+            }
+        }
+    }
+
+    fn link(&self) -> Option<Arc<Link>> {
+        match &*lock(&self.state) {
+            OfferState::Sent(enrolment) => Some(Arc::clone(enrolment.link())),
+            _ => None,
+        }
+    }
+
+    /// Ends the offer: nothing can poison the segment any more on behalf of this transfer.
+    fn end(&self) -> Option<Arc<Link>> {
+        let over = std::mem::replace(&mut *lock(&self.state), OfferState::Over);
+        match over {
+            OfferState::Sent(enrolment) => Some(Arc::clone(enrolment.link())),
+            _ => None,
+        }
+    }
+}
+
+/// Takes a permit: at once, after a short spin where that can pay (rule P8), or after a sleep,
+/// while another of this process's crew may work in our place.
+fn await_permit(
+    semaphore: &Semaphore,
+    spinner: &mut Spinner,
+    (our_cpu, peer_cpu): (&AtomicU32, &AtomicU32),
+    deadline: Deadline,
+) -> Result<Permit, Interrupted> {
+    let cpu = publish_cpu(our_cpu);
+    match spinner.try_wait(semaphore, cpu, peer_cpu.load(Relaxed)) {
+        Err(Interrupted::TimedOut) => {}
+        settled => return settled,
+    }
+    let start = Instant::now();
+    let outcome = crew::lend(|| semaphore.wait(deadline));
+    spinner.slept(start.elapsed());
+    outcome
+}
+
+/// Tells the peer which processor this side runs on (rule P8). A hint: nothing rests on it.
+fn publish_cpu(ours: &AtomicU32) -> u32 {
+    let cpu = u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX);
+    if ours.load(Relaxed) != cpu {
+        ours.store(cpu, Relaxed);
+    }
+    cpu
+}
+
+fn futex_error(source: std::io::Error) -> Error {
+    Error::Os { call: "futex", source }
+}

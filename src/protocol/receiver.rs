@@ -1,0 +1,401 @@
+//! The receiver's side of a transfer: from the offer to the last chunk, and the segment's way home.
+
+use std::any::type_name;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::crew;
+use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
+use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, Phase};
+use crate::sync::atomic::{AtomicU32, Relaxed};
+use crate::sync::{Deadline, Interrupted, Permit, Spinner};
+
+use super::{
+    DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, futex_error,
+    publish_cpu,
+};
+
+/// The side that owns the segment and takes the bytes out of it.
+pub struct Receiver {
+    holding: Holding,
+    generation: u64,
+    offer: Arc<Offer>,
+    spinner: Spinner,
+    patience: Duration,
+}
+
+/// A request is out, or about to go out; no reply has come yet.
+#[derive(Debug)]
+pub struct Offered(());
+
+/// The sender has announced what it sends; its chunks follow.
+#[derive(Debug)]
+pub struct Receiving {
+    size: Size,
+    metadata: Vec<u8>,
+    received: u64,
+    /// The slot that the next chunk comes in. Ours alone: the peer never says which (rule P3).
+    cursor: u32,
+    /// The permit for the slot at the cursor, taken with the reply (rule P2).
+    permit: Option<Permit>,
+    open: Option<OpenChunk>,
+    end: End,
+}
+
+/// The chunk at the cursor, while bytes of it are unread.
+#[derive(Debug)]
+struct OpenChunk {
+    permit: Permit,
+    chunk: ChunkLen,
+    read: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Ahead,
+    Reached,
+    /// Something went wrong that cannot be mended.
+    Failed,
+}
+
+/// What a sender answered.
+#[derive(Debug)]
+pub enum Reply {
+    /// It has what was asked for; the bytes follow.
+    Found(ShmTransfer<Receiver, Receiving>),
+    /// It has not, and says why. The segment is already back in its pool.
+    Refused(Refusal),
+}
+
+impl ShmTransfer<Receiver, Offered> {
+    /// Opens the next generation of a leased segment. Whatever a late sender of an older one does
+    /// from now on fails at its first step (rule P1).
+    pub(crate) fn offer(holding: Holding) -> Result<(ShmTransfer<Receiver, Offered>, Arc<Offer>, u64)> {
+        let header = holding.segment.header();
+        let (generation, _) = header.turn.load()?;
+        // The segment is idle: nobody else touches what is reset here (rule P6).
+        header.announcement.status.store(0, Relaxed);
+        header.filled.reset(0);
+        header.free.reset(holding.segment.geometry().slot_count());
+        header.receiver.cancelled.store(0, Relaxed);
+        header.receiver.pid.store(std::process::id(), Relaxed);
+        publish_cpu(&header.receiver.cpu);
+        let generation = header.turn.open_next(generation)?;
+
+        let offer = Arc::new(Offer::new(Arc::clone(&holding.segment), generation));
+        let side = Receiver {
+            holding,
+            generation,
+            offer: Arc::clone(&offer),
+            spinner: Spinner::new(),
+            patience: DEFAULT_PATIENCE,
+        };
+        Ok((ShmTransfer { side, state: Offered(()) }, offer, generation))
+    }
+
+    /// Waits for the sender's answer. A small file has arrived whole by then (rule P2).
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] when none came in time, which withdraws the request;
+    /// [`Error::Disconnected`] or [`Error::Rejected`] when the queue's connection broke;
+    /// [`Error::Aborted`] when the sender gave up, and [`Error::Peer`] when it answered nonsense.
+    pub fn reply(mut self, deadline: Deadline) -> Result<Reply> {
+        let permit = self.side.await_filled(deadline, Awaited::Reply)?;
+        let announcement = &self.side.header().announcement;
+        // Each word is read once, checked, and only then used (rule P3).
+        let status = Status::from_word(announcement.status.load(Relaxed))?;
+        let size = Size::from_word(announcement.size.load(Relaxed));
+        let len = announcement.metadata_len.load(Relaxed);
+        match status {
+            Status::Refused(why) => Ok(Reply::Refused(why)),
+            Status::Found => {
+                let limit = MAX_METADATA as u32;
+                let Some(bytes) = announcement.metadata.get(..len as usize) else {
+                    return Err(PeerFault::MetadataTooLong { len, limit }.into());
+                };
+                let metadata = bytes.iter().map(|byte| byte.load(Relaxed)).collect();
+                let state = Receiving {
+                    size,
+                    metadata,
+                    received: 0,
+                    cursor: 0,
+                    permit: Some(permit),
+                    open: None,
+                    end: End::Ahead,
+                };
+                Ok(Reply::Found(ShmTransfer { side: self.side, state }))
+            }
+        }
+    }
+}
+
+impl ShmTransfer<Receiver, Receiving> {
+    /// How many bytes are to come in all, as announced.
+    pub fn size(&self) -> Size {
+        self.state.size
+    }
+
+    /// What the sender attached to its announcement.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] when it does not read as an `M`.
+    pub fn metadata<M: Metadata>(&self) -> Result<M> {
+        M::decode(&self.state.metadata).ok_or(PeerFault::MetadataType(type_name::<M>()).into())
+    }
+
+    /// How long `copy_to` and `io::Read` wait for one step of the sender, and `copy_to` and
+    /// [`Chunk::write_to`] for the sink to take something.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.side.patience = patience;
+    }
+
+    /// Waits for the next chunk, or what is unread of the current one; `None` at the end. Its slot
+    /// goes back to the sender when the chunk is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], after which it may be called again; or, for good, what ended the
+    /// transfer, once everything filled before that has been read (rule P7).
+    pub fn next_chunk(&mut self, deadline: Deadline) -> Result<Option<Chunk<'_>>> {
+        Ok(self.open_chunk(deadline)?.then_some(Chunk { transfer: self }))
+    }
+
+    /// Copies everything to a socket, pipe or file, straight from the segment; returns the bytes
+    /// copied. Waits as long as there is progress within the [patience](Self::set_patience).
+    ///
+    /// # Errors
+    /// Those of [`next_chunk`](Self::next_chunk), and [`Error::Sink`] or [`Error::Timeout`] when
+    /// the sink does not take the bytes.
+    pub fn copy_to(&mut self, sink: impl AsFd) -> Result<u64> {
+        let mut copied = 0;
+        while let Some(mut chunk) = self.next_chunk(Deadline::after(self.side.patience))? {
+            copied += chunk.len() as u64;
+            chunk.write_to(&sink)?;
+        }
+        Ok(copied)
+    }
+
+    /// Has a chunk open, unless the end was reached. Empty chunks are passed over.
+    fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
+        while self.state.open.is_none() {
+            match self.state.end {
+                End::Reached => return Ok(false),
+                End::Failed => return Err(Misuse::TransferOver.into()),
+                End::Ahead => {}
+            }
+            let permit = match self.state.permit.take() {
+                Some(permit) => permit,
+                None => self.side.await_filled(deadline, Awaited::FilledSlot).inspect_err(|error| {
+                    if !matches!(error, Error::Timeout(_)) {
+                        self.state.end = End::Failed;
+                    }
+                })?,
+            };
+            let word = &self.side.header().chunks[self.state.cursor as usize];
+            let chunk = self.check_chunk(word.load()).inspect_err(|_| self.state.end = End::Failed)?;
+            self.state.received += u64::from(chunk.len);
+            self.state.open = Some(OpenChunk { permit, chunk, read: 0 });
+            if chunk.len == 0 {
+                self.close_chunk();
+            }
+        }
+        Ok(true)
+    }
+
+    /// Checks a chunk's length against the slot, the announced size, and the end (rule P3).
+    fn check_chunk(&self, chunk: ChunkLen) -> Result<ChunkLen, PeerFault> {
+        let limit = self.side.holding.segment.geometry().slot_len();
+        if chunk.len > limit {
+            return Err(PeerFault::ChunkTooLong { len: chunk.len, limit });
+        }
+        // Cannot overflow: `received` is below an announced size, or a count of bytes really seen.
+        let received = self.state.received + u64::from(chunk.len);
+        match self.state.size {
+            Size::Known(announced) if received > announced => Err(PeerFault::TooLong { announced, received }),
+            Size::Known(announced) if chunk.last != (received == announced) => {
+                Err(PeerFault::WrongEnd { announced, received })
+            }
+            _ => Ok(chunk),
+        }
+    }
+
+    /// Unread bytes of the open chunk.
+    fn unread(&self) -> usize {
+        self.state.open.as_ref().map_or(0, |open| open.chunk.len as usize - open.read)
+    }
+
+    /// Copies unread bytes of the open chunk; returns how many.
+    fn consume(&mut self, into: &mut [u8]) -> usize {
+        let len = self.unread().min(into.len());
+        if let Some(open) = &mut self.state.open {
+            let memory = self.side.holding.segment.readable();
+            memory.read_slot(self.state.cursor, open.read, &mut into[..len]);
+            open.read += len;
+        }
+        len
+    }
+
+    /// Gives the current chunk's slot back, read or not.
+    fn close_chunk(&mut self) {
+        let Some(OpenChunk { permit, chunk, .. }) = self.state.open.take() else { return };
+        let slots = self.side.holding.segment.geometry().slot_count();
+        self.state.cursor = (self.state.cursor + 1) % slots;
+        if chunk.last {
+            self.state.end = End::Reached; // the sender is off the segment: it waits for no slot
+        } else {
+            let header = self.side.header();
+            publish_cpu(&header.receiver.cpu);
+            header.free.post(permit);
+        }
+    }
+}
+
+impl io::Read for ShmTransfer<Receiver, Receiving> {
+    /// Blocks until there are bytes. `Ok(0)` only at the true end: a transfer that breaks off is an
+    /// error, whose source is an [`Error`].
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if into.is_empty() || !self.open_chunk(Deadline::after(self.side.patience))? {
+            return Ok(0);
+        }
+        let read = self.consume(into);
+        if self.unread() == 0 {
+            self.close_chunk();
+        }
+        Ok(read)
+    }
+}
+
+/// Bytes in a slot, lent to the receiver; the slot goes back to the sender on drop.
+///
+/// The sender's memory is never shown as a slice, since it could change under it; the bytes are
+/// copied out, or written to a descriptor by the kernel (rule S1).
+pub struct Chunk<'t> {
+    transfer: &'t mut ShmTransfer<Receiver, Receiving>,
+}
+
+impl Chunk<'_> {
+    /// Bytes not yet consumed.
+    pub fn len(&self) -> usize {
+        self.transfer.unread()
+    }
+
+    /// Whether everything has been consumed.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Consumes as many bytes as fit into `into`; returns how many.
+    pub fn copy_to(&mut self, into: &mut [u8]) -> usize {
+        self.transfer.consume(into)
+    }
+
+    /// Consumes all bytes, having the kernel write them to a socket, pipe or file.
+    ///
+    /// A socket is never blocked on while others could work: when it takes nothing more, this
+    /// thread [lends](crate::lend) its place until it does.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] when the sink takes nothing for the transfer's
+    /// [patience](ShmTransfer::set_patience); [`Error::Sink`] when it fails.
+    pub fn write_to(&mut self, sink: impl AsFd) -> Result<()> {
+        let sink = sink.as_fd();
+        while !self.is_empty() {
+            let (slot, len) = (self.transfer.state.cursor, self.len());
+            let ShmTransfer { side, state } = &mut *self.transfer;
+            let Some(open) = &mut state.open else { return Ok(()) };
+            match side.holding.segment.readable().send_slot(slot, open.read, len, sink) {
+                Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
+                Ok(sent) => open.read += sent,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    crew::lend(|| wait_writable(sink, Deadline::after(side.patience)))?;
+                }
+                Err(error) => return Err(Error::Sink(error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Chunk<'_> {
+    fn drop(&mut self) {
+        self.transfer.close_chunk();
+    }
+}
+
+impl fmt::Debug for Chunk<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chunk").field("len", &self.len()).finish()
+    }
+}
+
+impl Receiver {
+    fn header(&self) -> &Header {
+        self.holding.segment.header()
+    }
+
+    fn await_filled(&mut self, deadline: Deadline, awaited: Awaited) -> Result<Permit> {
+        let header = self.holding.segment.header();
+        let cpus: (&AtomicU32, &AtomicU32) = (&header.receiver.cpu, &header.announcement.cpu);
+        match await_permit(&header.filled, &mut self.spinner, cpus, deadline) {
+            Ok(permit) => Ok(permit),
+            Err(Interrupted::TimedOut) => Err(Error::Timeout(awaited)),
+            Err(Interrupted::Poisoned) => Err(self.why_poisoned()),
+            Err(Interrupted::Os(source)) => Err(futex_error(source)),
+        }
+    }
+
+    /// Who ended the wait for filled slots: the sender, its death, or our own side.
+    fn why_poisoned(&self) -> Error {
+        match (self.header().turn.phase_of(self.generation), self.offer.link()) {
+            (Some(Phase::Aborted), _) => Error::Aborted,
+            (Some(Phase::Withdrawn), _) => Misuse::NeverSent.into(),
+            (_, Some(link)) if link.is_severed() => link.obituary(),
+            // An aborting sender poisons just before its last act, which sets the phase.
+            (Some(Phase::Accepted | Phase::Announced), Some(_)) => Error::Aborted,
+            _ => PeerFault::BaselessPoison.into(),
+        }
+    }
+}
+
+impl Drop for Receiver {
+    /// Withdraws what nobody accepted, cancels what a sender is still at, and gives the segment back.
+    fn drop(&mut self) {
+        let link = self.offer.end();
+        let header = self.header();
+        // Fails, rightly, for every transfer that a sender has taken up.
+        let _ = header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn);
+        if let Some(Phase::Accepted | Phase::Announced) = header.turn.phase_of(self.generation) {
+            header.receiver.cancelled.store(1, Relaxed); // published by the poison
+            header.free.poison();
+        }
+        self.holding.give_back(self.generation, link);
+    }
+}
+
+impl fmt::Debug for Receiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let id = self.holding.segment.id();
+        f.debug_struct("Receiver")
+            .field("segment", &id)
+            .field("generation", &self.generation)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Waits until a socket or pipe takes bytes, or has failed.
+fn wait_writable(sink: BorrowedFd<'_>, deadline: Deadline) -> Result<()> {
+    loop {
+        let mut fds = [PollFd::new(&sink, PollFlags::OUT)];
+        match poll(&mut fds, deadline.timespec().as_ref()) {
+            Ok(0) if deadline.has_passed() => return Err(Error::Timeout(Awaited::Sink)),
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(errno) => return Err(Error::Sink(errno.into())),
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! The sender's side of a transfer: from the request to the last chunk.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
+use crate::peer::{Enrolment, Link, Peer};
+use crate::segment::{ChunkLen, Header, Phase, Segment, WriteSlots};
+use crate::sync::atomic::Relaxed;
+use crate::sync::{Deadline, Interrupted, Permit, Spinner};
+
+use super::{
+    DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit,
+    futex_error, publish_cpu,
+};
+
+/// The side that answers a request and puts the bytes in.
+pub struct Sender {
+    segment: Arc<Segment<WriteSlots>>,
+    generation: u64,
+    /// Where this side has brought the turn word to; what `Drop` has to end.
+    phase: Phase,
+    enrolment: Enrolment,
+    spinner: Spinner,
+    patience: Duration,
+}
+
+/// A request has come in; nothing has been answered yet.
+#[derive(Debug)]
+pub struct Starting {
+    key: Arc<[u8]>,
+}
+
+/// The request was accepted; its bytes are being put in.
+#[derive(Debug)]
+pub struct Sending {
+    size: Size,
+    sent: u64,
+    /// The slot that the next chunk goes to. Ours alone: the peer never says which (rule P3).
+    cursor: u32,
+    /// The permit for the slot at the cursor, if we have taken it.
+    permit: Option<Permit>,
+    /// Bytes already in that slot, by `io::Write`.
+    pending: usize,
+}
+
+impl ShmTransfer<Sender, Starting> {
+    pub(crate) fn begin(
+        segment: Arc<Segment<WriteSlots>>,
+        generation: u64,
+        key: Arc<[u8]>,
+        link: &Arc<Link>,
+    ) -> ShmTransfer<Sender, Starting> {
+        let enrolment = link.enrol(Arc::clone(&segment) as _);
+        let side = Sender {
+            segment,
+            generation,
+            phase: Phase::Offered,
+            enrolment,
+            spinner: Spinner::new(),
+            patience: DEFAULT_PATIENCE,
+        };
+        ShmTransfer { side, state: Starting { key } }
+    }
+
+    /// Lets go without answering: the request went to nobody, and is handed back.
+    pub(crate) fn forget(mut self) {
+        self.side.phase = Phase::Idle;
+    }
+
+    /// What is asked for.
+    pub fn key(&self) -> &[u8] {
+        &self.state.key
+    }
+
+    /// Who asks; `None` within one process.
+    pub fn peer(&self) -> Option<Peer> {
+        self.side.enrolment.link().peer()
+    }
+
+    /// Takes the request up, with so many bytes to follow ([`Size::Unknown`] for a stream). The
+    /// receiver learns of it with the first chunk (rule P2).
+    ///
+    /// # Errors
+    /// [`Error::Stale`] when the receiver has withdrawn the request: nothing was written.
+    pub fn accept(self, size: impl Into<Size>) -> Result<ShmTransfer<Sender, Sending>> {
+        self.accept_with(size, &())
+    }
+
+    /// As [`accept`](Self::accept), with metadata beside the size.
+    ///
+    /// # Errors
+    /// Also [`Error::Misuse`] for metadata that does not fit.
+    pub fn accept_with(
+        mut self,
+        size: impl Into<Size>,
+        metadata: &impl Metadata,
+    ) -> Result<ShmTransfer<Sender, Sending>> {
+        let size = size.into();
+        if size == Size::Known(Size::UNKNOWN) {
+            return Err(Misuse::SizeReserved.into());
+        }
+        let metadata = metadata.encode();
+        if metadata.len() > METADATA_LIMIT {
+            return Err(Misuse::MetadataTooLong { len: metadata.len(), limit: METADATA_LIMIT }.into());
+        }
+        self.side.take_up()?;
+        let announcement = &self.side.header().announcement;
+        announcement.status.store(Status::Found.to_word(), Relaxed);
+        announcement.size.store(size.to_word(), Relaxed);
+        announcement.metadata_len.store(metadata.len() as u32, Relaxed);
+        for (to, byte) in announcement.metadata.iter().zip(metadata) {
+            to.store(byte, Relaxed);
+        }
+        let state = Sending { size, sent: 0, cursor: 0, permit: None, pending: 0 };
+        Ok(ShmTransfer { side: self.side, state })
+    }
+
+    /// Answers that there will be no bytes, and why.
+    ///
+    /// # Errors
+    /// [`Error::Stale`] when the receiver has withdrawn the request.
+    pub fn refuse(mut self, why: Refusal) -> Result<()> {
+        self.side.take_up()?;
+        let header = self.side.header();
+        header.announcement.status.store(Status::Refused(why).to_word(), Relaxed);
+        // Nothing has been sent yet, so that all slots are free.
+        let permit = header.free.try_wait().map_err(|_| PeerFault::BaselessPoison)?;
+        self.side.end(Phase::Refused, permit)
+    }
+}
+
+impl ShmTransfer<Sender, Sending> {
+    /// How many bytes were announced.
+    pub fn size(&self) -> Size {
+        self.state.size
+    }
+
+    /// Bytes handed to the receiver so far.
+    pub fn sent(&self) -> u64 {
+        self.state.sent
+    }
+
+    /// How long `send_file`, `finish` and `io::Write` wait for the receiver to free a slot.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.side.patience = patience;
+    }
+
+    /// Waits for a free slot. What `io::Write` has put in so far goes out first.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], after which it may be called again; [`Error::Cancelled`] or
+    /// [`Error::Disconnected`] when nobody wants the bytes any more.
+    pub fn next_slot(&mut self, deadline: Deadline) -> Result<Slot<'_>> {
+        if self.state.pending > 0 {
+            self.publish(self.state.pending)?;
+        }
+        self.take_slot(deadline)?;
+        Ok(Slot { transfer: self })
+    }
+
+    /// Sends as many bytes of a file as were announced, or all of it, from its beginning; returns
+    /// how many. They are read straight into the segment, by `pread`: the file's own position
+    /// neither matters nor moves.
+    ///
+    /// # Errors
+    /// [`Error::SizeMismatch`] when the file ends before the announced size, [`Error::Source`]
+    /// when it cannot be read, and those of [`next_slot`](Self::next_slot). All of them abort.
+    pub fn send_file(self, file: impl AsFd) -> Result<u64> {
+        self.send_from(file, 0)
+    }
+
+    /// As [`send_file`](Self::send_file), for the bytes of a file in `range`.
+    ///
+    /// # Errors
+    /// Also [`Error::Misuse`] when the range is not as long as the announced size.
+    pub fn send_file_range(mut self, file: impl AsFd, range: Range<u64>) -> Result<u64> {
+        let len = range.end.saturating_sub(range.start);
+        match self.state.size {
+            Size::Known(announced) if announced != len => {
+                return Err(Misuse::RangeLength { range: len, announced }.into());
+            }
+            Size::Known(_) => self.send_from(file, range.start),
+            Size::Unknown => {
+                while self.state.sent < len {
+                    let (at, left) = (range.start + self.state.sent, len - self.state.sent);
+                    let slot = self.next_slot(Deadline::after(self.side.patience))?;
+                    let limit = usize::try_from(left).unwrap_or(usize::MAX);
+                    if slot.fill_from(&file, at, limit)? == 0 {
+                        return Err(Error::SizeMismatch { announced: len, found: self.state.sent });
+                    }
+                }
+                self.finish()
+            }
+        }
+    }
+
+    /// Ends the transfer; returns the bytes sent. Needed after `io::Write` and after a transfer of
+    /// unknown size; one of known size ends by itself with its last byte.
+    ///
+    /// # Errors
+    /// [`Error::SizeMismatch`] when fewer bytes were sent than announced, which aborts.
+    pub fn finish(mut self) -> Result<u64> {
+        if let Size::Known(announced) = self.state.size {
+            let found = self.state.sent + self.state.pending as u64;
+            if found != announced {
+                return Err(Error::SizeMismatch { announced, found });
+            }
+        }
+        if self.side.phase != Phase::Finished {
+            if self.state.permit.is_none() {
+                self.take_slot(Deadline::after(self.side.patience))?;
+            }
+            self.publish_chunk(ChunkLen { len: self.state.pending as u32, last: true })?;
+        }
+        Ok(self.state.sent)
+    }
+
+    fn send_from(mut self, file: impl AsFd, start: u64) -> Result<u64> {
+        while self.state.size != Size::Known(self.state.sent) {
+            let at = start + self.state.sent;
+            if self.next_slot(Deadline::after(self.side.patience))?.send_from(&file, at)? == 0 {
+                break;
+            }
+        }
+        self.finish()
+    }
+
+    /// Bytes that may still be sent.
+    fn room(&self) -> u64 {
+        self.state.size.known().map_or(u64::MAX, |size| size - self.state.sent)
+    }
+
+    fn slot_len(&self) -> usize {
+        self.side.segment.geometry().slot_len() as usize
+    }
+
+    /// Has the permit for the slot at the cursor.
+    fn take_slot(&mut self, deadline: Deadline) -> Result<()> {
+        if self.side.phase == Phase::Finished {
+            return Err(Misuse::TransferOver.into());
+        }
+        if self.state.permit.is_none() {
+            self.state.permit = Some(self.side.await_free(deadline)?);
+        }
+        Ok(())
+    }
+
+    /// Hands the slot at the cursor over, with `len` bytes in it. The chunk that completes a known
+    /// size is the last.
+    fn publish(&mut self, len: usize) -> Result<()> {
+        let last = self.state.size == Size::Known(self.state.sent + len as u64);
+        self.publish_chunk(ChunkLen { len: len as u32, last })
+    }
+
+    fn publish_chunk(&mut self, chunk: ChunkLen) -> Result<()> {
+        let Some(permit) = self.state.permit.take() else { return Err(Misuse::TransferOver.into()) };
+        let header = self.side.segment.header();
+        header.chunks[self.state.cursor as usize].store(chunk);
+        self.state.cursor = (self.state.cursor + 1) % self.side.segment.geometry().slot_count();
+        self.state.sent += u64::from(chunk.len);
+        self.state.pending = 0;
+        publish_cpu(&header.announcement.cpu);
+        if self.side.phase == Phase::Accepted {
+            header.turn.advance(self.side.generation, Phase::Accepted, Phase::Announced)?;
+            self.side.phase = Phase::Announced;
+        }
+        if chunk.last {
+            self.side.end(Phase::Finished, permit)
+        } else {
+            self.side.segment.header().filled.post(permit);
+            Ok(())
+        }
+    }
+}
+
+impl io::Write for ShmTransfer<Sender, Sending> {
+    /// Copies bytes into the current slot, waiting for a free one first; a full slot goes out.
+    /// Writing past the announced size is an error that ends the transfer.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        let room = self.room() - self.state.pending as u64;
+        if room == 0 {
+            let announced = self.state.size.known().unwrap_or(u64::MAX);
+            self.side.abort();
+            return Err(Error::SizeMismatch { announced, found: announced + 1 }.into());
+        }
+        self.take_slot(Deadline::after(self.side.patience))?;
+        let space = self.slot_len() - self.state.pending;
+        let len = bytes.len().min(space).min(usize::try_from(room).unwrap_or(usize::MAX));
+        self.side.segment.writable().write_slot(self.state.cursor, self.state.pending, &bytes[..len]);
+        self.state.pending += len;
+        if len == space || len as u64 == room {
+            self.publish(self.state.pending)?;
+        }
+        Ok(len)
+    }
+
+    /// Hands over what is in the current slot.
+    fn flush(&mut self) -> io::Result<()> {
+        if self.state.pending > 0 {
+            self.publish(self.state.pending)?;
+        }
+        Ok(())
+    }
+}
+
+/// A free slot, lent to the sender; kept for its next chunk if dropped unsent.
+pub struct Slot<'t> {
+    transfer: &'t mut ShmTransfer<Sender, Sending>,
+}
+
+impl Slot<'_> {
+    /// Bytes that fit, in the slot and in the announced size.
+    pub fn capacity(&self) -> usize {
+        let room = usize::try_from(self.transfer.room()).unwrap_or(usize::MAX);
+        self.transfer.slot_len().min(room)
+    }
+
+    /// Sends these bytes as one chunk, copying them. An empty chunk is not sent.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] when they do not fit the slot, [`Error::SizeMismatch`] when they do not
+    /// fit the announced size.
+    pub fn send(self, bytes: &[u8]) -> Result<()> {
+        let limit = self.transfer.slot_len();
+        if bytes.len() > limit {
+            return Err(Misuse::ChunkTooLong { len: bytes.len(), limit }.into());
+        }
+        if bytes.len() as u64 > self.transfer.room() {
+            let found = self.transfer.state.sent + bytes.len() as u64;
+            let announced = self.transfer.state.size.known().unwrap_or(u64::MAX);
+            return Err(Error::SizeMismatch { announced, found });
+        }
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.transfer.side.segment.writable().write_slot(self.transfer.state.cursor, 0, bytes);
+        self.transfer.publish(bytes.len())
+    }
+
+    /// Sends one chunk read from a file at `offset`, as long as fits; returns its length. Zero
+    /// means that the file ends here: nothing was sent.
+    ///
+    /// # Errors
+    /// [`Error::Source`] when the file cannot be read.
+    pub fn send_from(self, file: impl AsFd, offset: u64) -> Result<usize> {
+        self.fill_from(file, offset, usize::MAX)
+    }
+
+    fn fill_from(self, file: impl AsFd, offset: u64, limit: usize) -> Result<usize> {
+        let capacity = self.capacity().min(limit);
+        let ShmTransfer { side, state } = &mut *self.transfer;
+        let mut filled = 0;
+        while filled < capacity {
+            let (memory, at) = (side.segment.writable(), offset + filled as u64);
+            match memory.pread_slot(state.cursor, filled, capacity - filled, file.as_fd(), at) {
+                Ok(0) => break,
+                Ok(read) => filled += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Error::Source(error)),
+            }
+        }
+        if filled > 0 {
+            self.transfer.publish(filled)?;
+        }
+        Ok(filled)
+    }
+}
+
+impl fmt::Debug for Slot<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slot").field("capacity", &self.capacity()).finish()
+    }
+}
+
+impl Sender {
+    fn header(&self) -> &Header {
+        self.segment.header()
+    }
+
+    /// Takes the segment, if the request still stands (rule P1).
+    fn take_up(&mut self) -> Result<()> {
+        let header = self.segment.header();
+        if header.turn.advance(self.generation, Phase::Offered, Phase::Accepted).is_err() {
+            self.phase = Phase::Idle; // never ours: nothing to end
+            return Err(Error::Stale);
+        }
+        self.phase = Phase::Accepted;
+        header.announcement.pid.store(std::process::id(), Relaxed);
+        publish_cpu(&header.announcement.cpu);
+        Ok(())
+    }
+
+    fn await_free(&mut self, deadline: Deadline) -> Result<Permit> {
+        let header = self.segment.header();
+        // Unlike the receiver, the sender drains nothing: there is nobody to fill slots for.
+        if header.free.is_poisoned() {
+            return Err(self.why_poisoned());
+        }
+        let cpus = (&header.announcement.cpu, &header.receiver.cpu);
+        match await_permit(&header.free, &mut self.spinner, cpus, deadline) {
+            Ok(permit) => Ok(permit),
+            Err(Interrupted::TimedOut) => Err(Error::Timeout(Awaited::FreeSlot)),
+            Err(Interrupted::Poisoned) => Err(self.why_poisoned()),
+            Err(Interrupted::Os(source)) => Err(futex_error(source)),
+        }
+    }
+
+    /// Who ended the wait for free slots: the receiver, or its death.
+    fn why_poisoned(&self) -> Error {
+        let link = self.enrolment.link();
+        if self.header().receiver.cancelled.load(Relaxed) != 0 {
+            Error::Cancelled
+        } else if link.is_severed() {
+            link.obituary()
+        } else {
+            PeerFault::BaselessPoison.into()
+        }
+    }
+
+    /// Hands over the last permit and leaves the segment: the turn word is the last write, so that
+    /// whoever reads the phase knows that we are off (rule P6).
+    fn end(&mut self, phase: Phase, permit: Permit) -> Result<()> {
+        let header = self.segment.header();
+        header.filled.add(permit);
+        let left = header.turn.advance(self.generation, self.phase, phase);
+        self.phase = phase;
+        header.filled.wake(); // reads only
+        Ok(left?)
+    }
+
+    /// Gives up, unless the transfer has ended already.
+    fn abort(&mut self) {
+        if self.phase == Phase::Offered && self.take_up().is_err() {
+            return;
+        }
+        if matches!(self.phase, Phase::Accepted | Phase::Announced) {
+            let header = self.segment.header();
+            header.filled.set_poison();
+            // Fails only if the peer spoilt the word, and then nobody can be told any more.
+            let _ = header.turn.advance(self.generation, self.phase, Phase::Aborted);
+            self.phase = Phase::Aborted;
+            header.filled.wake(); // reads only
+        }
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.abort();
+    }
+}
+
+impl fmt::Debug for Sender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Sender { generation, phase, .. } = self;
+        f.debug_struct("Sender")
+            .field("segment", &self.segment.id())
+            .field("generation", generation)
+            .field("phase", phase)
+            .finish_non_exhaustive()
+    }
+}

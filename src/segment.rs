@@ -1,0 +1,197 @@
+//! Segments: their geometry and identity, what backs them, and the views that each side has.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use crate::error::{LayoutMismatch, Misuse, Result};
+use crate::peer::Poison;
+
+mod header;
+mod mapping;
+mod memfd;
+mod pool;
+
+pub(crate) use header::{ChunkLen, HEADER_LEN, Header, LAYOUT_VERSION, MAX_METADATA, Phase};
+pub(crate) use mapping::Mapping;
+pub(crate) use memfd::attach as attach_memfd;
+pub(crate) use pool::{Holding, Stock};
+
+pub use memfd::Memfd;
+pub use pool::{Lease, PoolStats, SegmentPool, SegmentPoolBuilder};
+
+/// A pool, told apart from every other pool on the machine by a random number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PoolId(pub(crate) u64);
+
+impl fmt::Display for PoolId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// A segment: its pool, and its number there, which is never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SegmentId {
+    pub(crate) pool: PoolId,
+    pub(crate) index: u32,
+}
+
+impl SegmentId {
+    /// The pool that the segment belongs to.
+    pub fn pool(self) -> PoolId {
+        self.pool
+    }
+
+    /// The segment's number in its pool.
+    pub fn index(self) -> u32 {
+        self.index
+    }
+}
+
+impl fmt::Display for SegmentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.pool, self.index)
+    }
+}
+
+/// How a segment is cut: so many slots of so many bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    slot_count: u32,
+    slot_len: u32,
+}
+
+/// Slots begin on page boundaries, whatever their length.
+const PAGE: usize = 4096;
+
+impl Geometry {
+    /// The most slots a segment has.
+    pub const MAX_SLOTS: u32 = header::MAX_SLOTS;
+    /// The longest slot, in bytes: 1 GiB.
+    pub const MAX_SLOT_LEN: u32 = 1 << 30;
+
+    pub(crate) fn new(slot_count: u32, slot_len: u32) -> Result<Geometry, LayoutMismatch> {
+        let geometry = Geometry { slot_count, slot_len };
+        let mapped = (slot_count as usize).checked_mul(geometry.slot_stride());
+        let fits = mapped.is_some_and(|len| len <= isize::MAX as usize - HEADER_LEN as usize);
+        if (1..=Self::MAX_SLOTS).contains(&slot_count) && (1..=Self::MAX_SLOT_LEN).contains(&slot_len) && fits
+        {
+            Ok(geometry)
+        } else {
+            Err(LayoutMismatch::Geometry { slot_count, slot_len })
+        }
+    }
+
+    /// The geometry that divides `segment_len` bytes among `slots`, rounding down.
+    pub(crate) fn divide(segment_len: u64, slots: u32) -> Result<Geometry, Misuse> {
+        let range = |what, given, least, most| Err(Misuse::OutOfRange { what, given, least, most });
+        if !(1..=Self::MAX_SLOTS).contains(&slots) {
+            return range("the number of slots", slots.into(), 1, Self::MAX_SLOTS.into());
+        }
+        let (least, most) = (u64::from(slots), u64::from(slots) * u64::from(Self::MAX_SLOT_LEN));
+        let slot_len = u32::try_from(segment_len / least).unwrap_or(u32::MAX);
+        Geometry::new(slots, slot_len)
+            .or_else(|_| range("the segment's length in bytes", segment_len, least, most))
+    }
+
+    /// Slots a segment.
+    pub fn slot_count(self) -> u32 {
+        self.slot_count
+    }
+
+    /// Bytes a slot holds.
+    pub fn slot_len(self) -> u32 {
+        self.slot_len
+    }
+
+    /// Bytes from one slot to the next.
+    pub(crate) fn slot_stride(self) -> usize {
+        (self.slot_len as usize).next_multiple_of(PAGE)
+    }
+
+    /// Bytes of memory a segment takes: its header and its slots, each rounded up to pages.
+    pub fn mapped_len(self) -> usize {
+        HEADER_LEN as usize + self.slot_count as usize * self.slot_stride()
+    }
+}
+
+/// A view on slots that can only read them: the receiver's (rule L4).
+#[derive(Debug)]
+pub enum ReadSlots {}
+
+/// A view on slots that can write them: the sender's.
+#[derive(Debug)]
+pub enum WriteSlots {}
+
+/// A segment as one side has it mapped.
+pub struct Segment<View> {
+    id: SegmentId,
+    mapping: Mapping,
+    view: PhantomData<fn() -> View>,
+}
+
+impl<View> Segment<View> {
+    pub(crate) fn new(id: SegmentId, mapping: Mapping) -> Segment<View> {
+        Segment { id, mapping, view: PhantomData }
+    }
+
+    /// Which segment this is.
+    pub fn id(&self) -> SegmentId {
+        self.id
+    }
+
+    /// How it is cut.
+    pub fn geometry(&self) -> Geometry {
+        self.mapping.geometry()
+    }
+
+    pub(crate) fn header(&self) -> &Header {
+        self.mapping.header()
+    }
+}
+
+impl Segment<ReadSlots> {
+    /// The memory, for reading its slots.
+    pub(crate) fn readable(&self) -> &Mapping {
+        &self.mapping
+    }
+}
+
+impl Segment<WriteSlots> {
+    /// The memory, for writing its slots.
+    pub(crate) fn writable(&self) -> &Mapping {
+        &self.mapping
+    }
+}
+
+impl<View> Poison for Segment<View> {
+    fn poison(&self) {
+        self.header().filled.poison();
+        self.header().free.poison();
+    }
+}
+
+impl<View> fmt::Debug for Segment<View> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Segment").field("id", &self.id).field("geometry", &self.geometry()).finish()
+    }
+}
+
+/// What segments are made of, and how they reach the peer.
+///
+/// A pool is typed by its backing, and so are requests: a queue that cannot carry what a pool's
+/// segments need does not take them. Sealed: a new backing comes with its rules and its tests.
+pub trait Backing: sealed::Backing + Send + Sync + 'static {}
+
+pub(crate) mod sealed {
+    use super::{Geometry, ReadSlots, Result, Segment, SegmentId, WriteSlots};
+
+    /// What every backing does. The value is what keeps a segment's memory reachable for peers.
+    pub trait Backing: Sized {
+        /// Makes the memory, really present (rule L2), with an initialised header.
+        fn create(id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Self)>;
+
+        /// Maps it once more, as a sender of this same process does.
+        fn attach(&self, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>>;
+    }
+}

@@ -1,0 +1,154 @@
+//! A segment's memory in this process. All of the library's `unsafe` stands here.
+//!
+//! The invariants that every block rests on:
+//! - **M1** `base` is the start of a mapping of `geometry.mapped_len()` bytes, readable, that lives
+//!   until the `Mapping` is dropped, and whose backing cannot shrink (sealed before it was mapped).
+//! - **M2** The first `HEADER_LEN` bytes of it are writable too.
+//! - **M3** So are the slots, if `slots_writable`.
+//! - **M4** Into the memory of M1 there are no references but to `Header`, which is all atomics.
+//!   Slots are touched through raw pointers and by system calls only (rule S1): a peer that breaks
+//!   rule P3 can spoil the bytes that are copied, and nothing else.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr::{self, NonNull};
+
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
+
+use super::Geometry;
+use super::header::{HEADER_LEN, Header};
+
+/// A mapped segment.
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    geometry: Geometry,
+    slots_writable: bool,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread (M1), and `Mapping` keeps no other
+// state than these plain values.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4).
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps a descriptor, and makes its pages present in this process (rule L2). The caller has
+    /// checked that it is `geometry.mapped_len()` bytes long and cannot become shorter.
+    pub(crate) fn new(
+        fd: impl AsFd,
+        geometry: Geometry,
+        slots_writable: bool,
+    ) -> rustix::io::Result<Mapping> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::POPULATE;
+        // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit.
+        let base = unsafe { mmap(ptr::null_mut(), geometry.mapped_len(), prot, flags, fd, 0)? };
+        let Some(base) = NonNull::new(base.cast::<u8>()) else { return Err(rustix::io::Errno::NOMEM) };
+        let mapping = Mapping { base, geometry, slots_writable };
+        if !slots_writable {
+            let (slots, len) = (mapping.slot_ptr(0, 0), geometry.mapped_len() - HEADER_LEN as usize);
+            // SAFETY: these are the mapping's own pages behind the header (M1), to which there are
+            // no references (M4).
+            unsafe { mprotect(slots.cast::<c_void>(), len, MprotectFlags::READ)? };
+        }
+        Ok(mapping)
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    pub(crate) fn header(&self) -> &Header {
+        // SAFETY: the mapping is page-aligned, readable and writable for `HEADER_LEN` bytes (M1,
+        // M2), which `Header` fits into (asserted beside it); every bit pattern is a valid atomic,
+        // and atomics may change under a shared reference, whoever changes them.
+        unsafe { self.base.cast::<Header>().as_ref() }
+    }
+
+    /// Copies bytes of a slot into private memory.
+    pub(crate) fn read_slot(&self, slot: u32, offset: usize, into: &mut [u8]) {
+        let from = self.slot_range(slot, offset, into.len());
+        // SAFETY: `from` is valid for `into.len()` reads (M1 and the range check); `into` is
+        // private memory, so the two cannot overlap; the peer leaves the slot alone until we post
+        // it (P3), and if it does not, bytes are spoilt and no more (M4).
+        unsafe { ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies bytes from private memory into a slot.
+    pub(crate) fn write_slot(&self, slot: u32, offset: usize, bytes: &[u8]) {
+        assert!(self.slots_writable, "slots are mapped read-only");
+        let to = self.slot_range(slot, offset, bytes.len());
+        // SAFETY: `to` is valid for `bytes.len()` writes (M1, M3, the range check); `bytes` is
+        // private memory, so the two cannot overlap; the peer leaves the slot alone until we post
+        // it (P3, M4).
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+    }
+
+    /// Reads from a file straight into a slot, by one `pread`. Returns how many bytes came.
+    pub(crate) fn pread_slot(
+        &self,
+        slot: u32,
+        offset: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        file_offset: u64,
+    ) -> io::Result<usize> {
+        assert!(self.slots_writable, "slots are mapped read-only");
+        let to = self.slot_range(slot, offset, len);
+        let file_offset = libc::off_t::try_from(file_offset).map_err(io::Error::other)?;
+        // SAFETY: the kernel writes at most `len` bytes to `to`, which is valid for them (M1, M3,
+        // the range check), and no reference to them exists (M4).
+        let read = unsafe { libc::pread(file.as_raw_fd(), to.cast::<c_void>(), len, file_offset) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Sends bytes of a slot to a socket without blocking, or writes them to what is no socket.
+    /// Returns how many went.
+    pub(crate) fn send_slot(
+        &self,
+        slot: u32,
+        offset: usize,
+        len: usize,
+        sink: BorrowedFd<'_>,
+    ) -> io::Result<usize> {
+        let from = self.slot_range(slot, offset, len).cast::<c_void>();
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the kernel reads at most `len` bytes from `from`, which is valid for them (M1 and
+        // the range check).
+        let mut sent = unsafe { libc::send(sink.as_raw_fd(), from, len, flags) };
+        if sent < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOTSOCK) {
+            // SAFETY: as above.
+            sent = unsafe { libc::write(sink.as_raw_fd(), from, len) };
+        }
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// The address of `len` bytes at `offset` in a slot, all of them inside it.
+    fn slot_range(&self, slot: u32, offset: usize, len: usize) -> *mut u8 {
+        let end = offset.checked_add(len);
+        assert!(slot < self.geometry.slot_count, "slot {slot} of {}", self.geometry.slot_count);
+        assert!(
+            end.is_some_and(|end| end <= self.geometry.slot_len as usize),
+            "{offset} + {len} is past the slot"
+        );
+        self.slot_ptr(slot, offset)
+    }
+
+    fn slot_ptr(&self, slot: u32, offset: usize) -> *mut u8 {
+        let at = HEADER_LEN as usize + slot as usize * self.geometry.slot_stride() + offset;
+        debug_assert!(at <= self.geometry.mapped_len());
+        // SAFETY: `at` is within the mapping, or one past its end (M1, and the callers' checks).
+        unsafe { self.base.as_ptr().add(at) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this is the whole mapping of M1; `header` borrows from `self`, so that no
+        // reference into it is left.
+        let unmapped = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len()) };
+        debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
+    }
+}

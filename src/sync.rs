@@ -1,0 +1,90 @@
+//! Waiting: deadlines, the semaphore that lives in shared memory, and its in-process sibling.
+//!
+//! Nothing here knows of segments or transfers.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+mod futex;
+mod semaphore;
+mod spin;
+mod turnstile;
+
+pub(crate) use semaphore::{Interrupted, Permit, Semaphore};
+pub(crate) use spin::Spinner;
+pub(crate) use turnstile::Turnstile;
+
+/// Atomics and fences, through one door, so that a model checker can stand in for them.
+pub(crate) mod atomic {
+    pub(crate) use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
+}
+
+// The one place that chooses how a thread of one process sleeps for a thread of another.
+pub(crate) use futex::Parker;
+
+/// A point in monotonic time after which a wait gives up; or never.
+///
+/// Deadlines are absolute, so that a call made of several waits keeps to one.
+///
+/// ```
+/// use shmferry::Deadline;
+/// use std::time::Duration;
+///
+/// let deadline = Deadline::after(Duration::from_secs(5));
+/// assert!(!deadline.has_passed());
+/// assert!(deadline.remaining().unwrap() <= Duration::from_secs(5));
+/// assert_eq!(Deadline::NEVER.remaining(), None);
+/// assert_eq!(Deadline::after(Duration::MAX), Deadline::NEVER); // overflow means for ever
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadline(Option<Instant>);
+
+impl Deadline {
+    /// No deadline: wait as long as it takes, or until the peer dies.
+    pub const NEVER: Deadline = Deadline(None);
+
+    /// `patience` from now. A patience beyond what the clock can express means [`NEVER`](Self::NEVER).
+    pub fn after(patience: Duration) -> Deadline {
+        Deadline(Instant::now().checked_add(patience))
+    }
+
+    /// This instant.
+    pub fn at(instant: Instant) -> Deadline {
+        Deadline(Some(instant))
+    }
+
+    /// The instant; `None` means never.
+    pub fn instant(self) -> Option<Instant> {
+        self.0
+    }
+
+    /// What is left: zero once the deadline has passed, `None` when there is none.
+    pub fn remaining(self) -> Option<Duration> {
+        self.0.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+
+    /// Whether nothing is left.
+    pub fn has_passed(self) -> bool {
+        self.remaining() == Some(Duration::ZERO)
+    }
+
+    /// The earlier of the two.
+    pub fn min(self, other: Deadline) -> Deadline {
+        match (self.0, other.0) {
+            (Some(a), Some(b)) => Deadline(Some(a.min(b))),
+            (a, b) => Deadline(a.or(b)),
+        }
+    }
+
+    /// What is left, as system calls take it.
+    pub(crate) fn timespec(self) -> Option<rustix::thread::Timespec> {
+        // A wait too long for the clock's type is as good as one without end: the caller loops.
+        self.remaining().and_then(|left| left.try_into().ok())
+    }
+}
+
+/// Locks a mutex whose data no panic can leave half-changed: every critical section here only moves
+/// values, so a poisoned lock is as good as a sound one.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

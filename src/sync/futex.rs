@@ -1,0 +1,35 @@
+//! The Linux parker: a thread sleeps on a word of shared memory until another process wakes it.
+
+use std::io;
+
+use rustix::io::Errno;
+use rustix::thread::futex;
+
+use super::Deadline;
+use super::atomic::AtomicU32;
+
+/// Where sleepers of one semaphore are kept. The kernel keys them by the page and offset of the
+/// word itself, so this takes no room; a parker that needs some keeps it here, in shared memory.
+#[repr(C)]
+pub(crate) struct Parker;
+
+// The shared kind, not `PRIVATE`: a private wake reaches no other process.
+const SHARED: futex::Flags = futex::Flags::empty();
+
+impl Parker {
+    /// Sleeps while `word` holds `expected`, until a wake or the deadline. Returns early for no
+    /// reason at times; the caller looks at the word again.
+    pub(crate) fn park(&self, word: &AtomicU32, expected: u32, deadline: Deadline) -> io::Result<()> {
+        match futex::wait(word, SHARED, expected, deadline.timespec().as_ref()) {
+            Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Wakes every thread, of whatever process, that sleeps on `word`.
+    pub(crate) fn unpark_all(&self, word: &AtomicU32) {
+        // The call can fail only for an address that is not mapped, and `word` is a live reference.
+        let woken = futex::wake(word, SHARED, i32::MAX as u32);
+        debug_assert!(woken.is_ok(), "futex wake: {woken:?}");
+    }
+}

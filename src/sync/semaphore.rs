@@ -1,0 +1,224 @@
+//! The counting semaphore that lives in shared memory, between two processes.
+//!
+//! # Orderings
+//! They are argued here, once, as pairs.
+//!
+//! 1. *What a permit hands over.* `post` publishes all that its thread wrote; the `wait` that takes
+//!    the permit sees it: `fetch_add(Release)` / successful compare-exchange `(Acquire)`. `poison`
+//!    publishes in the same way, and whoever finds the word poisoned has read it with `Acquire`.
+//! 2. *No lost wake-up.* `sleepers` publishes nothing, it must only be seen. Poster: change the
+//!    word, `fence(SeqCst)`, read `sleepers`. Sleeper: raise `sleepers`, `fence(SeqCst)`, let the
+//!    kernel compare the word. The fences are totally ordered: either the poster's comes first, and
+//!    then the kernel sees the changed word and does not sleep, or the sleeper's does, and then the
+//!    poster sees `sleepers` and wakes. Everything else about `sleepers` is `Relaxed`.
+
+use std::io;
+
+use super::atomic::{Acquire, AtomicU32, Relaxed, Release, SeqCst, fence};
+use super::{Deadline, Parker};
+
+/// Set in the word when the wait is over for good; the bits below count permits.
+const POISON: u32 = 1 << 31;
+
+/// The right to touch one slot, which only a wait makes and only a post takes: with `k` permits put
+/// in by [`Semaphore::reset`], there are never more than `k` in the world.
+#[must_use = "a permit that is not posted is a slot lost to the transfer"]
+#[derive(Debug)]
+pub(crate) struct Permit(());
+
+/// Why a wait ended without a permit.
+#[derive(Debug)]
+pub(crate) enum Interrupted {
+    /// The deadline passed.
+    TimedOut,
+    /// Poisoned, and no permit left to drain.
+    Poisoned,
+    /// The system would not let us sleep.
+    Os(io::Error),
+}
+
+/// A counting semaphore that two processes share; no system call unless someone has to sleep.
+///
+/// A thread that dies in its sleep leaves `sleepers` raised, which costs the posts that follow a
+/// needless system call until the next [`reset`](Self::reset), and nothing else.
+#[repr(C, align(128))]
+pub(crate) struct Semaphore {
+    /// Permits, and [`POISON`]. The futex word.
+    word: AtomicU32,
+    /// Threads that sleep, or are about to.
+    sleepers: AtomicU32,
+    parker: Parker,
+}
+
+impl Semaphore {
+    /// Starts afresh with `permits`. Only while nobody else uses the semaphore: for an owner whose
+    /// segment no sender holds (rule P6).
+    pub(crate) fn reset(&self, permits: u32) {
+        self.sleepers.store(0, Relaxed);
+        self.word.store(permits, Relaxed);
+    }
+
+    /// Whether [`poison`](Self::poison) came, permits left or not.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.word.load(Acquire) & POISON != 0
+    }
+
+    /// Takes a permit if there is one. Fails with `Poisoned` only when none is left (rule P7: what
+    /// was filled stays readable), with `TimedOut` when there is nothing yet.
+    pub(crate) fn try_wait(&self) -> Result<Permit, Interrupted> {
+        let mut seen = self.word.load(Acquire);
+        loop {
+            if seen & !POISON == 0 {
+                return Err(if seen == POISON { Interrupted::Poisoned } else { Interrupted::TimedOut });
+            }
+            match self.word.compare_exchange_weak(seen, seen - 1, Acquire, Acquire) {
+                Ok(_) => return Ok(Permit(())),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Takes a permit, sleeping until there is one, or poison, or the deadline.
+    pub(crate) fn wait(&self, deadline: Deadline) -> Result<Permit, Interrupted> {
+        loop {
+            match self.try_wait() {
+                Err(Interrupted::TimedOut) if deadline.has_passed() => return Err(Interrupted::TimedOut),
+                Err(Interrupted::TimedOut) => {}
+                settled => return settled,
+            }
+            self.sleepers.fetch_add(1, Relaxed);
+            fence(SeqCst); // pair 2
+            let slept = self.parker.park(&self.word, 0, deadline);
+            self.sleepers.fetch_sub(1, Relaxed);
+            slept.map_err(Interrupted::Os)?;
+        }
+    }
+
+    /// Hands a permit over, and wakes whoever sleeps for one.
+    pub(crate) fn post(&self, permit: Permit) {
+        self.add(permit);
+        self.wake();
+    }
+
+    /// The first half of [`post`](Self::post): from here on the permit can be taken. For a caller
+    /// that has one more thing to write before it lets the other side run.
+    pub(crate) fn add(&self, Permit(()): Permit) {
+        self.word.fetch_add(1, Release); // pair 1
+    }
+
+    /// Ends every wait, now and later, once the permits in hand are drained.
+    pub(crate) fn poison(&self) {
+        self.set_poison();
+        self.wake();
+    }
+
+    /// The first half of [`poison`](Self::poison).
+    pub(crate) fn set_poison(&self) {
+        self.word.fetch_or(POISON, Release); // pair 1
+    }
+
+    /// The second half of `post` and `poison`. Writes nothing to shared memory.
+    pub(crate) fn wake(&self) {
+        fence(SeqCst); // pair 2
+        if self.sleepers.load(Relaxed) != 0 {
+            self.parker.unpark_all(&self.word);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    fn semaphore(permits: u32) -> Semaphore {
+        Semaphore { word: AtomicU32::new(permits), sleepers: AtomicU32::new(0), parker: Parker }
+    }
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(30))
+    }
+
+    fn has_sleeper(semaphore: &Semaphore) -> bool {
+        let limit = soon();
+        while semaphore.sleepers.load(Relaxed) == 0 {
+            assert!(!limit.has_passed(), "nobody went to sleep");
+            thread::yield_now();
+        }
+        true
+    }
+
+    #[test]
+    fn permits_are_counted() {
+        let s = semaphore(2);
+        let first = s.try_wait().unwrap();
+        let _second = s.try_wait().unwrap();
+        assert!(matches!(s.try_wait(), Err(Interrupted::TimedOut)));
+        s.post(first);
+        s.try_wait().unwrap();
+    }
+
+    #[test]
+    fn a_wait_ends_at_its_deadline_and_not_before() {
+        let s = semaphore(0);
+        let start = Instant::now();
+        let patience = Duration::from_millis(50);
+        assert!(matches!(s.wait(Deadline::after(patience)), Err(Interrupted::TimedOut)));
+        assert!(start.elapsed() >= patience);
+        assert_eq!(s.sleepers.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn poison_wakes_a_sleeper_and_lets_permits_drain_first() {
+        let s = Arc::new(semaphore(1));
+        let drained = {
+            let s = Arc::clone(&s);
+            thread::spawn(move || {
+                let _permit = s.wait(soon()).unwrap();
+                s.wait(Deadline::NEVER)
+            })
+        };
+        assert!(has_sleeper(&s));
+        s.poison();
+        assert!(matches!(drained.join().unwrap(), Err(Interrupted::Poisoned)));
+
+        let s = semaphore(1);
+        s.poison();
+        s.wait(soon()).unwrap();
+        assert!(matches!(s.wait(soon()), Err(Interrupted::Poisoned)));
+        s.reset(1);
+        s.wait(soon()).unwrap();
+    }
+
+    #[test]
+    fn a_post_wakes_a_sleeper() {
+        let s = Arc::new(semaphore(1));
+        let permit = s.try_wait().unwrap();
+        let sleeper = {
+            let s = Arc::clone(&s);
+            thread::spawn(move || s.wait(Deadline::NEVER).map(drop))
+        };
+        assert!(has_sleeper(&s));
+        s.post(permit);
+        sleeper.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn two_threads_ping_pong_without_losing_a_wake() {
+        let pair = Arc::new((semaphore(1), semaphore(0)));
+        let other = {
+            let pair = Arc::clone(&pair);
+            thread::spawn(move || {
+                for _ in 0..20_000 {
+                    pair.0.post(pair.1.wait(soon()).unwrap());
+                }
+            })
+        };
+        for _ in 0..20_000 {
+            pair.1.post(pair.0.wait(soon()).unwrap());
+        }
+        other.join().unwrap();
+    }
+}

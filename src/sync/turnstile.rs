@@ -1,0 +1,128 @@
+//! A counting semaphore within one process that serves strictly in the order of arrival.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex};
+
+use super::{Deadline, lock};
+
+/// Counts what is to be had, and hands it out first come, first served: a release goes straight to
+/// whoever has waited longest, so that nobody who comes later can slip in.
+#[derive(Debug)]
+pub(crate) struct Turnstile {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    permits: usize,
+    /// Those who wait, in order. Empty whenever `permits` is not zero.
+    queue: VecDeque<Arc<Waiter>>,
+}
+
+/// Its address tells waiters apart; `called` changes only under the turnstile's lock.
+#[derive(Debug, Default)]
+struct Waiter {
+    called: Condvar,
+}
+
+impl Turnstile {
+    pub(crate) fn new(permits: usize) -> Turnstile {
+        Turnstile { state: Mutex::new(State { permits, queue: VecDeque::new() }) }
+    }
+
+    /// Takes one if nobody has to wait for it.
+    pub(crate) fn try_enter(&self) -> bool {
+        let mut state = lock(&self.state);
+        let free = state.permits > 0;
+        state.permits -= usize::from(free);
+        free
+    }
+
+    /// Takes one, waiting in line for it; `false` when the deadline came first.
+    pub(crate) fn enter(&self, deadline: Deadline) -> bool {
+        let mut state = lock(&self.state);
+        if state.permits > 0 {
+            state.permits -= 1;
+            return true;
+        }
+        let me = Arc::new(Waiter::default());
+        state.queue.push_back(Arc::clone(&me));
+        loop {
+            state = match deadline.remaining() {
+                None => me.called.wait(state).unwrap_or_else(|e| e.into_inner()),
+                Some(left) => me.called.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0,
+            };
+            // Whoever is no longer in line has been called, even if the deadline passed meanwhile.
+            let place = state.queue.iter().position(|waiter| Arc::ptr_eq(waiter, &me));
+            match place {
+                None => return true,
+                Some(place) if deadline.has_passed() => {
+                    state.queue.remove(place);
+                    return false;
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// Gives one back, to the first in line if there is a line.
+    pub(crate) fn leave(&self) {
+        let mut state = lock(&self.state);
+        match state.queue.pop_front() {
+            Some(first) => first.called.notify_one(),
+            None => state.permits += 1,
+        }
+    }
+
+    /// How many wait in line.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        lock(&self.state).queue.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn those_who_wait_are_served_in_order() {
+        let turnstile = Arc::new(Turnstile::new(1));
+        assert!(turnstile.try_enter());
+        let (served, order) = mpsc::channel();
+        let threads: Vec<_> = (0..8)
+            .map(|i| {
+                let (turnstile, served) = (Arc::clone(&turnstile), served.clone());
+                let thread = thread::spawn({
+                    let turnstile = Arc::clone(&turnstile);
+                    move || {
+                        assert!(turnstile.enter(Deadline::after(Duration::from_secs(30))));
+                        served.send(i).unwrap();
+                        turnstile.leave();
+                    }
+                });
+                while turnstile.waiting() < i + 1 {
+                    thread::yield_now();
+                }
+                thread
+            })
+            .collect();
+        assert!(!turnstile.try_enter());
+        turnstile.leave();
+        threads.into_iter().for_each(|t| t.join().unwrap());
+        assert_eq!(order.try_iter().collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
+        assert!(turnstile.try_enter());
+    }
+
+    #[test]
+    fn one_who_gives_up_leaves_the_line() {
+        let turnstile = Turnstile::new(0);
+        assert!(!turnstile.enter(Deadline::after(Duration::from_millis(1))));
+        assert_eq!(turnstile.waiting(), 0);
+        turnstile.leave();
+        assert!(turnstile.enter(Deadline::NEVER));
+    }
+}
