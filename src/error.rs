@@ -380,13 +380,13 @@ pub enum Misuse {
         /// The slot's capacity, in bytes.
         limit: usize,
     },
-    /// The range to send is not as long as the size that was announced.
-    #[error("a range of {range} bytes; {announced} were announced")]
+    /// The range to send is not as long as what is still to come of the announced size.
+    #[error("a range of {range} bytes where {expected} are still to come")]
     RangeLength {
         /// The range's length, in bytes.
         range: u64,
-        /// The size announced, in bytes.
-        announced: u64,
+        /// What is still to come, in bytes.
+        expected: u64,
     },
     /// The largest `u64` stands for "unknown" and cannot be a size.
     #[error("no transfer can be u64::MAX bytes long")]

@@ -163,40 +163,30 @@ impl ShmTransfer<Sender, Sending> {
         Ok(Slot { transfer: self })
     }
 
-    /// Sends as many bytes of a file as were announced, or all of it, from its beginning; returns
-    /// how many. They are read straight into the segment, by `pread`: the file's own position
-    /// neither matters nor moves.
+    /// Sends a file from its beginning, as many bytes as are still to come of the announced size, or
+    /// all of it when the size is unknown, and ends the transfer; returns the bytes sent in all. They
+    /// are read straight into the segment, by `pread`: the file's own position neither matters nor
+    /// moves.
     ///
     /// # Errors
     /// [`Error::SizeMismatch`] when the file ends before the announced size, [`Error::Source`]
     /// when it cannot be read, and those of [`next_slot`](Self::next_slot). All of them abort.
     pub fn send_file(self, file: impl AsFd) -> Result<u64> {
-        self.send_from(file, 0)
+        let len = self.state.size.known().map(|size| size - self.state.sent - self.state.pending as u64);
+        self.send_from(file, 0, len)
     }
 
     /// As [`send_file`](Self::send_file), for the bytes of a file in `range`.
     ///
     /// # Errors
-    /// Also [`Error::Misuse`] when the range is not as long as the announced size.
-    pub fn send_file_range(mut self, file: impl AsFd, range: Range<u64>) -> Result<u64> {
+    /// Also [`Error::Misuse`] when the range is not as long as what is still to come.
+    pub fn send_file_range(self, file: impl AsFd, range: Range<u64>) -> Result<u64> {
         let len = range.end.saturating_sub(range.start);
-        match self.state.size {
-            Size::Known(announced) if announced != len => {
-                return Err(Misuse::RangeLength { range: len, announced }.into());
-            }
-            Size::Known(_) => self.send_from(file, range.start),
-            Size::Unknown => {
-                while self.state.sent < len {
-                    let (at, left) = (range.start + self.state.sent, len - self.state.sent);
-                    let slot = self.next_slot(Deadline::after(self.side.patience))?;
-                    let limit = usize::try_from(left).unwrap_or(usize::MAX);
-                    if slot.fill_from(&file, at, limit)? == 0 {
-                        return Err(Error::SizeMismatch { announced: len, found: self.state.sent });
-                    }
-                }
-                self.finish()
-            }
+        let room = self.room() - self.state.pending as u64;
+        if self.state.size != Size::Unknown && room != len {
+            return Err(Misuse::RangeLength { range: len, expected: room }.into());
         }
+        self.send_from(file, range.start, Some(len))
     }
 
     /// Ends the transfer; returns the bytes sent. Needed after `io::Write` and after a transfer of
@@ -205,11 +195,9 @@ impl ShmTransfer<Sender, Sending> {
     /// # Errors
     /// [`Error::SizeMismatch`] when fewer bytes were sent than announced, which aborts.
     pub fn finish(mut self) -> Result<u64> {
-        if let Size::Known(announced) = self.state.size {
-            let found = self.state.sent + self.state.pending as u64;
-            if found != announced {
-                return Err(Error::SizeMismatch { announced, found });
-            }
+        let found = self.state.sent + self.state.pending as u64;
+        if self.state.size.known().is_some_and(|announced| announced != found) {
+            return Err(self.mismatch(found));
         }
         if self.side.phase != Phase::Finished {
             if self.state.permit.is_none() {
@@ -220,12 +208,16 @@ impl ShmTransfer<Sender, Sending> {
         Ok(self.state.sent)
     }
 
-    fn send_from(mut self, file: impl AsFd, start: u64) -> Result<u64> {
-        while self.state.size != Size::Known(self.state.sent) {
-            let at = start + self.state.sent;
-            if self.next_slot(Deadline::after(self.side.patience))?.send_from(&file, at)? == 0 {
-                break;
-            }
+    fn send_from(mut self, file: impl AsFd, start: u64, len: Option<u64>) -> Result<u64> {
+        let mut done = 0;
+        while Some(done) != len {
+            let left = len.map_or(usize::MAX, |len| usize::try_from(len - done).unwrap_or(usize::MAX));
+            let slot = self.next_slot(Deadline::after(self.side.patience))?;
+            done += match (slot.fill_from(&file, start + done, left)?, len) {
+                (0, Some(announced)) => return Err(Error::SizeMismatch { announced, found: done }),
+                (0, None) => break,
+                (filled, _) => filled as u64,
+            };
         }
         self.finish()
     }
@@ -235,13 +227,17 @@ impl ShmTransfer<Sender, Sending> {
         self.state.size.known().map_or(u64::MAX, |size| size - self.state.sent)
     }
 
+    fn mismatch(&self, found: u64) -> Error {
+        Error::SizeMismatch { announced: self.state.size.to_word(), found }
+    }
+
     fn slot_len(&self) -> usize {
         self.side.segment.geometry().slot_len() as usize
     }
 
     /// Has the permit for the slot at the cursor.
     fn take_slot(&mut self, deadline: Deadline) -> Result<()> {
-        if self.side.phase == Phase::Finished {
+        if !matches!(self.side.phase, Phase::Accepted | Phase::Announced) {
             return Err(Misuse::TransferOver.into());
         }
         if self.state.permit.is_none() {
@@ -280,20 +276,20 @@ impl ShmTransfer<Sender, Sending> {
 
 impl io::Write for ShmTransfer<Sender, Sending> {
     /// Copies bytes into the current slot, waiting for a free one first; a full slot goes out.
-    /// Writing past the announced size is an error that ends the transfer.
+    /// Bytes past the announced size are an error that aborts the transfer.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if bytes.is_empty() {
             return Ok(0);
         }
         let room = self.room() - self.state.pending as u64;
-        if room == 0 {
-            let announced = self.state.size.known().unwrap_or(u64::MAX);
+        if bytes.len() as u64 > room {
+            let found = self.state.sent + (self.state.pending + bytes.len()) as u64;
             self.side.abort();
-            return Err(Error::SizeMismatch { announced, found: announced + 1 }.into());
+            return Err(self.mismatch(found).into());
         }
         self.take_slot(Deadline::after(self.side.patience))?;
         let space = self.slot_len() - self.state.pending;
-        let len = bytes.len().min(space).min(usize::try_from(room).unwrap_or(usize::MAX));
+        let len = bytes.len().min(space);
         self.side.segment.writable().write_slot(self.state.cursor, self.state.pending, &bytes[..len]);
         self.state.pending += len;
         if len == space || len as u64 == room {
@@ -335,8 +331,7 @@ impl Slot<'_> {
         }
         if bytes.len() as u64 > self.transfer.room() {
             let found = self.transfer.state.sent + bytes.len() as u64;
-            let announced = self.transfer.state.size.known().unwrap_or(u64::MAX);
-            return Err(Error::SizeMismatch { announced, found });
+            return Err(self.transfer.mismatch(found));
         }
         if bytes.is_empty() {
             return Ok(());
