@@ -67,12 +67,12 @@ pub enum Error {
     },
 
     /// There is not enough memory for a pool of this size. Nothing was kept.
-    #[error("a pool of {asked} bytes does not fit: {available} bytes of memory are available")]
-    OutOfMemory {
+    #[error("no memory for a pool of {asked} bytes: {source}")]
+    Memory {
         /// Bytes that all segments of the pool take, headers included.
         asked: u64,
-        /// Bytes that the system says it can still give.
-        available: u64,
+        /// What the system answered.
+        source: io::Error,
     },
 
     /// Another living process serves this address.
@@ -132,7 +132,7 @@ impl Error {
             | Error::Rejected(_) => Fault::Peer,
             Error::Closed | Error::Misuse(_) | Error::AddressInUse { .. } => Fault::Ours,
             Error::SizeMismatch { .. } | Error::Sink(_) | Error::Source(_) => Fault::Outside,
-            Error::OutOfMemory { .. } | Error::Os { .. } => Fault::System,
+            Error::Memory { .. } | Error::Os { .. } => Fault::System,
         }
     }
 
@@ -150,7 +150,10 @@ impl From<Error> for io::Error {
             Error::Aborted | Error::Cancelled | Error::Stale => io::ErrorKind::ConnectionAborted,
             Error::Peer(_) | Error::Layout(_) => io::ErrorKind::InvalidData,
             Error::Misuse(_) => io::ErrorKind::InvalidInput,
-            Error::Sink(source) | Error::Source(source) | Error::Os { source, .. } => source.kind(),
+            Error::Sink(source)
+            | Error::Source(source)
+            | Error::Memory { source, .. }
+            | Error::Os { source, .. } => source.kind(),
             _ => io::ErrorKind::Other,
         };
         io::Error::new(kind, error)

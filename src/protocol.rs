@@ -13,6 +13,8 @@ use crate::sync::{Deadline, Interrupted, Permit, Semaphore, Spinner, lock};
 mod metadata;
 mod receiver;
 mod sender;
+#[cfg(test)]
+mod tests;
 
 pub use metadata::Metadata;
 pub use receiver::{Chunk, Offered, Receiver, Receiving, Reply};

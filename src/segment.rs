@@ -11,6 +11,8 @@ mod mapping;
 mod memfd;
 mod pool;
 
+#[cfg(test)]
+pub(crate) use header::Turn;
 pub(crate) use header::{ChunkLen, HEADER_LEN, Header, LAYOUT_VERSION, MAX_METADATA, Phase};
 pub(crate) use mapping::Mapping;
 pub(crate) use memfd::attach as attach_memfd;

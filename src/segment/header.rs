@@ -206,6 +206,11 @@ impl Turn {
         Ok(next)
     }
 
+    #[cfg(test)]
+    pub(crate) fn raw(&self) -> &AtomicU64 {
+        &self.0
+    }
+
     fn swap(&self, from: u64, to: u64) -> Result<(), PeerFault> {
         match self.0.compare_exchange(from, to, AcqRel, Acquire) {
             Ok(_) => Ok(()),

@@ -74,3 +74,97 @@ pub(crate) fn attach(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> Result
     mapping.header().verify(id, geometry)?;
     Ok(Segment::new(id, mapping))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::PoolId;
+    use super::*;
+    use rustix::fs::ftruncate;
+
+    const ID: SegmentId = SegmentId { pool: PoolId(7), index: 3 };
+
+    fn geometry() -> Geometry {
+        Geometry::new(2, 5000).unwrap()
+    }
+
+    fn refusal(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> LayoutMismatch {
+        match attach(fd, id, geometry) {
+            Err(Error::Layout(mismatch)) => mismatch,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn memfd(len: u64, allocated: bool, seals: SealFlags) -> OwnedFd {
+        let fd = memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, len).unwrap();
+        if allocated {
+            fallocate(&fd, FallocateFlags::empty(), 0, len).unwrap();
+        }
+        fcntl_add_seals(&fd, seals).unwrap();
+        fd
+    }
+
+    #[test]
+    fn an_honest_segment_is_attached() {
+        let (owned, memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
+        let attached = attach(&memory, ID, geometry()).unwrap();
+        attached.writable().write_slot(1, 4990, b"0123456789");
+        let mut seen = [0; 10];
+        owned.readable().read_slot(1, 4990, &mut seen);
+        assert_eq!(&seen, b"0123456789");
+    }
+
+    #[test]
+    fn only_the_segment_that_was_announced() {
+        let (_owned, memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
+        let other = SegmentId { index: 4, ..ID };
+        assert_eq!(
+            refusal(&memory, other, geometry()),
+            LayoutMismatch::Identity { found: ID, expected: other }
+        );
+        // The same length, cut in another way.
+        let recut = Geometry::new(2, 5001).unwrap();
+        let found = LayoutMismatch::Geometry { slot_count: 2, slot_len: 5000 };
+        assert_eq!(refusal(&memory, ID, recut), found);
+        let longer = Geometry::new(3, 5000).unwrap();
+        let sizes = LayoutMismatch::Size { found: 20_480, expected: 28_672 };
+        assert_eq!(refusal(&memory, ID, longer), sizes);
+    }
+
+    #[test]
+    fn no_descriptor_that_could_kill_us() {
+        let len = geometry().mapped_len() as u64;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        assert_eq!(refusal(&file, ID, geometry()), LayoutMismatch::Unsealed);
+        let growing = memfd(len, true, SealFlags::GROW | SealFlags::SEAL);
+        assert_eq!(refusal(&growing, ID, geometry()), LayoutMismatch::Unsealed);
+        let short = memfd(len - 1, true, SEALS);
+        let sizes = LayoutMismatch::Size { found: len - 1, expected: len };
+        assert_eq!(refusal(&short, ID, geometry()), sizes);
+        let hollow = memfd(len, false, SEALS);
+        assert_eq!(refusal(&hollow, ID, geometry()), LayoutMismatch::Sparse { present: 0, expected: len });
+        let blank = memfd(len, true, SEALS);
+        assert_eq!(refusal(&blank, ID, geometry()), LayoutMismatch::NotASegment);
+    }
+
+    #[test]
+    #[should_panic(expected = "past the slot")]
+    fn no_access_past_a_slot() {
+        let (owned, _memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
+        owned.readable().read_slot(0, 4999, &mut [0; 2]);
+    }
+
+    #[test]
+    fn the_receiver_cannot_write_to_slots() {
+        let (owned, _memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        // The header is writable, the slots behind it are not (rule L4).
+        let header = owned.header() as *const _ as usize;
+        let line = |start: usize| {
+            maps.lines().find(|line| line.starts_with(&format!("{start:x}-"))).unwrap().to_owned()
+        };
+        assert!(line(header).contains(" rw-s "));
+        assert!(line(header + 4096).contains(" r--s "));
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
+use std::io;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
@@ -82,8 +83,8 @@ impl<B: Backing> SegmentPool<B> {
     /// in which they came.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when none came free in time; [`Error::Os`] or [`Error::OutOfMemory`] when a retired
-    /// segment could not be replaced.
+    /// [`Error::Timeout`] when none came free in time; [`Error::Os`] when a retired segment could not be
+    /// replaced.
     pub fn lease(&self, deadline: Deadline) -> Result<Lease<B>> {
         let pool = &self.shared;
         if !pool.available.try_enter() && !crew::lend(|| pool.available.enter(deadline)) {
@@ -179,8 +180,8 @@ impl<B: Backing> SegmentPoolBuilder<B> {
     /// Makes the pool, with all its memory present.
     ///
     /// # Errors
-    /// [`Error::Misuse`] for numbers outside their limits, [`Error::OutOfMemory`] when the system
-    /// has less memory available than the pool takes, [`Error::Os`] for anything else it refuses.
+    /// [`Error::Misuse`] for numbers outside their limits, [`Error::Memory`] when the system has
+    /// less memory than the pool takes, [`Error::Os`] for anything else it refuses.
     pub fn create(self) -> Result<SegmentPool<B>> {
         const MOST: u32 = 1 << 16;
         if !(1..=MOST).contains(&self.segments) {
@@ -191,7 +192,8 @@ impl<B: Backing> SegmentPoolBuilder<B> {
         let asked = geometry.mapped_len() as u64 * u64::from(self.segments);
         // Asking the kernel for more than there is gets this process killed, not an error.
         if let Some(available) = available_memory().filter(|available| *available < asked) {
-            return Err(Error::OutOfMemory { asked, available });
+            let source = format!("only {available} bytes are available");
+            return Err(Error::Memory { asked, source: io::Error::new(io::ErrorKind::OutOfMemory, source) });
         }
 
         let mut random = [0; 8];
@@ -210,7 +212,10 @@ impl<B: Backing> SegmentPoolBuilder<B> {
             }),
         };
         for _ in 0..self.segments {
-            let stock = shared.make()?;
+            let stock = shared.make().map_err(|error| match error {
+                Error::Os { source, .. } if is_lack_of_memory(&source) => Error::Memory { asked, source },
+                other => other,
+            })?;
             lock(&shared.state).idle.push(stock);
         }
         Ok(SegmentPool { shared: Arc::new(shared) })
@@ -431,6 +436,10 @@ fn reclaim(segment: &Segment<ReadSlots>, generation: u64) -> bool {
         Some(phase) if phase.is_off() => turn.advance(generation, phase, Phase::Idle).is_ok(),
         _ => false,
     }
+}
+
+fn is_lack_of_memory(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::OutOfMemory | io::ErrorKind::StorageFull)
 }
 
 /// Bytes of memory that the system can still give, where it says so.

@@ -1,0 +1,231 @@
+//! Peers that break the rules: each breach is told as what it is, and costs nothing else (rule P3).
+
+use std::io::Read;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::channel::{InProcess, Request, RequestQueue, Requester};
+use crate::error::{Fault, Misuse};
+use crate::segment::{ChunkLen, Memfd, SegmentPool, WriteSlots};
+use crate::sync::atomic::Release;
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(30))
+}
+
+/// An honest receiver with its pool, and the segment in the hands of whoever plays the sender.
+struct Stage {
+    pool: SegmentPool<Memfd>,
+    transfer: ShmTransfer<Receiver, Offered>,
+    segment: Arc<Segment<WriteSlots>>,
+    generation: u64,
+    _request: Request<Memfd>,
+}
+
+fn stage() -> Stage {
+    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
+    let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+    let segment = pool.live().1[0].writable().unwrap();
+    let (generation, _) = segment.header().turn.load().unwrap();
+    Stage { pool, transfer, segment, generation, _request: request }
+}
+
+/// The pool's one segment.
+fn only(pool: &SegmentPool<Memfd>) -> Arc<Segment<ReadSlots>> {
+    Arc::clone(&pool.live().1[0].segment)
+}
+
+impl Stage {
+    /// Does what an honest sender does up to its first post, with these words in the announcement.
+    fn announce(&self, status: u32, size: u64, metadata_len: u32, first: ChunkLen) {
+        let header = self.segment.header();
+        header.turn.advance(self.generation, Phase::Offered, Phase::Accepted).unwrap();
+        header.announcement.status.store(status, Relaxed);
+        header.announcement.size.store(size, Relaxed);
+        header.announcement.metadata_len.store(metadata_len, Relaxed);
+        header.turn.advance(self.generation, Phase::Accepted, Phase::Announced).unwrap();
+        self.chunk(0, first);
+    }
+
+    fn chunk(&self, slot: usize, chunk: ChunkLen) {
+        let header = self.segment.header();
+        header.chunks[slot].store(chunk);
+        header.filled.post(header.free.try_wait().unwrap());
+    }
+
+    /// The fault that reading everything ends in. The segment must not come back into use.
+    fn fault(self) -> PeerFault {
+        let result = match self.transfer.reply(soon()) {
+            Ok(Reply::Found(mut body)) => {
+                let error = body.read_to_end(&mut Vec::new()).unwrap_err();
+                // Nothing more is taken from a peer that was caught.
+                assert!(matches!(body.next_chunk(soon()), Err(Error::Misuse(Misuse::TransferOver))));
+                *error.into_inner().unwrap().downcast::<Error>().unwrap()
+            }
+            Ok(reply) => panic!("{reply:?}"),
+            Err(error) => error,
+        };
+        assert_eq!(result.fault(), Fault::Peer);
+        let lease = self.pool.lease(soon()).unwrap();
+        assert_eq!(self.pool.stats().retired, 1, "a sender that is not off keeps the old segment");
+        assert_ne!(lease.segment().id(), self.segment.id());
+        match result {
+            Error::Peer(fault) => fault,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+const FOUND: u32 = 1;
+
+fn len(len: u32) -> ChunkLen {
+    ChunkLen { len, last: false }
+}
+
+fn last(len: u32) -> ChunkLen {
+    ChunkLen { len, last: true }
+}
+
+#[test]
+fn a_chunk_longer_than_its_slot() {
+    let stage = stage();
+    stage.announce(FOUND, 1000, 0, len(101));
+    assert_eq!(stage.fault(), PeerFault::ChunkTooLong { len: 101, limit: 100 });
+}
+
+#[test]
+fn the_longest_chunk_that_a_word_can_say() {
+    let stage = stage();
+    stage.announce(FOUND, u64::MAX, 0, len(u32::MAX >> 1));
+    assert_eq!(stage.fault(), PeerFault::ChunkTooLong { len: u32::MAX >> 1, limit: 100 });
+}
+
+#[test]
+fn chunks_whose_sum_exceeds_the_size() {
+    let stage = stage();
+    stage.announce(FOUND, 150, 0, len(100));
+    stage.chunk(1, last(100));
+    assert_eq!(stage.fault(), PeerFault::TooLong { announced: 150, received: 200 });
+}
+
+#[test]
+fn an_end_before_the_size_is_reached() {
+    let stage = stage();
+    stage.announce(FOUND, 150, 0, len(100));
+    stage.chunk(1, last(10));
+    assert_eq!(stage.fault(), PeerFault::WrongEnd { announced: 150, received: 110 });
+}
+
+#[test]
+fn no_end_where_the_size_is_reached() {
+    let stage = stage();
+    stage.announce(FOUND, 100, 0, len(100));
+    assert_eq!(stage.fault(), PeerFault::WrongEnd { announced: 100, received: 100 });
+}
+
+#[test]
+fn statuses_that_no_sender_gives() {
+    for status in [0, 5, 0x0002_0000, u32::MAX] {
+        let stage = stage();
+        stage.announce(status, 0, 0, last(0));
+        assert_eq!(stage.fault(), PeerFault::UnknownStatus(status));
+    }
+}
+
+#[test]
+fn metadata_longer_than_the_header() {
+    for metadata_len in [1025, u32::MAX] {
+        let stage = stage();
+        stage.announce(FOUND, 0, metadata_len, last(0));
+        assert_eq!(stage.fault(), PeerFault::MetadataTooLong { len: metadata_len, limit: 1024 });
+    }
+}
+
+#[test]
+fn poison_without_a_cause() {
+    let stage = stage();
+    stage.segment.header().turn.advance(stage.generation, Phase::Offered, Phase::Accepted).unwrap();
+    stage.segment.header().filled.poison();
+    assert_eq!(stage.fault(), PeerFault::BaselessPoison);
+}
+
+#[test]
+fn permits_out_of_nowhere_bring_no_foreign_bytes() {
+    // `filled` counts more slots than there are: their lengths are what the header says, zero or
+    // stale, and still checked.
+    let stage = stage();
+    stage.announce(FOUND, 1000, 0, len(100));
+    let flood = stage.segment.header().filled.try_wait().unwrap();
+    stage.segment.header().filled.reset(1 << 20);
+    drop(flood);
+    for slot in 1..4 {
+        stage.segment.header().chunks[slot].store(len(100));
+    }
+    // Round and round, the same hundred bytes, up to the size: and then no end is marked.
+    assert_eq!(stage.fault(), PeerFault::WrongEnd { announced: 1000, received: 1000 });
+}
+
+#[test]
+fn a_spoilt_turn_word_costs_the_segment_and_no_more() {
+    let stage = stage();
+    stage.segment.header().turn.spoil(u64::MAX);
+    drop(stage.transfer);
+    let lease = stage.pool.lease(soon()).unwrap();
+    assert_eq!(stage.pool.stats().retired, 1);
+    drop(lease);
+
+    // Spoilt while it lies idle, it is replaced before anyone gets it.
+    stage.pool.live().1[0].segment.header().turn.spoil(7);
+    let (_request, transfer) = stage.pool.lease(soon()).unwrap().request("key").unwrap();
+    drop(transfer);
+    assert_eq!(stage.pool.stats().retired, 2);
+}
+
+#[test]
+fn a_receiver_that_poisons_or_flips_phases_is_caught_by_the_sender() {
+    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
+    let queue = InProcess::bounded(1);
+    let request = || {
+        let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+        queue.send(request, soon()).unwrap();
+        (queue.recv(soon()).unwrap(), transfer)
+    };
+
+    let (sender, _transfer) = request();
+    let mut sending = sender.accept(1000).unwrap();
+    only(&pool).header().free.poison();
+    let error = sending.next_slot(soon()).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Peer(PeerFault::BaselessPoison)), "{error}");
+    drop((sending, _transfer));
+
+    let (sender, _transfer) = request();
+    let mut sending = sender.accept(1000).unwrap();
+    only(&pool).header().turn.spoil(0xdead);
+    let error = sending.next_slot(soon()).unwrap().send(b"a").unwrap_err();
+    assert!(matches!(error, Error::Peer(PeerFault::ImpossibleTurn(0xdead))), "{error}");
+}
+
+#[test]
+fn a_small_file_costs_one_post_each_way() {
+    // Rule P2: by the first permit, announcement, bytes and end are all there.
+    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
+    let queue = InProcess::bounded(1);
+    let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+    queue.send(request, soon()).unwrap();
+    let mut sending = queue.recv(soon()).unwrap().accept(5).unwrap();
+    assert!(only(&pool).header().filled.try_wait().is_err(), "nothing is posted with the acceptance");
+    sending.next_slot(soon()).unwrap().send(b"small").unwrap();
+    assert_eq!(only(&pool).header().turn.load(), Ok((1, Phase::Finished)));
+    let Reply::Found(mut body) = transfer.reply(soon()).unwrap() else { panic!() };
+    assert!(only(&pool).header().filled.try_wait().is_err(), "one post, and the reply has taken it");
+    let mut bytes = String::new();
+    body.read_to_string(&mut bytes).unwrap();
+    assert_eq!(bytes, "small");
+}
+
+impl crate::segment::Turn {
+    fn spoil(&self, word: u64) {
+        self.raw().store(word, Release);
+    }
+}

@@ -1,0 +1,409 @@
+//! Transfers over every shape of segment and size; pools; what the API refuses.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use shmferry::{
+    Awaited, Deadline, Error, Fault, InProcess, Memfd, Misuse, Receiver, Receiving, Reply, RequestQueue,
+    Requester, SegmentPool, Sender, ShmTransfer, Size, Starting,
+};
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(30))
+}
+
+fn pool(segments: u32, segment_len: u64, slots: u32) -> SegmentPool<Memfd> {
+    SegmentPool::builder().segments(segments).segment_len(segment_len).slots(slots).create().unwrap()
+}
+
+/// Bytes that differ from slot to slot and from one length to another.
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes()[0]).collect()
+}
+
+fn file_of(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+/// Runs one transfer: `send` on a thread of its own, `receive` here.
+fn ferry<T: Send + 'static, R>(
+    pool: &SegmentPool<Memfd>,
+    send: impl FnOnce(ShmTransfer<Sender, Starting>) -> T + Send + 'static,
+    receive: impl FnOnce(ShmTransfer<Receiver, Receiving>) -> R,
+) -> (T, R) {
+    let queue = InProcess::bounded(1);
+    let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+    queue.send(request, soon()).unwrap();
+    let sender = thread::spawn(move || send(queue.recv(soon()).unwrap()));
+    let Reply::Found(body) = transfer.reply(soon()).unwrap() else { panic!("refused") };
+    let received = receive(body);
+    (sender.join().unwrap(), received)
+}
+
+fn read_all(mut body: ShmTransfer<Receiver, Receiving>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    body.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn every_size_through_every_geometry() {
+    for slots in [1, 2, 3, 8] {
+        for slot_len in [1u64, 7, 4096, 5000] {
+            let segment = slot_len * u64::from(slots);
+            let pool = pool(1, segment, slots);
+            let sizes = [
+                0,
+                1,
+                slot_len - 1,
+                slot_len,
+                slot_len + 1,
+                segment - 1,
+                segment,
+                segment + 1,
+                10 * segment + 3,
+            ];
+            for size in sizes {
+                let bytes = pattern(size as usize);
+                let file = file_of(&bytes);
+                let (sent, received) =
+                    ferry(&pool, move |t| t.accept(size).unwrap().send_file(&file).unwrap(), read_all);
+                assert_eq!(sent, size);
+                assert!(received == bytes, "{size} bytes through {slots} slots of {slot_len}");
+
+                let file = file_of(&bytes);
+                let (sent, received) = ferry(
+                    &pool,
+                    move |t| t.accept(Size::Unknown).unwrap().send_file(&file).unwrap(),
+                    read_all,
+                );
+                assert_eq!(sent, size);
+                assert!(received == bytes, "a stream of {size} through {slots} slots of {slot_len}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_range_of_a_file() {
+    let pool = pool(1, 4096, 2);
+    let bytes = pattern(20_000);
+    for size in [Size::Known(9_000), Size::Unknown] {
+        let file = file_of(&bytes);
+        let (sent, received) = ferry(
+            &pool,
+            move |t| t.accept(size).unwrap().send_file_range(&file, 5_000..14_000).unwrap(),
+            read_all,
+        );
+        assert_eq!(sent, 9_000);
+        assert!(received == bytes[5_000..14_000]);
+    }
+    let (file, empty) = (file_of(&bytes), file_of(b""));
+    let queue = InProcess::bounded(1);
+    for (size, file, expected) in [
+        (Size::Known(5), &file, "a range of 10 bytes where 5 are still to come"),
+        (Size::Unknown, &empty, "10 bytes were announced, but the source holds 0"),
+    ] {
+        let (request, _transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+        queue.send(request, soon()).unwrap();
+        let sending = queue.recv(soon()).unwrap().accept(size).unwrap();
+        assert_eq!(sending.send_file_range(file, 0..10).unwrap_err().to_string(), expected);
+    }
+}
+
+#[test]
+fn bytes_written_before_a_file_go_out_first() {
+    let pool = pool(1, 64, 2);
+    let (sent, received) = ferry(
+        &pool,
+        |t| {
+            let file = file_of(b"and the file");
+            let mut sending = t.accept(18).unwrap();
+            sending.write_all(b"first ").unwrap();
+            sending.send_file(&file).unwrap()
+        },
+        read_all,
+    );
+    assert_eq!((sent, &received[..]), (18, &b"first and the file"[..]));
+}
+
+#[test]
+fn the_files_own_position_neither_matters_nor_moves() {
+    let pool = pool(1, 64, 2);
+    let mut file = file_of(&pattern(100));
+    file.seek(SeekFrom::Start(42)).unwrap();
+    let same = file.try_clone().unwrap();
+    let (_, received) = ferry(&pool, move |t| t.accept(100).unwrap().send_file(&same).unwrap(), read_all);
+    assert!(received == pattern(100));
+    assert_eq!(file.stream_position().unwrap(), 42);
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error_on_both_sides() {
+    let pool = pool(1, 4096, 4);
+    let file = file_of(&pattern(50_000));
+    let shrinking = file.try_clone().unwrap();
+    let (sent, received) = ferry(
+        &pool,
+        move |t| t.accept(50_000).unwrap().send_file(&file),
+        move |mut body| {
+            let mut bytes = vec![0; 1000];
+            body.read_exact(&mut bytes).unwrap();
+            shrinking.set_len(20_000).unwrap();
+            body.read_to_end(&mut bytes).map(|_| bytes)
+        },
+    );
+    let error = sent.unwrap_err();
+    assert!(matches!(error, Error::SizeMismatch { announced: 50_000, found: 20_000 }), "{error}");
+    assert_eq!(error.fault(), Fault::Outside);
+    let error = received.unwrap_err();
+    assert!(matches!(error.get_ref().unwrap().downcast_ref(), Some(Error::Aborted)), "{error}");
+}
+
+#[test]
+fn a_source_longer_than_announced_is_an_error_on_both_sides() {
+    let pool = pool(1, 4096, 4);
+    let (sent, received) = ferry(
+        &pool,
+        |t| {
+            let mut sending = t.accept(10).unwrap();
+            sending.next_slot(soon()).unwrap().send(b"12345").unwrap();
+            let error = sending.next_slot(soon()).unwrap().send(b"678901").unwrap_err();
+            assert!(matches!(error, Error::SizeMismatch { announced: 10, found: 11 }), "{error}");
+            sending.write_all(b"678901")
+        },
+        |mut body| body.read_to_end(&mut Vec::new()),
+    );
+    assert!(sent.unwrap_err().to_string().contains("10 bytes were announced, but the source holds 11"));
+    assert!(received.is_err());
+}
+
+#[test]
+fn finishing_short_is_an_error_on_both_sides() {
+    let pool = pool(1, 4096, 4);
+    let (sent, received) = ferry(
+        &pool,
+        |t| {
+            let mut sending = t.accept(10).unwrap();
+            sending.write_all(b"12345").unwrap();
+            sending.flush().unwrap();
+            sending.finish()
+        },
+        |mut body| body.read_to_end(&mut Vec::new()),
+    );
+    assert!(matches!(sent, Err(Error::SizeMismatch { announced: 10, found: 5 })), "{sent:?}");
+    assert!(received.is_err());
+}
+
+#[test]
+fn chunks_are_copied_in_parts_or_passed_over() {
+    let pool = pool(1, 40, 4);
+    let (_, ()) = ferry(
+        &pool,
+        |t| t.accept(30).unwrap().send_file(file_of(b"aaaaaaaaaabbbbbbbbbbcccccccccc")).unwrap(),
+        |mut body| {
+            let mut chunk = body.next_chunk(soon()).unwrap().unwrap();
+            let mut part = [0; 4];
+            assert_eq!((chunk.len(), chunk.copy_to(&mut part), &part), (10, 4, b"aaaa"));
+            assert_eq!((chunk.len(), chunk.copy_to(&mut [0; 100]), chunk.is_empty()), (6, 6, true));
+            assert_eq!(chunk.copy_to(&mut part), 0);
+            drop(chunk);
+            drop(body.next_chunk(soon()).unwrap()); // all the b's, unread
+            let mut two = [0; 2];
+            body.read_exact(&mut two).unwrap();
+            // What `read` left of a chunk is the next chunk.
+            assert_eq!((&two, body.next_chunk(soon()).unwrap().unwrap().len()), (b"cc", 8));
+            assert!(body.next_chunk(soon()).unwrap().is_none());
+            assert!(body.next_chunk(soon()).unwrap().is_none());
+        },
+    );
+}
+
+#[test]
+fn bytes_go_to_sockets_pipes_and_files() {
+    let pool = pool(1, 64 << 10, 4);
+    let bytes = pattern(300_000);
+    let file = file_of(&bytes);
+    let mut target = tempfile::tempfile().unwrap();
+    let (_, copied) = ferry(
+        &pool,
+        {
+            let file = file.try_clone().unwrap();
+            move |t| t.accept(300_000).unwrap().send_file(&file).unwrap()
+        },
+        |mut body| body.copy_to(&target).unwrap(),
+    );
+    assert_eq!(copied, 300_000);
+    target.seek(SeekFrom::Start(0)).unwrap();
+    let mut written = Vec::new();
+    target.read_to_end(&mut written).unwrap();
+    assert!(written == bytes);
+
+    let (sink, mut source) = UnixStream::pair().unwrap();
+    let reader = thread::spawn(move || {
+        let mut all = Vec::new();
+        source.read_to_end(&mut all).map(|_| all)
+    });
+    ferry(
+        &pool,
+        move |t| t.accept(300_000).unwrap().send_file(&file).unwrap(),
+        move |mut body| body.copy_to(&sink).unwrap(),
+    );
+    assert!(reader.join().unwrap().unwrap() == bytes);
+}
+
+#[test]
+fn a_sink_that_takes_nothing_costs_its_deadline_and_cancels() {
+    let pool = pool(1, 64 << 10, 4);
+    let (sink, source) = UnixStream::pair().unwrap();
+    let (sent, copied) = ferry(
+        &pool,
+        |t| t.accept(64 << 20).unwrap().send_file(File::open("/dev/zero").unwrap()),
+        |mut body| {
+            body.set_patience(Duration::from_millis(50));
+            body.copy_to(&sink)
+        },
+    );
+    let error = copied.unwrap_err();
+    assert!(matches!(error, Error::Timeout(Awaited::Sink)), "{error}");
+    assert_eq!(error.fault(), Fault::Outside);
+    assert!(matches!(sent, Err(Error::Cancelled)), "{sent:?}");
+
+    drop(source);
+    let (sent, copied) = ferry(
+        &pool,
+        |t| t.accept(64 << 20).unwrap().send_file(File::open("/dev/zero").unwrap()),
+        |mut body| body.copy_to(&sink),
+    );
+    assert!(matches!(copied, Err(Error::Sink(_))), "{copied:?}");
+    assert!(matches!(sent, Err(Error::Cancelled)), "{sent:?}");
+}
+
+#[test]
+fn a_receiver_that_stalls_costs_the_sender_its_deadline() {
+    let pool = pool(1, 64, 2);
+    let (told, timed_out) = mpsc::channel();
+    let (sent, received) = ferry(
+        &pool,
+        move |t| {
+            let mut sending = t.accept(1000).unwrap();
+            sending.set_patience(Duration::from_millis(20));
+            let error = sending.write_all(&[1; 1000]).unwrap_err();
+            told.send(()).unwrap();
+            error
+        },
+        |mut body| {
+            timed_out.recv().unwrap();
+            body.read_to_end(&mut Vec::new()).unwrap_err()
+        },
+    );
+    assert_eq!(sent.kind(), std::io::ErrorKind::TimedOut);
+    assert_eq!(received.kind(), std::io::ErrorKind::ConnectionAborted);
+}
+
+#[test]
+fn a_timeout_can_be_tried_again() {
+    let pool = pool(1, 64, 2);
+    let meet = Arc::new(Barrier::new(2));
+    let (_, ()) = ferry(
+        &pool,
+        {
+            let meet = Arc::clone(&meet);
+            move |t| {
+                let mut sending = t.accept(2).unwrap();
+                sending.next_slot(soon()).unwrap().send(b"1").unwrap();
+                meet.wait();
+                sending.next_slot(soon()).unwrap().send(b"2").unwrap();
+            }
+        },
+        |mut body| {
+            assert_eq!(body.next_chunk(soon()).unwrap().unwrap().len(), 1);
+            let early = body.next_chunk(Deadline::after(Duration::from_millis(5))).map(drop);
+            assert!(matches!(early, Err(Error::Timeout(Awaited::FilledSlot))));
+            meet.wait();
+            assert_eq!(body.next_chunk(soon()).unwrap().unwrap().len(), 1);
+        },
+    );
+}
+
+#[test]
+fn leases_come_in_order_of_arrival() {
+    let pool = pool(1, 64, 1);
+    let first = pool.lease(soon()).unwrap();
+    let next = Arc::new(AtomicUsize::new(0));
+    let (arrived, arrivals) = mpsc::channel();
+    let waiters: Vec<_> = (0..6)
+        .map(|i| {
+            let (pool, next, arrived) = (pool.clone(), Arc::clone(&next), arrived.clone());
+            let waiter = thread::Builder::new().name(format!("waiter-{i}"));
+            let waiter = waiter
+                .spawn(move || {
+                    arrived.send(()).unwrap();
+                    let _lease = pool.lease(soon()).unwrap();
+                    assert_eq!(next.fetch_add(1, Ordering::SeqCst), i);
+                })
+                .unwrap();
+            arrivals.recv().unwrap();
+            wait_asleep(&format!("waiter-{i}"));
+            waiter
+        })
+        .collect();
+    drop(first);
+    waiters.into_iter().for_each(|waiter| waiter.join().unwrap());
+}
+
+/// Waits until the thread of this name sleeps in the kernel.
+fn wait_asleep(name: &str) {
+    let limit = soon();
+    loop {
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let task = task.unwrap().path();
+            let comm = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
+            let stat = std::fs::read_to_string(task.join("stat")).unwrap_or_default();
+            if comm.trim() == name && stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S")) {
+                return;
+            }
+        }
+        assert!(!limit.has_passed(), "{name} never went to sleep");
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn impossible_pools_are_refused_with_the_numbers_that_work() {
+    let refused = |segments, len, slots| {
+        let error = SegmentPool::<Memfd>::builder().segments(segments).segment_len(len).slots(slots).create();
+        error.map(drop).unwrap_err().to_string()
+    };
+    assert_eq!(refused(0, 4096, 1), "the number of segments is 0; it must be from 1 to 65536");
+    assert_eq!(refused(1, 4096, 0), "the number of slots is 0; it must be from 1 to 512");
+    assert_eq!(refused(1, 4096, 513), "the number of slots is 513; it must be from 1 to 512");
+    assert_eq!(refused(1, 3, 4), "the segment's length in bytes is 3; it must be from 4 to 4294967296");
+    let too_long = refused(1, 1 << 40, 1);
+    assert_eq!(too_long, "the segment's length in bytes is 1099511627776; it must be from 1 to 1073741824");
+}
+
+#[test]
+fn a_pool_beyond_the_memory_says_how_much_was_asked_for() {
+    let error = SegmentPool::<Memfd>::builder().segments(65_536).segment_len(1 << 30).slots(1).create();
+    let error = error.map(drop).unwrap_err();
+    assert_eq!(error.fault(), Fault::System);
+    assert!(error.to_string().starts_with("no memory for a pool of 70369012613120 bytes: only "), "{error}");
+}
+
+#[test]
+fn a_request_goes_only_where_its_pool_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, other) = (pool(1, 64, 1), pool(1, 64, 1));
+    let requester = shmferry::Seqpacket::new(dir.path().join("s")).requester(&ours).unwrap();
+    let (request, _transfer) = other.lease(soon()).unwrap().request("a").unwrap();
+    let failed = requester.send(request, soon()).unwrap_err();
+    assert!(matches!(failed.error, Error::Misuse(Misuse::ForeignPool)));
+}
