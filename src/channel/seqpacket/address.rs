@@ -20,6 +20,8 @@ const BACKLOG: i32 = 1024;
 /// A path that this process serves at. Dropping it removes all that it put there.
 pub(super) struct Address {
     path: PathBuf,
+    /// What stands at the path is our socket, ours to remove.
+    bound: bool,
     lock_path: PathBuf,
     /// Locked: the kernel lets go of it when this process ends, however it ends.
     _lock: File,
@@ -36,7 +38,7 @@ impl Address {
 
         let made_dir = make_parent(path)?;
         let lock = lock_exclusively(path, &lock_path)?;
-        let address = Address { path: path.to_owned(), lock_path, _lock: lock, made_dir };
+        let mut address = Address { path: path.to_owned(), bound: false, lock_path, _lock: lock, made_dir };
 
         // We hold the lock, so a socket that stands there has no living owner. Anything else that
         // stands there is not ours to remove: `bind` says that the address is in use.
@@ -45,6 +47,7 @@ impl Address {
         }
         let listener = socket()?;
         rustix::net::bind(&listener, &socket_address).map_err(Error::os("bind"))?;
+        address.bound = true;
         // Before `listen`, so that nobody else could have connected (S3).
         fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(os("chmod"))?;
         rustix::net::listen(&listener, BACKLOG).map_err(Error::os("listen"))?;
@@ -60,7 +63,9 @@ impl Drop for Address {
     fn drop(&mut self) {
         // Nothing can be done about a failure here, and the next server copes with leftovers. The
         // lock goes last: while its file stands, nobody else serves here.
-        let _ = fs::remove_file(&self.path);
+        if self.bound {
+            let _ = fs::remove_file(&self.path);
+        }
         let _ = fs::remove_file(&self.lock_path);
         if let Some(dir) = &self.made_dir {
             let _ = fs::remove_dir(dir); // unless someone else uses it by now

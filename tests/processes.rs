@@ -1,0 +1,600 @@
+//! Two real processes and what befalls them: killed, stopped, restarted, misbehaving, foreign.
+//!
+//! The other process is this test's own executable, run again with a role in its environment.
+
+use std::env;
+use std::fs;
+use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+use rustix::process::{Pid, Signal, kill_process};
+use shmferry::{
+    Deadline, Error, Memfd, Receiver, Receiving, Rejection, Reply, RequestQueue, Requester, SegmentPool,
+    Seqpacket, SeqpacketRequester, ShmTransfer, Size,
+};
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(30))
+}
+
+/// Ends the whole test run if one test hangs: nothing here should come near this long.
+struct Watchdog {
+    _ended: mpsc::Sender<()>,
+}
+
+fn watchdog() -> Watchdog {
+    let (_ended, ended) = mpsc::channel();
+    let test = thread::current().name().unwrap_or("?").to_owned();
+    thread::spawn(move || {
+        if ended.recv_timeout(Duration::from_secs(120)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{test} hangs");
+            std::process::abort();
+        }
+    });
+    Watchdog { _ended }
+}
+
+/// Another process in a role; killed at the latest when dropped.
+struct Other {
+    child: Child,
+    says: BufReader<std::process::ChildStdout>,
+}
+
+const ROLE: &str = "SHMFERRY_TEST_ROLE";
+const PATH: &str = "SHMFERRY_TEST_PATH";
+
+impl Other {
+    fn start(role: &str, path: &Path) -> Other {
+        Other::start_as(role, path, None)
+    }
+
+    fn start_as(role: &str, path: &Path, uid: Option<u32>) -> Other {
+        let mut command = Command::new(env::current_exe().unwrap());
+        command.args(["--exact", "other_process", "--nocapture", "--test-threads=1"]);
+        command.env(ROLE, role).env(PATH, path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        if let Some(uid) = uid {
+            command.uid(uid).gid(uid);
+        }
+        let mut child = command.spawn().unwrap();
+        let says = BufReader::new(child.stdout.take().unwrap());
+        Other { child, says }
+    }
+
+    /// Reads what it says until it has said this, at the end of a line.
+    fn wait_for(&mut self, word: &str) -> String {
+        loop {
+            let mut line = String::new();
+            assert_ne!(self.says.read_line(&mut line).unwrap(), 0, "it ended before it said {word:?}");
+            if let Some(said) = line.split("says ").nth(1).filter(|said| said.starts_with(word)) {
+                return said.trim().to_owned();
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// `kill -9`, and gone for certain.
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn say(what: &str) {
+    println!("says {what}");
+}
+
+/// Waits for the parent to end, or to kill us.
+fn linger() -> ! {
+    let _ = std::io::stdin().read(&mut [0]);
+    std::process::exit(0)
+}
+
+/// Not a test of its own: what the other process runs.
+#[test]
+fn other_process() {
+    let Ok(role) = env::var(ROLE) else { return };
+    let path = PathBuf::from(env::var_os(PATH).unwrap());
+    match role.as_str() {
+        "serve" => serve(&path, |sending, len| {
+            let mut sending = sending;
+            sending.write_all(&pattern(len)).unwrap();
+            assert_eq!(sending.finish().unwrap(), len as u64);
+        }),
+        "take and halt" => {
+            let queue = Seqpacket::new(&path).bind().unwrap();
+            say("ready");
+            let _taken = queue.recv(Deadline::NEVER).unwrap();
+            say("taken");
+            linger()
+        }
+        "send one chunk and halt" => serve(&path, |mut sending, len| {
+            sending.next_slot(soon()).unwrap().send(&pattern(len)[..10]).unwrap();
+            say("sent");
+            linger()
+        }),
+        "send when told" => {
+            // One transfer in two steps, so that it can be stopped in between; then an honest server.
+            let queue = Seqpacket::new(&path).bind().unwrap();
+            say("ready");
+            let mut old = queue.recv(Deadline::NEVER).unwrap().accept(Size::Unknown).unwrap();
+            old.next_slot(soon()).unwrap().send(&[0xee; 10]).unwrap();
+            say("sent");
+            let _ = std::io::stdin().read(&mut [0]).unwrap();
+            let error = loop {
+                if let Err(error) = old.next_slot(soon()).and_then(|slot| slot.send(&[0xee; 10])) {
+                    break error;
+                }
+            };
+            say(&format!("old: {error}"));
+            drop(old);
+            answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap());
+        }
+        "ask and halt" => {
+            let pool = pool(1, 2);
+            let requester = requester(&path, &pool);
+            let mut body = ask(&requester, &pool, 1 << 20).unwrap();
+            let _chunk = body.next_chunk(soon()).unwrap();
+            say("holding");
+            linger()
+        }
+        "connect" => {
+            let pool = pool(1, 1);
+            let requester = requester(&path, &pool);
+            match ask(&requester, &pool, 10) {
+                Ok(_) => say("served"),
+                Err(error) => say(&format!("error: {error}")),
+            }
+            linger()
+        }
+        "connect to any" => {
+            // The server is root's; whether it takes us is what is asked.
+            let pool = pool(1, 1);
+            let requester = Seqpacket::new(&path).allow_user(0).requester(&pool).unwrap();
+            match ask(&requester, &pool, 10) {
+                Ok(_) => say("served"),
+                Err(error) => say(&format!("error: {error}")),
+            }
+            linger()
+        }
+        other => panic!("unknown role {other:?}"),
+    }
+}
+
+type Sending = ShmTransfer<shmferry::Sender, shmferry::Sending>;
+
+/// Answers requests, whose keys are lengths, for ever.
+fn serve(path: &Path, send: impl Fn(Sending, usize)) {
+    let queue = Seqpacket::new(path).bind().unwrap();
+    say("ready");
+    answer(&queue, send);
+}
+
+fn answer(queue: &impl RequestQueue, send: impl Fn(Sending, usize)) {
+    while let Ok(transfer) = queue.recv(Deadline::NEVER) {
+        let len: usize = std::str::from_utf8(transfer.key()).unwrap().parse().unwrap();
+        if let Ok(sending) = transfer.accept(len as u64) {
+            send(sending, len);
+        }
+    }
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i % 251) as u8).collect()
+}
+
+fn pool(segments: u32, slots: u32) -> SegmentPool<Memfd> {
+    SegmentPool::builder().segments(segments).segment_len(4096).slots(slots).create().unwrap()
+}
+
+fn requester(path: &Path, pool: &SegmentPool<Memfd>) -> SeqpacketRequester {
+    Seqpacket::new(path).requester(pool).unwrap()
+}
+
+type Body = ShmTransfer<Receiver, Receiving>;
+
+fn ask(requester: &SeqpacketRequester, pool: &SegmentPool<Memfd>, len: usize) -> Result<Body, Error> {
+    let (request, transfer) = pool.lease(soon())?.request(len.to_string())?;
+    requester.send(request, soon())?;
+    match transfer.reply(Deadline::NEVER)? {
+        Reply::Found(body) => Ok(body),
+        Reply::Refused(why) => panic!("refused: {why:?}"),
+    }
+}
+
+fn read_all(mut body: Body) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    body.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+fn place() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("queue.sock");
+    (dir, path)
+}
+
+#[test]
+fn bytes_cross_and_either_side_starts_first() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let pool = pool(2, 4);
+    let requester = requester(&path, &pool);
+    let mut server = None;
+    thread::scope(|scope| {
+        // The request is out before there is anybody to take it.
+        let early = scope.spawn(|| read_all(ask(&requester, &pool, 100_000).unwrap()));
+        server = Some(Other::start("serve", &path));
+        assert!(early.join().unwrap() == pattern(100_000));
+    });
+    for len in [0, 1, 4095, 4096, 4097, 1 << 20] {
+        assert!(read_all(ask(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
+    }
+    assert_eq!(requester.server().unwrap().pid, server.unwrap().child.id());
+}
+
+#[test]
+fn a_server_killed_before_its_reply() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let pool = pool(1, 2);
+    let requester = requester(&path, &pool);
+    let mut server = Other::start("take and halt", &path);
+    server.wait_for("ready");
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| ask(&requester, &pool, 10));
+        server.wait_for("taken");
+        server.kill();
+        // The wait has no deadline: only the death can end it (rule P7).
+        assert!(matches!(waiting.join().unwrap(), Err(Error::Disconnected)));
+    });
+    // Nobody had accepted, so the segment itself is back; the next server finds the same client.
+    let _server = Other::start("serve", &path);
+    assert!(read_all(ask(&requester, &pool, 5000).unwrap()) == pattern(5000));
+    assert_eq!(pool.stats().retired, 0);
+}
+
+#[test]
+fn a_server_killed_between_chunks() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let pool = pool(1, 2);
+    let requester = requester(&path, &pool);
+    let mut server = Other::start("send one chunk and halt", &path);
+    let mut body = ask(&requester, &pool, 5000).unwrap();
+    server.wait_for("sent");
+    server.kill();
+    // What was filled stays readable; then the death is told, and not as an end.
+    let mut bytes = vec![0; 10];
+    body.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes, pattern(10));
+    let error = body.next_chunk(Deadline::NEVER).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Disconnected), "{error}");
+    drop(body);
+    // The sender is dead for certain: its segment can be used again as it is (rule P6).
+    let _server = Other::start("serve", &path);
+    assert!(read_all(ask(&requester, &pool, 5000).unwrap()) == pattern(5000));
+    assert_eq!(pool.stats().retired, 0);
+}
+
+#[test]
+fn a_server_killed_while_idle() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let pool = pool(1, 2);
+    let requester = requester(&path, &pool);
+    for round in 0..5 {
+        let server = Other::start("serve", &path);
+        assert!(read_all(ask(&requester, &pool, round).unwrap()) == pattern(round));
+        assert_eq!(requester.server().unwrap().pid, server.child.id());
+        server.kill();
+    }
+    assert_eq!(pool.stats().retired, 0);
+}
+
+#[test]
+fn a_receiver_killed_between_chunks() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let queue = Seqpacket::new(&path).bind().unwrap();
+    let mut receiver = Other::start("ask and halt", &path);
+    let mut sending = queue.recv(soon()).unwrap().accept(Size::Unknown).unwrap();
+    sending.next_slot(soon()).unwrap().send(b"first").unwrap();
+    receiver.wait_for("holding");
+    sending.next_slot(soon()).unwrap().send(b"second").unwrap();
+    let blocked = thread::spawn(move || sending.next_slot(Deadline::NEVER).map(drop));
+    receiver.kill();
+    let error = blocked.join().unwrap().unwrap_err();
+    assert!(matches!(error, Error::Disconnected), "{error}");
+    // The worker finds that out by itself too, and forgets the client.
+    assert!(matches!(queue.recv(Deadline::after(Duration::ZERO)), Err(Error::Timeout(_))));
+    assert_eq!(queue.clients(), []);
+}
+
+#[test]
+fn a_receiver_killed_before_its_request_is_taken_up() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let queue = Seqpacket::new(&path).bind().unwrap();
+    let receiver = Other::start("ask and halt", &path);
+    let taken = queue.recv(soon()).unwrap();
+    let peer = taken.peer().unwrap();
+    assert_eq!((peer.pid, peer.uid), (receiver.child.id(), rustix::process::getuid().as_raw()));
+    receiver.kill();
+    let mut sending = taken.accept(Size::Unknown).unwrap();
+    let error = loop {
+        match sending.next_slot(Deadline::NEVER).and_then(|slot| slot.send(b"to nobody")) {
+            Ok(()) => {}
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Disconnected), "{error}");
+}
+
+#[test]
+fn a_stopped_sender_writes_to_nobody_afterwards() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let pool = pool(1, 2);
+    let requester = requester(&path, &pool);
+    let mut server = Other::start("send when told", &path);
+    server.wait_for("ready");
+    let mut old = ask(&requester, &pool, 0).unwrap();
+    server.wait_for("sent");
+    server.signal(Signal::STOP);
+    drop(old.next_chunk(soon()).unwrap());
+    let late = old.next_chunk(Deadline::after(Duration::from_millis(50))).map(drop);
+    assert!(matches!(late, Err(Error::Timeout(_))), "alive, but late: {late:?}");
+    let id_of = |pool: &SegmentPool<Memfd>| pool.lease(soon()).unwrap().segment().id();
+    drop(old);
+
+    // It may still write: so the pool's only segment is replaced (rule P6), and the next transfer
+    // goes through the new one, byte for byte.
+    let fresh = id_of(&pool);
+    assert_eq!((fresh.index(), pool.stats().retired), (1, 1));
+    server.signal(Signal::CONT);
+    server.child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    assert_eq!(server.wait_for("old"), "old: the receiver cancelled the transfer");
+    for len in [1, 5000, 100_000] {
+        assert!(read_all(ask(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
+    }
+    assert_eq!((id_of(&pool), pool.stats().retired), (fresh, 1));
+}
+
+#[test]
+fn one_server_at_an_address_and_leftovers_taken_over() {
+    let _watchdog = watchdog();
+    let (dir, path) = place();
+    let mut first = Other::start("serve", &path);
+    first.wait_for("ready");
+    let error = Seqpacket::new(&path).bind().map(drop).unwrap_err();
+    let told = format!("{} is being served by process {}", path.display(), first.child.id());
+    assert_eq!(error.to_string(), told);
+    first.kill();
+    assert!(path.exists(), "a killed server cannot clean up");
+    let second = Seqpacket::new(&path).bind().unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    drop(second);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "a server that ends leaves nothing");
+
+    // A directory that is missing is made, for this user only, and removed again.
+    let deeper = dir.path().join("own/queue.sock");
+    let third = Seqpacket::new(&deeper).bind().unwrap();
+    assert_eq!(fs::metadata(deeper.parent().unwrap()).unwrap().permissions().mode() & 0o777, 0o700);
+    drop(third);
+    assert!(!deeper.parent().unwrap().exists());
+
+    // What is no socket is not ours to remove.
+    fs::write(&path, "precious").unwrap();
+    assert!(matches!(Seqpacket::new(&path).bind(), Err(Error::Os { call: "bind", .. })));
+    assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+
+    let long = dir.path().join("x".repeat(200));
+    let error = Seqpacket::new(&long).bind().map(drop).unwrap_err();
+    assert!(error.to_string().ends_with("the system takes at most 107"), "{error}");
+}
+
+#[test]
+fn another_user_is_turned_away_unless_allowed() {
+    let _watchdog = watchdog();
+    if !rustix::process::getuid().is_root() {
+        eprintln!("not run: only root can start a process of another user");
+        return;
+    }
+    const NOBODY: u32 = 65_534;
+    let (dir, path) = place();
+    let open_up = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    let reports = Arc::new(Mutex::new(Vec::new()));
+    let queue = Seqpacket::new(&path)
+        .on_rejected({
+            let reports = Arc::clone(&reports);
+            move |peer, error| reports.lock().unwrap().push((peer.unwrap().uid, error.to_string()))
+        })
+        .bind()
+        .unwrap();
+
+    // The file itself keeps others out.
+    open_up(dir.path(), 0o755);
+    let mut other = Other::start_as("connect", &path, Some(NOBODY));
+    assert_eq!(other.wait_for("error"), "error: connect: Permission denied (os error 13)");
+
+    // If it does not, the server does.
+    open_up(&path, 0o666);
+    let stop = Arc::new(queue);
+    let serving = thread::spawn({
+        let queue = Arc::clone(&stop);
+        move || answer(&*queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap())
+    });
+    let mut other = Other::start_as("connect to any", &path, Some(NOBODY));
+    assert_eq!(other.wait_for("error"), "error: the server turned us away: user 65534 may not connect");
+    assert_eq!(reports.lock().unwrap()[0].0, NOBODY);
+    stop.close();
+    serving.join().unwrap();
+    drop(stop);
+
+    let queue = Arc::new(Seqpacket::new(&path).allow_user(NOBODY).bind().unwrap());
+    open_up(&path, 0o666);
+    let serving = thread::spawn({
+        let queue = Arc::clone(&queue);
+        move || answer(&*queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap())
+    });
+    let mut other = Other::start_as("connect to any", &path, Some(NOBODY));
+    other.wait_for("served");
+    queue.close();
+    serving.join().unwrap();
+}
+
+/// A client of our own making, which says what it likes.
+struct Stranger(OwnedFd);
+
+impl Stranger {
+    fn connect(path: &Path) -> Stranger {
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        Stranger(socket)
+    }
+
+    fn say(&self, bytes: &[u8], fd: Option<&OwnedFd>) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+        let fds = [fd.unwrap_or(&self.0).as_fd()];
+        if fd.is_some() {
+            control.push(rustix::net::SendAncillaryMessage::ScmRights(&fds));
+        }
+        let flags = rustix::net::SendFlags::NOSIGNAL;
+        rustix::net::sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags).unwrap();
+    }
+
+    /// What it hears last: the farewell's code, or nothing but the end.
+    fn last_words(&self) -> Option<u32> {
+        let mut buffer = [0; 64];
+        let mut code = None;
+        loop {
+            let mut control = rustix::net::RecvAncillaryBuffer::default();
+            let flags = rustix::net::RecvFlags::empty();
+            let heard =
+                rustix::net::recvmsg(&self.0, &mut [IoSliceMut::new(&mut buffer)], &mut control, flags);
+            match heard.map(|heard| heard.bytes) {
+                Ok(0) | Err(rustix::io::Errno::CONNRESET) => return code,
+                Ok(len) => {
+                    assert_eq!((len, buffer[0]), (13, 5));
+                    code = Some(u32::from_le_bytes(buffer[1..5].try_into().unwrap()));
+                }
+                Err(errno) => panic!("{errno}"),
+            }
+        }
+    }
+}
+
+fn hello(version: u32, slots: u32, slot_len: u32) -> Vec<u8> {
+    let mut bytes = vec![1];
+    bytes.extend(b"shmferry");
+    bytes.extend(version.to_le_bytes());
+    bytes.extend(77u64.to_le_bytes());
+    bytes.extend(slots.to_le_bytes());
+    bytes.extend(slot_len.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn nonsense_costs_its_own_connection_only() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let queue = Seqpacket::new(&path).max_segments(4).max_clients(6).bind().unwrap();
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()))
+            })
+            .collect();
+        let honest_pool = pool(2, 2);
+        let honest = requester(&path, &honest_pool);
+        let honestly = || assert!(read_all(ask(&honest, &honest_pool, 9000).unwrap()) == pattern(9000));
+        honestly();
+
+        const PROTOCOL: Option<u32> = Some(6);
+        let segment = [&[2u8][..], &0u32.to_le_bytes()].concat();
+        let request = [&[4u8][..], &0u32.to_le_bytes(), &1u64.to_le_bytes(), b"10"].concat();
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        let says = |messages: &[(&[u8], Option<&OwnedFd>)]| {
+            let stranger = Stranger::connect(&path);
+            messages.iter().for_each(|(bytes, fd)| stranger.say(bytes, *fd));
+            stranger.last_words()
+        };
+        assert_eq!(says(&[(b"GET / HTTP/1.1\r\n\r\n", None)]), PROTOCOL);
+        assert_eq!(says(&[(&hello(9, 2, 2048), None)]), Some(1), "the version is named");
+        assert_eq!(says(&[(&hello(1, 0, 2048), None)]), PROTOCOL, "no such geometry");
+        assert_eq!(says(&[(&hello(1, 512, u32::MAX), None)]), PROTOCOL);
+        assert_eq!(says(&[(&request, None)]), PROTOCOL, "no hello");
+        assert_eq!(says(&[(&hello(1, 2, 2048), None), (&request, None)]), PROTOCOL, "no such segment");
+        assert_eq!(says(&[(&hello(1, 2, 2048), None), (&segment, None)]), PROTOCOL, "no descriptor");
+        assert_eq!(says(&[(&hello(1, 2, 2048), None), (&segment, Some(&file))]), PROTOCOL, "no memfd");
+        assert_eq!(says(&[(&hello(1, 2, 2048), None), (&hello(1, 2, 2048), None)]), PROTOCOL);
+        assert_eq!(says(&[(&vec![4; 5000], None)]), PROTOCOL, "too long");
+        assert_eq!(says(&[(&[3, 0, 0, 0, 0], None)]), PROTOCOL);
+
+        // Those who say nothing make room for those who do.
+        let silent: Vec<_> = (0..20).map(|_| Stranger::connect(&path)).collect();
+        honestly();
+        let newcomers: Vec<_> = (0..3).map(|_| (pool(1, 1), 1000)).collect();
+        for (pool, len) in &newcomers {
+            let requester = requester(&path, pool);
+            assert!(read_all(ask(&requester, pool, *len).unwrap()) == pattern(*len));
+        }
+        drop(silent);
+
+        // A pool beyond the policy is refused with the number that works.
+        let greedy_pool = pool(5, 1);
+        let greedy = requester(&path, &greedy_pool);
+        let error = ask(&greedy, &greedy_pool, 10).map(drop).unwrap_err();
+        assert!(matches!(error, Error::Rejected(Rejection::TooManySegments(4))), "{error}");
+
+        honestly();
+        queue.close();
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+    });
+}
+
+#[test]
+fn a_client_that_frees_nothing_ties_up_a_bounded_number_of_transfers() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let queue = Seqpacket::new(&path).bind().unwrap();
+    let pool = pool(1, 1);
+    let requester = requester(&path, &pool);
+    // Withdrawn one after the other, each leaves a request behind that a worker may still take.
+    let taken: Vec<_> = thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            for _ in 0..100 {
+                let (request, transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
+                requester.send(request, soon()).unwrap();
+                drop(transfer);
+            }
+        });
+        asking.join().unwrap();
+        let shortly = || Deadline::after(Duration::from_millis(50));
+        std::iter::from_fn(|| queue.recv(shortly()).ok()).collect()
+    });
+    assert_eq!(taken.len(), 2 + 8, "one segment: two for it, and eight to spare");
+    drop(taken);
+    // Once those are over, the rest is read.
+    assert!(queue.recv(soon()).is_ok());
+}
