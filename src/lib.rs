@@ -1,4 +1,117 @@
 //! Ferries files and byte streams between processes of one machine through shared memory.
+//!
+//! # The model
+//! One process, the *receiver*, owns a [`SegmentPool`]. For each transfer it leases a segment, and
+//! sends a small request that names the segment and a key. Another process, the *sender*, answers
+//! through that segment alone: first status and size, then the bytes, chunk by chunk.
+//!
+//! ```text
+//!  receiver                                                         sender
+//!  ────────                                                         ──────
+//!  pool.lease()                                                     queue.recv()
+//!  lease.request(key)  ──── request: segment, generation, key ────▶ transfer.key()
+//!  transfer.reply()                                                 transfer.accept(size)
+//!        ▲      ┌────────────────────────────────────────┐                │ pread
+//!        └──────┤ status, size │ slot 0 │ slot 1 │ slot 2 ◀───────────────┘
+//!       write   └────────────────────────────────────────┘
+//!                       filled ▶  two semaphores  ◀ free
+//! ```
+//!
+//! Control travels through the [queue](RequestQueue), data through memory that both sides have
+//! mapped. A segment is cut into slots, so that the sender can read the next piece of its file while
+//! the receiver still passes on the last; two semaphores count filled and free ones, and cost no
+//! system call unless a side has to sleep. Whatever the size of a file, a transfer takes the memory
+//! of one segment, which was allocated when the pool was made.
+//!
+//! # A whole example
+//! Sender and receiver would be two processes; two threads show the same calls.
+//!
+//! ```
+//! use shmferry::{
+//!     Deadline, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
+//! };
+//! use std::{fs::File, io::{Read, Write}, thread, time::Duration};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let (socket, picture) = (dir.path().join("cache.sock"), dir.path().join("a.jpg"));
+//! # File::create(&picture)?.write_all(&[0xd8; 300_000])?;
+//! // The sender serves files at a Unix socket.
+//! let queue = Seqpacket::new(&socket).bind()?;
+//! let sender = thread::spawn(move || -> shmferry::Result<()> {
+//!     for _ in 0..2 {
+//!         let transfer = queue.recv(Deadline::NEVER)?;
+//!         match transfer.key() {
+//!             b"/a.jpg" => {
+//!                 let file = File::open(&picture).expect("the example's own file");
+//!                 let size = file.metadata().expect("an open file").len();
+//!                 transfer.accept(size)?.send_file(&file)?;
+//!             }
+//!             _ => transfer.refuse(Refusal::NotFound)?,
+//!         }
+//!     }
+//!     Ok(())
+//! });
+//!
+//! // The receiver owns the memory, and asks.
+//! let pool = SegmentPool::<Memfd>::builder().segments(2).segment_len(512 << 10).slots(4).create()?;
+//! let cache = Seqpacket::new(&socket).requester(&pool)?; // connects by itself, in any start order
+//! let deadline = Deadline::after(Duration::from_secs(5));
+//!
+//! let (request, transfer) = pool.lease(deadline)?.request("/a.jpg")?;
+//! cache.send(request, deadline)?;
+//! let Reply::Found(mut body) = transfer.reply(deadline)? else { panic!("it is there") };
+//! let mut bytes = Vec::new();
+//! body.read_to_end(&mut bytes)?; // or `copy_to(&socket)`, straight from the segment
+//! assert_eq!(bytes, [0xd8; 300_000]);
+//!
+//! let (request, transfer) = pool.lease(deadline)?.request("/b.jpg")?;
+//! cache.send(request, deadline)?;
+//! assert!(matches!(transfer.reply(deadline)?, Reply::Refused(Refusal::NotFound)));
+//! # sender.join().unwrap()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Where to begin
+//! | to | see |
+//! | --- | --- |
+//! | own segments and lease them | [`SegmentPool`], [`Lease`] |
+//! | ask and receive | [`Requester`], [`ShmTransfer<Receiver, Offered>`](ShmTransfer#method.reply) |
+//! | answer and send | [`RequestQueue`], [`ShmTransfer<Sender, Starting>`](ShmTransfer#method.accept) |
+//! | choose a queue | [`Seqpacket`] between processes, [`InProcess`] within one |
+//! | serve many at once without being held up by the slow ones | [`Crew`] |
+//! | attach more than a size | [`Metadata`] |
+//!
+//! # Errors
+//! [`Error`] tells causes apart, and [`Error::fault`] whose they are. Every wait takes a
+//! [`Deadline`], or the transfer's patience, and ends at once when the peer's process ends:
+//! [`Error::Disconnected`] is a dead peer, [`Error::Timeout`] one that lives and is late. What a
+//! sender had filled before it died is still delivered first. Dropping anything, at any point, is
+//! safe: the other side is told, and the segment comes back or is replaced.
+//!
+//! # Trust
+//! A peer is another program, perhaps one with a fault. All that it writes is read once, checked
+//! against what this side knows, and only then used; a peer that lies gets [`Error::Peer`] or loses
+//! its connection. It can spoil the bytes of its own transfers, and nothing else: no reference to
+//! its memory exists but to atomics, descriptors are sealed and measured before they are mapped, and
+//! the receiver maps slots read-only. The socket is this user's alone unless told otherwise, and the
+//! peer's user is checked on both sides. Not defended against: a peer of the same user that
+//! attaches a debugger, or uses up the machine.
+//!
+//! # Limits
+//! - Linux only (5.3 or later, for `pidfd_open`); one machine, one memory.
+//! - A segment has 1 to 512 slots of up to 1 GiB; a key up to 4,096 bytes, metadata up to 1,024.
+//! - Each segment costs its owner one file descriptor.
+//! - Bytes are copied twice: by the kernel into the slot (`pread`), and out of it. Nothing is lent.
+//! - Memory a container's limit would refuse is not foreseen: a pool is checked against what the
+//!   machine has available.
+//!
+//! # When not to use it
+//! - If the receiver can open the file itself, or be handed its descriptor, let it.
+//! - If all you move is small messages, a Unix socket does it with far less machinery.
+//! - For one writer and many readers of the same data, use a shared ring or a memory map.
+//!
+//! The byte layout and the rules that the comments cite (L, P, S) are in `docs/protocol.md`, the
+//! decisions in `docs/design.md`, and what used to break in `docs/failure-modes.md`.
 #![deny(missing_docs)]
 // Excused in `segment/mapping.rs` alone, where each block carries its proof.
 #![deny(unsafe_code)]
