@@ -18,8 +18,8 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{Pid, Signal, kill_process};
 use shmferry::{
-    Deadline, Error, Memfd, Receiver, Receiving, Rejection, Reply, RequestQueue, Requester, SegmentPool,
-    Seqpacket, SeqpacketRequester, ShmTransfer, Size,
+    Crew, Deadline, Error, Memfd, Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue, Requester,
+    SegmentPool, Seqpacket, SeqpacketRequester, ShmTransfer, Size,
 };
 
 fn soon() -> Deadline {
@@ -164,6 +164,18 @@ fn other_process() {
                 Err(error) => say(&format!("error: {error}")),
             }
             linger()
+        }
+        "serve at random" => {
+            let queue = Arc::new(Seqpacket::new(&path).bind().unwrap());
+            let taking = Arc::clone(&queue);
+            let next = move || taking.recv(Deadline::NEVER).ok();
+            let crew =
+                Crew::start("server", 4, next, |transfer| Errand::read(transfer.key()).serve(transfer));
+            say("ready");
+            let _ = std::io::stdin().read(&mut [0]).unwrap();
+            queue.close();
+            assert!(crew.unwrap().join(soon()));
+            say("ended");
         }
         "connect to any" => {
             // The server is root's; whether it takes us is what is asked.
@@ -597,4 +609,156 @@ fn a_client_that_frees_nothing_ties_up_a_bounded_number_of_transfers() {
     drop(taken);
     // Once those are over, the rest is read.
     assert!(queue.recv(soon()).is_ok());
+}
+
+/// What one transfer of the stress test is to do, decided by a random word that both sides know.
+#[derive(Clone, Copy, Debug)]
+struct Errand {
+    word: u64,
+}
+
+impl Errand {
+    fn read(key: &[u8]) -> Errand {
+        Errand { word: std::str::from_utf8(key).unwrap().parse().unwrap() }
+    }
+
+    /// One in eight is refused, in three ways.
+    fn refusal(self) -> Option<Refusal> {
+        match self.word % 24 {
+            0 => Some(Refusal::NotFound),
+            1 => Some(Refusal::Failed),
+            2 => Some(Refusal::Other(77)),
+            _ => None,
+        }
+    }
+
+    /// One in sixteen breaks off half-way, one in sixteen is cancelled half-way.
+    fn breaks_off(self) -> bool {
+        self.word >> 8 & 15 == 0
+    }
+
+    fn is_cancelled(self) -> bool {
+        self.word >> 8 & 15 == 1
+    }
+
+    fn is_stream(self) -> bool {
+        self.word >> 12 & 3 == 0
+    }
+
+    /// Small ones mostly, around the slot's and the segment's length at times.
+    fn len(self) -> usize {
+        let [small, large] = [(self.word >> 16) as usize % 3000, (self.word >> 16) as usize % 20_000];
+        match self.word >> 14 & 3 {
+            0 => [0, 1, 1023, 1024, 1025, 4095, 4096, 4097][small % 8],
+            1 => large,
+            _ => small,
+        }
+    }
+
+    fn bytes(self) -> Vec<u8> {
+        let mut state = self.word | 1;
+        (0..self.len())
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 56) as u8
+            })
+            .collect()
+    }
+
+    fn serve(self, transfer: ShmTransfer<shmferry::Sender, shmferry::Starting>) {
+        if let Some(why) = self.refusal() {
+            return transfer.refuse(why).unwrap();
+        }
+        let bytes = self.bytes();
+        let size = if self.is_stream() { Size::Unknown } else { Size::Known(bytes.len() as u64) };
+        let mut sending = transfer.accept(size).unwrap();
+        let send = if self.breaks_off() { &bytes[..bytes.len() / 2] } else { &bytes[..] };
+        let sent = sending.write_all(send).and_then(|()| sending.flush());
+        match sent {
+            Ok(()) if self.breaks_off() => drop(sending),
+            Ok(()) => match sending.finish() {
+                Ok(_) | Err(Error::Cancelled) => {}
+                Err(error) => panic!("{self:?}: {error}"),
+            },
+            Err(error) => assert!(self.is_cancelled(), "{self:?}: {error}"),
+        }
+    }
+
+    /// Takes the transfer and compares all that comes; `true` for one that came whole.
+    fn run(self, requester: &SeqpacketRequester, pool: &SegmentPool<Memfd>) -> bool {
+        let (request, transfer) = pool.lease(soon()).unwrap().request(self.word.to_string()).unwrap();
+        requester.send(request, soon()).unwrap();
+        let mut body = match (transfer.reply(soon()), self.refusal()) {
+            (Ok(Reply::Refused(why)), Some(expected)) if why == expected => return false,
+            (Ok(Reply::Found(body)), None) => body,
+            (Err(Error::Aborted), None) if self.breaks_off() => return false,
+            (other, _) => panic!("{self:?}: {other:?}"),
+        };
+        let expected = self.bytes();
+        let mut bytes = vec![0; expected.len() + 1];
+        let mut got = 0;
+        loop {
+            if self.is_cancelled() && got >= expected.len() / 2 {
+                return false;
+            }
+            match body.read(&mut bytes[got..]) {
+                Ok(0) => {
+                    assert!(
+                        !self.breaks_off() || expected.is_empty(),
+                        "{self:?}: a short body, taken for whole"
+                    );
+                    assert!(bytes[..got] == expected, "{self:?}: wrong bytes");
+                    return true;
+                }
+                Ok(read) => got += read,
+                Err(error) => {
+                    let cause = error.get_ref().unwrap().downcast_ref();
+                    assert!(self.breaks_off() && matches!(cause, Some(Error::Aborted)), "{self:?}: {error}");
+                    assert!(bytes[..got] == expected[..expected.len() / 2], "{self:?}: wrong bytes");
+                    return false;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_hundred_thousand_transfers_at_random() {
+    const THREADS: u64 = 16;
+    const EACH: u64 = 100_000 / THREADS;
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let mut server = Other::start("serve at random", &path);
+    server.wait_for("ready");
+    let pool = pool(3, 4);
+    let requester = requester(&path, &pool);
+    let whole: u64 = thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                let (requester, pool) = (&requester, &pool);
+                scope.spawn(move || {
+                    let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(thread + 1);
+                    let mut random = || {
+                        state ^= state << 13;
+                        state ^= state >> 7;
+                        state ^= state << 17;
+                        state
+                    };
+                    (0..EACH).filter(|_| Errand { word: random() }.run(requester, pool)).count() as u64
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    // 7 in 8 are not refused, and 14 in 16 of those neither break off nor are cancelled.
+    assert!((70_000..84_000).contains(&whole), "{whole} came whole");
+    // No segment was lost: all can be leased at once.
+    let leases: Vec<_> = (0..3).map(|_| pool.lease(soon()).unwrap()).collect();
+    drop(leases);
+    let stats = pool.stats();
+    assert_eq!((stats.segments, stats.idle), (3, 3));
+    println!("{whole} of 100,000 came whole; {} segments were retired", stats.retired);
+    drop(requester);
+    server.child.stdin.take().unwrap().write_all(b"x").unwrap();
+    server.wait_for("ended");
 }
