@@ -1,0 +1,91 @@
+//! `simplecached`: serves a manifest's files, or a directory, through the segments of its clients.
+
+#[path = "../common/address.rs"]
+mod address;
+#[path = "../common/program.rs"]
+mod program;
+#[path = "../common/serve.rs"]
+mod serve;
+#[path = "../common/store.rs"]
+mod store;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use address::Address;
+use clap::{Parser, value_parser};
+use program::Stop;
+use serve::Service;
+use shmferry::{RequestQueue, Seqpacket};
+use store::Store;
+use tracing::{info, warn};
+
+/// Serve files to webproxy through shared memory.
+#[derive(Parser)]
+#[command(version)]
+struct Options {
+    /// A manifest, with KEY PATH on each line, or a directory to serve
+    #[arg(short, long, value_name = "PATH", default_value = "locals.txt")]
+    cachedir: PathBuf,
+    /// Workers: transfers at work at once
+    #[arg(short = 't', long, value_name = "COUNT", default_value_t = 8,
+        value_parser = value_parser!(u16).range(1..=1024))]
+    nthreads: u16,
+    /// Wait this long before each look-up, for experiments
+    #[arg(short, long, value_name = "MICROSECONDS", default_value_t = 0,
+        value_parser = value_parser!(u64).range(0..=2_500_000))]
+    delay: u64,
+    /// Where to take requests: unix:PATH or mq:/NAME [default: a socket in the runtime directory]
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<Address>,
+    /// The most segments that one client may bring
+    #[arg(long, value_name = "COUNT", default_value_t = 1024,
+        value_parser = value_parser!(u32).range(1..=65_536))]
+    max_segments: u32,
+    /// Give a transfer up after this long without progress
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = program::seconds)]
+    timeout: Duration,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    program::run("simplecached", |stop| serve(&options, stop))
+}
+
+fn serve(options: &Options, mut stop: Stop) -> Result<(), String> {
+    let store = Store::open(&options.cachedir)?;
+    let served = match &store {
+        Store::Manifest(files) => format!("{} files of {}", files.len(), options.cachedir.display()),
+        Store::Directory(_) => format!("all beneath {}", options.cachedir.display()),
+    };
+    let address = options.listen.clone().map_or_else(Address::default_of_user, Ok);
+    let address = address.map_err(|error| format!("there is no default address: {error}"))?;
+    let Address::Unix(path) = &address;
+    let queue = Seqpacket::new(path)
+        .max_segments(options.max_segments)
+        .on_rejected(|peer, why| match peer {
+            Some(peer) => warn!("turned {peer} away: {why}"),
+            None => warn!("turned a client away: {why}"),
+        })
+        .bind()
+        .map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    let queue = Arc::new(queue);
+    let service = Arc::new(Service::new(store, Duration::from_micros(options.delay), options.timeout));
+    let crew = service
+        .start(&queue, options.nthreads.into())
+        .map_err(|error| format!("cannot start a worker: {error}"))?;
+    info!(
+        "listening on {address}: {served}, {} workers, delay {} us, at most {} segments a client, \
+         timeout {:?}",
+        options.nthreads, options.delay, options.max_segments, options.timeout,
+    );
+
+    stop.wait();
+    queue.close();
+    stop.wind_down(&crew);
+    drop(queue); // removes the socket
+    info!("stopped: {}", service.summary());
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! Asking the cache: a segment, a request, and what came back through it.
+
+use std::time::Duration;
+
+use shmferry::{
+    Awaited, Deadline, Error, Memfd, Refusal, Reply, Request, Requester, Result, SegmentPool, SendError, Size,
+};
+use tracing::{debug, warn};
+
+use super::client::{Body, Found};
+use super::origin::spool;
+use super::proxy::Miss;
+
+/// How long to wait for a cache that is not running, when there is no origin to ask instead: long
+/// enough for one that is being restarted.
+const ABSENCE: Duration = Duration::from_secs(2);
+
+/// How many of those ahead in line may stall, each for a whole time-out, before a request for a
+/// segment gives up.
+const TURNS: u32 = 4;
+
+/// A pool of segments, and the queue to the cache that fills them.
+pub struct Cache {
+    pool: SegmentPool<Memfd>,
+    queue: Box<dyn Requester<Memfd>>,
+    patience: Duration,
+    /// Somebody else can be asked when the cache fails.
+    has_stand_in: bool,
+}
+
+impl Cache {
+    /// Asks over `queue`, waiting up to `patience` for each step of the cache.
+    pub fn new(
+        pool: SegmentPool<Memfd>,
+        queue: impl Requester<Memfd> + 'static,
+        patience: Duration,
+        has_stand_in: bool,
+    ) -> Cache {
+        Cache { pool, queue: Box::new(queue), patience, has_stand_in }
+    }
+
+    /// Asks for a path.
+    pub fn find(&self, path: &[u8]) -> Result<Found, Miss> {
+        self.try_find(path).unwrap_or_else(|error| {
+            if self.has_stand_in {
+                debug!("the cache failed for {}: {error}", path.escape_ascii());
+            } else {
+                warn!("the cache failed for {}: {error}", path.escape_ascii());
+            }
+            Err(Miss::Failed)
+        })
+    }
+
+    /// Segments replaced so far, because a late cache might still have written to them.
+    pub fn retired(&self) -> u64 {
+        self.pool.stats().retired
+    }
+
+    fn try_find(&self, path: &[u8]) -> Result<Result<Found, Miss>> {
+        let turns = if self.has_stand_in { 1 } else { TURNS };
+        let lease = self.pool.lease(Deadline::after(self.patience.saturating_mul(turns)))?;
+        let (request, transfer) = lease.request(path)?;
+        self.send(request)?;
+        let mut body = match transfer.reply(Deadline::after(self.patience))? {
+            Reply::Found(body) => body,
+            Reply::Refused(Refusal::NotFound | Refusal::Invalid) => return Ok(Err(Miss::NotFound)),
+            Reply::Refused(_) => return Ok(Err(Miss::Failed)),
+        };
+        body.set_patience(self.patience);
+        match body.size() {
+            Size::Known(len) => Ok(Ok(Found { len, body: Body::Segment(Box::new(body)) })),
+            Size::Unknown => Ok(Ok(spool(body).map_err(Error::Source)?)),
+        }
+    }
+
+    /// A cache that is not there is waited for if there is nobody else to ask. One that is there
+    /// and busy has the usual time.
+    fn send(&self, request: Request<Memfd>) -> Result<()> {
+        let absence = if self.has_stand_in { Duration::ZERO } else { ABSENCE };
+        match self.queue.send(request, Deadline::after(absence.min(self.patience))) {
+            Err(SendError { request, error: Error::Timeout(Awaited::QueueRoom) }) => {
+                Ok(self.queue.send(request, Deadline::after(self.patience))?)
+            }
+            sent => Ok(sent?),
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! One client's connection: its request, its reply, its end.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use shmferry::{Deadline, Error, Receiver, Receiving, Result, ShmTransfer, lend};
+
+use super::getfile::{Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request};
+
+/// How long, and for how many bytes, a client may go on sending after its reply. Closing on unread
+/// input makes the system reset the connection, and that can destroy the reply.
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 1 << 20;
+
+/// Bytes that are on their way from a stream to the client.
+const BUFFER: usize = 64 << 10;
+
+/// A file to send, with its exact length.
+pub struct Found {
+    pub len: u64,
+    pub body: Body,
+}
+
+/// Where a file's bytes come from.
+pub enum Body {
+    Segment(Box<ShmTransfer<Receiver, Receiving>>),
+    Stream(Box<dyn Read>),
+}
+
+/// A connection. Dropping it closes it.
+pub struct Client {
+    stream: TcpStream,
+    dialect: Dialect,
+    patience: Duration,
+}
+
+impl Client {
+    /// A client that may take `patience` for its request, and as long for each step of its reply.
+    pub fn new(stream: TcpStream, dialect: Dialect, patience: Duration) -> Client {
+        Client { stream, dialect, patience }
+    }
+
+    /// Reads the request; returns the path, or `None` for one that is malformed or not finished in
+    /// time.
+    pub fn request(&self) -> io::Result<Option<Vec<u8>>> {
+        let deadline = Deadline::after(self.patience);
+        let mut buffer = [0; MAX_REQUEST_LEN];
+        let mut filled = 0;
+        while let Some(read) = self.read(&mut buffer[filled..], deadline)? {
+            filled += read;
+            match parse_request(&buffer[..filled]) {
+                ParsedRequest::Complete { path } => return Ok(Some(path.to_vec())),
+                ParsedRequest::Incomplete if read > 0 => {}
+                ParsedRequest::Incomplete | ParsedRequest::Invalid(_) => break,
+            }
+        }
+        Ok(None)
+    }
+
+    /// Sends a reply without a body.
+    pub fn reply(&self, reply: Reply) -> io::Result<()> {
+        self.send_header(reply, SendFlags::empty())
+    }
+
+    /// Sends a file; returns its length.
+    ///
+    /// # Errors
+    /// [`Error::Sink`] or [`Error::Timeout`] where the client is at fault, anything else for the
+    /// source. The client sees fewer bytes than announced then, and the connection's end.
+    pub fn send(&self, found: Found) -> Result<u64> {
+        // The header leaves together with the body's first bytes.
+        let flags = if found.len > 0 { SendFlags::MORE } else { SendFlags::empty() };
+        self.send_header(Reply::Ok { len: found.len }, flags).map_err(Error::Sink)?;
+        match found.body {
+            Body::Segment(mut body) => {
+                body.set_patience(self.patience);
+                body.copy_to(&self.stream)
+            }
+            Body::Stream(source) => self.copy_from(source, found.len),
+        }
+    }
+
+    /// Closes a connection whose reply has been sent. A client that was `interrupted` in its
+    /// request, or has sent more than that, is first given time to finish.
+    pub fn close(self, interrupted: bool) {
+        let deadline = Deadline::after(LINGER);
+        let mut scratch = [0; 4096];
+        let mut surplus = 0;
+        if rustix::net::shutdown(&self.stream, Shutdown::Write).is_err() {
+            return; // the client is gone
+        }
+        while surplus < LINGER_BYTES {
+            let patience =
+                if interrupted || surplus > 0 { deadline } else { Deadline::after(Duration::ZERO) };
+            match self.read(&mut scratch, patience) {
+                Ok(Some(read)) if read > 0 => surplus += read,
+                _ => return,
+            }
+        }
+    }
+
+    fn send_header(&self, reply: Reply, flags: SendFlags) -> io::Result<()> {
+        let header = encode_reply(reply, self.dialect);
+        // It is the first that is sent, and shorter than any buffer.
+        match rustix::net::send(&self.stream, &header, flags | SendFlags::NOSIGNAL)? {
+            sent if sent == header.len() => Ok(()),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+
+    fn copy_from(&self, mut source: Box<dyn Read>, len: u64) -> Result<u64> {
+        self.stream.set_write_timeout(Some(self.patience)).map_err(Error::Sink)?;
+        let mut buffer = vec![0; BUFFER];
+        let mut sent = 0;
+        while sent < len {
+            let most = usize::try_from(len - sent).unwrap_or(usize::MAX).min(BUFFER);
+            let read = match source.read(&mut buffer[..most]) {
+                Ok(0) => return Err(Error::SizeMismatch { announced: len, found: sent }),
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(Error::Source(error)),
+            };
+            lend(|| (&self.stream).write_all(&buffer[..read])).map_err(Error::Sink)?;
+            sent += read as u64;
+        }
+        // Seeing the end is what lets an origin's connection serve again.
+        let _ = source.read(&mut [0]);
+        Ok(sent)
+    }
+
+    /// Reads what there is, waiting for something until the deadline; `None` when that passed.
+    fn read(&self, into: &mut [u8], deadline: Deadline) -> io::Result<Option<usize>> {
+        loop {
+            match rustix::net::recv(&self.stream, &mut *into, RecvFlags::DONTWAIT) {
+                Ok((read, _)) => return Ok(Some(read)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if deadline.has_passed() => return Ok(None),
+                Err(Errno::AGAIN) => lend(|| {
+                    let left = deadline.remaining().and_then(|left| left.try_into().ok());
+                    let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
+                    match poll(&mut fds, left.as_ref()) {
+                        Err(errno) if errno != Errno::INTR => Err(errno),
+                        _ => Ok(()),
+                    }
+                })?,
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}

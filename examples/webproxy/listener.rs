@@ -1,0 +1,83 @@
+//! Where clients come in: the listening socket, and how accepting ends.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
+use tracing::warn;
+
+/// Clients that wait to be accepted, as the system caps it.
+const BACKLOG: i32 = 4096;
+
+/// How long to leave a failing system alone before the next try.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts clients until it is closed.
+pub struct Listener {
+    socket: TcpListener,
+    address: SocketAddr,
+    closed: AtomicBool,
+}
+
+impl Listener {
+    /// Listens on an address; without one, on all of IPv6 and IPv4, or of IPv4 alone where the
+    /// host has no IPv6.
+    pub fn bind(ip: Option<IpAddr>, port: u16) -> Result<Listener, String> {
+        let any = Ipv6Addr::UNSPECIFIED.into();
+        let mut asked = SocketAddr::new(ip.unwrap_or(any), port);
+        let mut bound = listen(asked);
+        if ip.is_none() && matches!(bound, Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL)) {
+            asked.set_ip(Ipv4Addr::UNSPECIFIED.into());
+            bound = listen(asked);
+        }
+        let complain = |error| format!("cannot listen on {asked}: {error}");
+        let socket = bound.map_err(|errno| complain(errno.into()))?;
+        let address = socket.local_addr().map_err(complain)?;
+        Ok(Listener { socket, address, closed: AtomicBool::new(false) })
+    }
+
+    /// Where it listens, with the port that the system chose.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Waits for a client; `None` once it is closed.
+    pub fn accept(&self) -> Option<TcpStream> {
+        loop {
+            match self.socket.accept() {
+                Ok((stream, _)) => return Some(stream),
+                Err(_) if self.closed.load(Ordering::Acquire) => return None,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    warn!("cannot accept: {error}");
+                    thread::sleep(PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Wakes all who wait for a client, and lets no more in.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        // Fails only on a socket that does not listen.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+    }
+}
+
+fn listen(address: SocketAddr) -> rustix::io::Result<TcpListener> {
+    let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.ip() == Ipv6Addr::UNSPECIFIED {
+        sockopt::set_ipv6_v6only(&socket, false)?;
+    }
+    // Connections inherit it: the end of a chunk never waits for a delayed acknowledgement.
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}

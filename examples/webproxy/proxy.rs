@@ -1,0 +1,119 @@
+//! From a client's request to its reply: the cache, the origin, and what is counted.
+
+use std::net::TcpStream;
+use std::time::Duration;
+
+use shmferry::{Awaited, Error};
+use tracing::{debug, warn};
+
+use super::cache::Cache;
+use super::client::{Client, Found};
+use super::getfile::{Dialect, Reply};
+use super::origin::Origin;
+use super::program::Counter;
+
+/// Why there is nothing to send.
+#[derive(Clone, Copy, Debug)]
+pub enum Miss {
+    /// It is not there.
+    NotFound,
+    /// Nobody could say whether it is there.
+    Failed,
+}
+
+/// Answers clients, and counts how it went.
+pub struct Proxy {
+    cache: Option<Cache>,
+    origin: Option<Origin>,
+    dialect: Dialect,
+    patience: Duration,
+    tally: Tally,
+}
+
+/// How it went so far.
+#[derive(Default)]
+struct Tally {
+    requests: Counter,
+    hits: Counter,
+    misses: Counter,
+    from_origin: Counter,
+    invalid: Counter,
+    errors: Counter,
+    bytes: Counter,
+}
+
+impl Proxy {
+    /// Answers from the cache first, then from the origin, where they are.
+    pub fn new(cache: Option<Cache>, origin: Option<Origin>, dialect: Dialect, patience: Duration) -> Proxy {
+        Proxy { cache, origin, dialect, patience, tally: Tally::default() }
+    }
+
+    /// Serves one client, from its request to its end. A client that leaves is nobody's error.
+    pub fn serve(&self, stream: TcpStream) {
+        let client = Client::new(stream, self.dialect, self.patience);
+        let path = match client.request() {
+            Ok(path) => path,
+            Err(error) => return debug!("a client left before it asked: {error}"),
+        };
+        self.tally.requests.add(1);
+        let Some(path) = path else {
+            self.tally.invalid.add(1);
+            return refuse(client, Reply::Invalid);
+        };
+        match self.find(&path) {
+            Ok(found) => match client.send(found) {
+                Ok(len) => {
+                    self.tally.bytes.add(len);
+                    client.close(false);
+                }
+                Err(error @ (Error::Sink(_) | Error::Timeout(Awaited::Sink))) => {
+                    debug!("a client left {}: {error}", path.escape_ascii());
+                }
+                // The header is out: the connection ends short, with nothing made up.
+                Err(error) => {
+                    self.tally.errors.add(1);
+                    warn!("{} broke off: {error}", path.escape_ascii());
+                }
+            },
+            Err(Miss::NotFound) => refuse(client, Reply::FileNotFound),
+            Err(Miss::Failed) => {
+                self.tally.errors.add(1);
+                refuse(client, Reply::Error);
+            }
+        }
+    }
+
+    fn find(&self, path: &[u8]) -> Result<Found, Miss> {
+        let mut found = Err(Miss::NotFound);
+        if let Some(cache) = &self.cache {
+            found = cache.find(path);
+            match found {
+                Ok(_) => self.tally.hits.add(1),
+                Err(Miss::NotFound) => self.tally.misses.add(1),
+                Err(Miss::Failed) => {}
+            }
+        }
+        match (&self.origin, found) {
+            (Some(origin), Err(_)) => origin.find(path).inspect(|_| self.tally.from_origin.add(1)),
+            (_, found) => found,
+        }
+    }
+
+    /// How it went, in one line.
+    pub fn summary(&self) -> String {
+        let Tally { requests, hits, misses, from_origin, invalid, errors, bytes } = &self.tally;
+        let retired = self.cache.as_ref().map_or(0, Cache::retired);
+        format!(
+            "requests={requests} hits={hits} misses={misses} from_origin={from_origin} invalid={invalid} \
+             errors={errors} bytes={bytes} retired={retired}"
+        )
+    }
+}
+
+fn refuse(client: Client, reply: Reply) {
+    match client.reply(reply) {
+        // A malformed request may still be on its way.
+        Ok(()) => client.close(reply == Reply::Invalid),
+        Err(error) => debug!("a client left without its reply: {error}"),
+    }
+}

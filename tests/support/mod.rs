@@ -1,0 +1,452 @@
+//! Support for tests that run the real programs: processes under a watchdog, a place for their
+//! files and sockets, and a raw GETFILE client.
+//!
+//! ```ignore
+//! mod support;
+//! use support::{Answer, Place};
+//!
+//! let place = Place::new();
+//! place.write("files/a", b"hello");
+//! let cache = place.simplecached(["-c", "files"]).listening();
+//! let proxy = place.webproxy(["-n", "2"]).listening();
+//! assert_eq!(proxy.get("/a"), Answer::Ok(b"hello".to_vec()));
+//! proxy.signal(Signal::TERM);
+//! proxy.finish().assert_code(0);
+//! ```
+//!
+//! Nothing here asserts a maximum time: every wait ends by what it waits for, or fails the test at
+//! the [`WATCHDOG`].
+#![allow(dead_code, reason = "each test file needs other parts of it")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, kill_process};
+use tempfile::TempDir;
+
+pub use rustix::process::Signal;
+
+/// What nothing may take, however busy the machine. A program that lives longer is killed.
+pub const WATCHDOG: Duration = Duration::from_secs(60);
+
+// ---------------------------------------------------------------- places
+
+/// A temporary directory of one test: its files, its sockets, the working directory of its programs.
+pub struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    pub fn new() -> Place {
+        Place { dir: TempDir::new().unwrap() }
+    }
+
+    /// The path of something in here.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes a file, and makes the directories on its way.
+    pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    /// Where the two programs meet: a socket in a directory of its own, which the cache makes.
+    pub fn cache_address(&self) -> String {
+        format!("unix:{}", self.cache_socket().display())
+    }
+
+    pub fn cache_socket(&self) -> PathBuf {
+        self.path("run/cache.sock")
+    }
+
+    /// Whether a cache has left anything behind at [`cache_address`](Self::cache_address).
+    pub fn is_swept(&self) -> bool {
+        !self.path("run").exists()
+    }
+
+    /// Runs a program in here, with this directory as its runtime directory, and nothing of the
+    /// environment that could make a difference. `RUST_LOG` is `info`; to change that, or anything
+    /// else, spawn what [`command`](Self::command) makes.
+    pub fn run(&self, name: &str, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Program {
+        Program::spawn(self.command(name).args(args))
+    }
+
+    /// A program to be run in here.
+    pub fn command(&self, name: &str) -> Command {
+        // Examples are built beside the tests: `TARGET/deps/TEST-HASH`, `TARGET/examples/NAME`.
+        let test = std::env::current_exe().unwrap();
+        let program = test.parent().unwrap().with_file_name("examples").join(name);
+        assert!(program.exists(), "run cargo build --examples first: there is no {program:?}");
+        let mut command = Command::new(program);
+        command.current_dir(self.dir.path()).env_clear();
+        command.env("RUST_LOG", "info").env("RUST_BACKTRACE", "1");
+        command.env("XDG_RUNTIME_DIR", self.dir.path());
+        command
+    }
+
+    /// Runs `simplecached` at [`cache_address`](Self::cache_address).
+    pub fn simplecached(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Program {
+        Program::spawn(self.command("simplecached").args(["--listen", &self.cache_address()]).args(args))
+    }
+
+    /// Runs `webproxy` on a free port of 127.0.0.1, with the cache at
+    /// [`cache_address`](Self::cache_address).
+    pub fn webproxy(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Program {
+        let cache = self.cache_address();
+        Program::spawn(self.command("webproxy").args(LOOPBACK).args(["--cache", &cache]).args(args))
+    }
+
+    /// Runs `webproxy` on a free port of 127.0.0.1, with nothing else said.
+    pub fn bare_webproxy(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Program {
+        Program::spawn(self.command("webproxy").args(LOOPBACK).args(args))
+    }
+}
+
+const LOOPBACK: [&str; 4] = ["-p", "0", "--listen", "127.0.0.1"];
+
+// ---------------------------------------------------------------- programs
+
+/// A running program. Killed when dropped, and when it outlives the [`WATCHDOG`].
+pub struct Program {
+    child: Arc<Mutex<Child>>,
+    pid: Pid,
+    said: Arc<Said>,
+    /// Dropped with the program: the watchdog then lies down.
+    _leash: mpsc::Sender<()>,
+}
+
+/// What a program has written to standard error so far.
+#[derive(Default)]
+struct Said {
+    text: Mutex<(String, Ended)>,
+    more: Condvar,
+}
+
+type Ended = bool;
+
+impl Program {
+    /// Spawns a program; standard error is collected, the other streams are closed.
+    pub fn spawn(command: &mut Command) -> Program {
+        Program::spawn_for(command, WATCHDOG)
+    }
+
+    /// As [`spawn`](Self::spawn), for a program that may live longer or shorter.
+    pub fn spawn_for(command: &mut Command, watchdog: Duration) -> Program {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let said = Arc::new(Said::default());
+        thread::spawn({
+            let (said, stderr) = (Arc::clone(&said), child.stderr.take().unwrap());
+            move || said.listen_to(stderr)
+        });
+        let child = Arc::new(Mutex::new(child));
+        let (leash, loose) = mpsc::channel();
+        thread::spawn({
+            let child = Arc::clone(&child);
+            move || {
+                if let Err(mpsc::RecvTimeoutError::Timeout) = loose.recv_timeout(watchdog) {
+                    let _ = lock(&child).kill(); // does nothing to one that was waited for
+                }
+            }
+        });
+        Program { child, pid, said, _leash: leash }
+    }
+
+    /// Waits until it says that it is listening.
+    pub fn listening(self) -> Program {
+        self.wait_for("listening on ");
+        self
+    }
+
+    /// Waits until it has written a line with `part` in it; returns the line.
+    pub fn wait_for(&self, part: &str) -> String {
+        let deadline = Instant::now() + WATCHDOG;
+        let mut text = lock(&self.said.text);
+        loop {
+            if let Some(line) = text.0.lines().find(|line| line.contains(part)) {
+                return line.to_owned();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!text.1 && !left.is_zero(), "it never said {part:?}, but:\n{}", text.0);
+            text = self.said.more.wait_timeout(text, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Everything written to standard error so far.
+    pub fn stderr(&self) -> String {
+        lock(&self.said.text).0.clone()
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
+    pub fn is_running(&self) -> bool {
+        lock(&self.child).try_wait().unwrap().is_none()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid, signal).unwrap();
+    }
+
+    /// Kills it, and waits until it is dead.
+    pub fn kill(self) {
+        self.signal(Signal::KILL);
+        self.finish();
+    }
+
+    /// Asks it to end, and asserts that it does so as it should.
+    pub fn terminate(self) -> Exit {
+        self.signal(Signal::TERM);
+        let exit = self.finish();
+        exit.assert_code(0);
+        exit
+    }
+
+    /// Waits for it to end.
+    pub fn finish(self) -> Exit {
+        let mut status = None;
+        wait_until("the program ended", || {
+            status = lock(&self.child).try_wait().unwrap();
+            status.is_some()
+        });
+        wait_until("all was read that it said", || lock(&self.said.text).1);
+        Exit { status: status.unwrap(), stderr: self.stderr() }
+    }
+
+    // ------------------------------------------------------------ webproxy
+
+    /// Where a `webproxy` says that it listens; all addresses of the host are 127.0.0.1 to us.
+    pub fn address(&self) -> SocketAddr {
+        let line = self.wait_for("listening on ");
+        let (_, rest) = line.split_once("listening on ").unwrap();
+        let address = rest.split(": ").next().unwrap();
+        let mut address: SocketAddr = address.parse().unwrap_or_else(|_| panic!("no address in {line:?}"));
+        if address.ip().is_unspecified() {
+            address.set_ip(Ipv4Addr::LOCALHOST.into());
+        }
+        address
+    }
+
+    pub fn connect(&self) -> Client {
+        Client::to(self.address())
+    }
+
+    /// Asks a `webproxy` of the spec dialect for a path.
+    pub fn get(&self, path: &str) -> Answer {
+        Answer::parse(&self.ask(format!("GETFILE GET {path}\r\n\r\n")))
+    }
+
+    /// Sends these bytes to a `webproxy`, and returns all that comes back.
+    pub fn ask(&self, request: impl AsRef<[u8]>) -> Vec<u8> {
+        let mut client = self.connect();
+        client.send(request);
+        client.read_all()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let mut child = lock(&self.child);
+        let _ = child.kill();
+        let _ = child.wait();
+        if thread::panicking() {
+            eprintln!("---- process {} said:\n{}", child.id(), lock(&self.said.text).0);
+        }
+    }
+}
+
+impl Said {
+    fn listen_to(&self, stderr: impl Read) {
+        let mut stderr = BufReader::new(stderr);
+        let mut line = Vec::new();
+        while stderr.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+            lock(&self.text).0.push_str(&String::from_utf8_lossy(&line));
+            line.clear();
+            self.more.notify_all();
+        }
+        lock(&self.text).1 = true;
+        self.more.notify_all();
+    }
+}
+
+/// How a program ended, and what it said.
+pub struct Exit {
+    pub status: ExitStatus,
+    pub stderr: String,
+}
+
+impl Exit {
+    pub fn assert_code(&self, code: i32) {
+        assert_eq!(self.status.code(), Some(code), "{}: {}", self.status, self.stderr);
+    }
+
+    /// Asserts that it failed to start: with one line on standard error that has all these parts.
+    pub fn assert_failure(&self, parts: &[&str]) {
+        self.assert_code(1);
+        assert_eq!(self.stderr.lines().count(), 1, "{}", self.stderr);
+        self.assert_said(parts);
+    }
+
+    /// Asserts that it refused its command line, in words that have all these parts.
+    pub fn assert_usage_error(&self, parts: &[&str]) {
+        self.assert_code(2);
+        self.assert_said(parts);
+    }
+
+    pub fn assert_said(&self, parts: &[&str]) {
+        for part in parts {
+            assert!(self.stderr.contains(part), "{part:?} is not in:\n{}", self.stderr);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- the client
+
+/// A raw connection to a `webproxy`.
+pub struct Client(pub TcpStream);
+
+impl Client {
+    pub fn to(address: SocketAddr) -> Client {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(WATCHDOG)).unwrap();
+        stream.set_write_timeout(Some(WATCHDOG)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Client(stream)
+    }
+
+    /// Sends bytes to a server that may have had enough already.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        let _ = self.0.write_all(bytes.as_ref());
+    }
+
+    /// Sends the request for a path.
+    pub fn request(&mut self, path: &str) {
+        self.send(format!("GETFILE GET {path}\r\n\r\n"));
+    }
+
+    /// Reads to the connection's end, a reset included. Panics if it is not closed.
+    pub fn read_all(&mut self) -> Vec<u8> {
+        let mut received = Vec::new();
+        match self.0.read_to_end(&mut received) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+            Err(error) => panic!("{error} after {} bytes", received.len()),
+        }
+        received
+    }
+
+    /// Reads exactly so many bytes.
+    pub fn read_exactly(&mut self, len: usize) -> Vec<u8> {
+        let mut received = vec![0; len];
+        self.0.read_exact(&mut received).unwrap();
+        received
+    }
+
+    /// Reads the reply of the spec dialect.
+    pub fn answer(&mut self) -> Answer {
+        Answer::parse(&self.read_all())
+    }
+}
+
+/// A reply of the spec dialect, from its first byte to the connection's end.
+#[derive(PartialEq, Eq)]
+pub enum Answer {
+    /// The whole file.
+    Ok(Vec<u8>),
+    /// The connection ended before the announced length.
+    Short {
+        announced: u64,
+        received: Vec<u8>,
+    },
+    NotFound,
+    Error,
+    Invalid,
+    /// Nothing at all.
+    Nothing,
+    /// None of these: nothing that a server may send.
+    Nonsense(Vec<u8>),
+}
+
+impl Answer {
+    /// Parses without the codec that the programs use, so that an error there shows here.
+    pub fn parse(bytes: &[u8]) -> Answer {
+        match bytes {
+            b"" => return Answer::Nothing,
+            b"GETFILE FILE_NOT_FOUND\r\n\r\n" => return Answer::NotFound,
+            b"GETFILE ERROR\r\n\r\n" => return Answer::Error,
+            b"GETFILE INVALID\r\n\r\n" => return Answer::Invalid,
+            _ => {}
+        }
+        let parsed = || -> Option<Answer> {
+            let rest = bytes.strip_prefix(b"GETFILE OK ")?;
+            let digits = rest.windows(4).position(|window| window == b"\r\n\r\n")?;
+            let announced: u64 = str::from_utf8(&rest[..digits]).ok()?.parse().ok()?;
+            let received = rest[digits + 4..].to_vec();
+            match (received.len() as u64).cmp(&announced) {
+                std::cmp::Ordering::Less => Some(Answer::Short { announced, received }),
+                std::cmp::Ordering::Equal => Some(Answer::Ok(received)),
+                std::cmp::Ordering::Greater => None,
+            }
+        };
+        parsed().unwrap_or_else(|| Answer::Nonsense(bytes.to_vec()))
+    }
+}
+
+/// Without the bytes of long bodies.
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let head =
+            |bytes: &[u8]| format!("{} bytes: {}", bytes.len(), bytes[..bytes.len().min(80)].escape_ascii());
+        match self {
+            Answer::Ok(body) => write!(f, "Ok({})", head(body)),
+            Answer::Short { announced, received } => write!(f, "Short({announced}, {})", head(received)),
+            Answer::NotFound => f.write_str("NotFound"),
+            Answer::Error => f.write_str("Error"),
+            Answer::Invalid => f.write_str("Invalid"),
+            Answer::Nothing => f.write_str("Nothing"),
+            Answer::Nonsense(bytes) => write!(f, "Nonsense({})", head(bytes)),
+        }
+    }
+}
+
+// ---------------------------------------------------------------- small things
+
+/// Waits for something that nobody announces.
+#[track_caller]
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + WATCHDOG;
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Bytes that differ from place to place, so that none can be taken for another.
+pub fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|index| (index * 31 + index / 251 + index / 65_521) as u8).collect()
+}
+
+/// The names in a directory, sorted.
+pub fn names_in(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
