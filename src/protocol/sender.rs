@@ -24,7 +24,9 @@ pub struct Sender {
     generation: u64,
     /// Where this side has brought the turn word to; what `Drop` has to end.
     phase: Phase,
-    enrolment: Enrolment,
+    link: Arc<Link>,
+    /// Given up before the last write: the link must not poison what may be in other hands by then.
+    enrolment: Option<Enrolment>,
     spinner: Spinner,
     patience: Duration,
 }
@@ -60,7 +62,8 @@ impl ShmTransfer<Sender, Starting> {
             segment,
             generation,
             phase: Phase::Offered,
-            enrolment,
+            link: Arc::clone(link),
+            enrolment: Some(enrolment),
             spinner: Spinner::new(),
             patience: DEFAULT_PATIENCE,
         };
@@ -79,7 +82,7 @@ impl ShmTransfer<Sender, Starting> {
 
     /// Who asks; `None` within one process.
     pub fn peer(&self) -> Option<Peer> {
-        self.side.enrolment.link().peer()
+        self.side.link.peer()
     }
 
     /// Takes the request up, with so many bytes to follow ([`Size::Unknown`] for a stream). The
@@ -410,11 +413,10 @@ impl Sender {
 
     /// Who ended the wait for free slots: the receiver, or its death.
     fn why_poisoned(&self) -> Error {
-        let link = self.enrolment.link();
         if self.header().receiver.cancelled.load(Relaxed) != 0 {
             Error::Cancelled
-        } else if link.is_severed() {
-            link.obituary()
+        } else if self.link.is_severed() {
+            self.link.obituary()
         } else {
             PeerFault::BaselessPoison.into()
         }
@@ -425,6 +427,7 @@ impl Sender {
     fn end(&mut self, phase: Phase, permit: Permit) -> Result<()> {
         let header = self.segment.header();
         header.filled.add(permit);
+        self.enrolment = None;
         let left = header.turn.advance(self.generation, self.phase, phase);
         self.phase = phase;
         header.filled.wake(); // reads only
@@ -439,6 +442,7 @@ impl Sender {
         if matches!(self.phase, Phase::Accepted | Phase::Announced) {
             let header = self.segment.header();
             header.filled.set_poison();
+            self.enrolment = None;
             // Fails only if the peer spoilt the word, and then nobody can be told any more.
             let _ = header.turn.advance(self.generation, self.phase, Phase::Aborted);
             self.phase = Phase::Aborted;

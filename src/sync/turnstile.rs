@@ -74,6 +74,21 @@ impl Turnstile {
         }
     }
 
+    /// Runs `inside` having entered, and leaves, whatever ends it; `None` when the deadline came
+    /// first. With one permit, this is a lock that can be waited for with a deadline.
+    pub(crate) fn within<T>(&self, deadline: Deadline, inside: impl FnOnce() -> T) -> Option<T> {
+        struct Inside<'t>(&'t Turnstile);
+        impl Drop for Inside<'_> {
+            fn drop(&mut self) {
+                self.0.leave();
+            }
+        }
+        self.enter(deadline).then(|| {
+            let _inside = Inside(self);
+            inside()
+        })
+    }
+
     /// How many wait in line.
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> usize {

@@ -18,7 +18,8 @@ use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Rejection, Result};
 use crate::peer::{Link, Peer, Watch, on_hang_up};
 use crate::segment::{Memfd, SegmentPool};
-use crate::sync::{Deadline, lock};
+use crate::sync::atomic::{Acquire, AtomicU64, Release};
+use crate::sync::{Deadline, Turnstile, lock};
 
 use super::wire::{MAX_MESSAGE, Message, VERSION};
 use super::{Policy, send, socket, socket_address};
@@ -35,22 +36,28 @@ pub struct SeqpacketRequester {
     policy: Policy,
     pool: SegmentPool<Memfd>,
     connection: Mutex<Option<Arc<Connection>>>,
+    /// Lets one thread at a time connect. The mutex is never held over anything that blocks.
+    connecting: Turnstile,
 }
 
 impl SeqpacketRequester {
     pub(super) fn new(path: &Path, policy: Policy, pool: SegmentPool<Memfd>) -> Result<SeqpacketRequester> {
         let address = socket_address(path)?;
-        Ok(SeqpacketRequester { path: path.to_owned(), address, policy, pool, connection: Mutex::new(None) })
+        let (connection, connecting) = (Mutex::new(None), Turnstile::new(1));
+        Ok(SeqpacketRequester { path: path.to_owned(), address, policy, pool, connection, connecting })
     }
 
     /// The server, if there is a connection to it.
     pub fn server(&self) -> Option<Peer> {
-        let connection = lock(&self.connection);
-        connection.as_ref().filter(|c| !c.link.is_severed()).and_then(|c| c.link.peer())
+        self.living().and_then(|connection| connection.link.peer())
     }
 
     pub(super) fn wait_connected(&self, deadline: Deadline) -> Result<()> {
         self.connected(deadline).map(drop)
+    }
+
+    fn living(&self) -> Option<Arc<Connection>> {
+        lock(&self.connection).clone().filter(|connection| !connection.link.is_severed())
     }
 
     /// The living connection, or a new one as soon as the server is there.
@@ -59,22 +66,31 @@ impl SeqpacketRequester {
     /// grows from one millisecond to 100.
     fn connected(&self, deadline: Deadline) -> Result<Arc<Connection>> {
         for attempt in 0.. {
-            let mut current = lock(&self.connection);
-            if let Some(connection) = current.as_ref().filter(|c| !c.link.is_severed()) {
-                return Ok(Arc::clone(connection));
-            }
-            if let Some(connection) = Connection::open(&self.address, &self.policy, &self.pool, deadline)? {
-                let connection = Arc::new(connection);
-                *current = Some(Arc::clone(&connection));
+            if let Some(connection) = self.living() {
                 return Ok(connection);
             }
-            drop(current);
+            let tried = crew::lend(|| self.connecting.within(deadline, || self.connect(deadline)));
+            if let Some(connection) = tried.transpose()?.flatten() {
+                return Ok(connection);
+            }
             if deadline.has_passed() {
                 return Err(Error::Timeout(Awaited::Server));
             }
             crew::lend(|| pause(attempt, deadline));
         }
         unreachable!("the loop has no end of its own")
+    }
+
+    /// Connects, unless somebody else just did; `None` when no server is there now.
+    fn connect(&self, deadline: Deadline) -> Result<Option<Arc<Connection>>> {
+        if let Some(connection) = self.living() {
+            return Ok(Some(connection));
+        }
+        let opened = Connection::open(&self.address, &self.policy, &self.pool, deadline)?.map(Arc::new);
+        if let Some(connection) = &opened {
+            *lock(&self.connection) = Some(Arc::clone(connection));
+        }
+        Ok(opened)
     }
 }
 
@@ -125,16 +141,17 @@ pub(super) fn pause(attempt: u32, deadline: Deadline) {
 struct Connection {
     socket: Arc<OwnedFd>,
     link: Arc<Link>,
-    known: Mutex<Known>,
+    /// The edition of the pool that the server has been given; `NONE` before the first.
+    edition: AtomicU64,
+    /// The segments that it has been given.
+    known: Mutex<BTreeSet<u32>>,
+    /// Lets one thread at a time hand segments over.
+    updating: Turnstile,
     _watch: Watch,
 }
 
-/// Which segments the server has been given.
-struct Known {
-    /// The pool's edition that they are of; `None` before the first.
-    edition: Option<u64>,
-    segments: BTreeSet<u32>,
-}
+/// An edition that no pool reaches.
+const NONE: u64 = u64::MAX;
 
 impl Connection {
     /// Connects and hands the pool over; `None` when no server is there now.
@@ -161,8 +178,9 @@ impl Connection {
             let (socket, link) = (Arc::clone(&socket), Arc::clone(&link));
             move || link.sever(last_words(&socket))
         })?;
-        let known = Mutex::new(Known { edition: None, segments: BTreeSet::new() });
-        let connection = Connection { socket, link, known, _watch: watch };
+        let (edition, known) = (AtomicU64::new(NONE), Mutex::default());
+        let connection =
+            Connection { socket, link, edition, known, updating: Turnstile::new(1), _watch: watch };
         match connection.introduce(pool, deadline) {
             Ok(()) => Ok(Some(connection)),
             Err(Error::Disconnected) => Ok(None), // it died, or rejected us, while we spoke
@@ -188,26 +206,34 @@ impl Connection {
         self.say(Message::Request { index, generation, key: &request.key }, None, deadline)
     }
 
-    /// Hands over what has come into the pool, and takes back what has left it.
+    /// Has the server know the segments that are in the pool now.
     fn update(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
-        let mut known = lock(&self.known);
-        if known.edition == Some(pool.edition()) {
+        let current = || self.edition.load(Acquire) == pool.edition();
+        if current() {
             return Ok(());
         }
+        let update = || if current() { Ok(()) } else { self.hand_over(pool, deadline) };
+        let updated = crew::lend(|| self.updating.within(deadline, update));
+        updated.unwrap_or(Err(Error::Timeout(Awaited::QueueRoom)))
+    }
+
+    /// Takes back what has left the pool, and hands over what has come into it.
+    fn hand_over(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
         let (edition, live) = pool.live();
         let indices: BTreeSet<u32> = live.iter().map(|stock| stock.segment.id().index()).collect();
-        for &index in known.segments.clone().difference(&indices) {
+        let known = lock(&self.known).clone();
+        for &index in known.difference(&indices) {
             self.say(Message::Retire { index }, None, deadline)?;
-            known.segments.remove(&index);
+            lock(&self.known).remove(&index);
         }
         for stock in &live {
             let index = stock.segment.id().index();
-            if !known.segments.contains(&index) {
+            if !known.contains(&index) {
                 self.say(Message::Segment { index }, Some(&stock.backing), deadline)?;
-                known.segments.insert(index);
+                lock(&self.known).insert(index);
             }
         }
-        known.edition = Some(edition);
+        self.edition.store(edition, Release);
         Ok(())
     }
 
