@@ -18,8 +18,8 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{Pid, Signal, kill_process};
 use shmferry::{
-    Crew, Deadline, Error, Memfd, Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue, Requester,
-    SegmentPool, Seqpacket, SeqpacketRequester, ShmTransfer, Size,
+    Awaited, Crew, Deadline, Error, Memfd, Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue,
+    Requester, SegmentPool, Seqpacket, SeqpacketRequester, ShmTransfer, Size,
 };
 
 fn soon() -> Deadline {
@@ -264,6 +264,23 @@ fn bytes_cross_and_either_side_starts_first() {
 }
 
 #[test]
+fn an_absent_server_is_waited_for_as_long_as_told() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let pool = pool(1, 1);
+    let hasty = Seqpacket::new(&path).absence(Duration::ZERO).requester(&pool).unwrap();
+    let (request, _transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
+    let failed = hasty.send(request, Deadline::NEVER).unwrap_err();
+    assert!(matches!(failed.error, Error::Timeout(Awaited::Server)), "{failed:?}");
+    let connected = Seqpacket::new(&path).connect(&pool, Deadline::after(Duration::from_millis(5)));
+    assert!(matches!(connected, Err(Error::Timeout(Awaited::Server))));
+    let _server = Other::start("serve", &path);
+    drop(Seqpacket::new(&path).connect(&pool, soon()).unwrap());
+    drop(_transfer);
+    assert!(read_all(ask(&hasty, &pool, 10).unwrap()) == pattern(10));
+}
+
+#[test]
 fn a_server_killed_before_its_reply() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
@@ -414,6 +431,13 @@ fn one_server_at_an_address_and_leftovers_taken_over() {
     drop(third);
     assert!(!deeper.parent().unwrap().exists());
 
+    // So is one that a killed server made.
+    let mut third = Other::start("serve", &deeper);
+    third.wait_for("ready");
+    third.kill();
+    drop(Seqpacket::new(&deeper).bind().unwrap());
+    assert!(!deeper.parent().unwrap().exists());
+
     // What is no socket is not ours to remove.
     fs::write(&path, "precious").unwrap();
     assert!(matches!(Seqpacket::new(&path).bind(), Err(Error::Os { call: "bind", .. })));
@@ -505,7 +529,9 @@ impl Stranger {
             let heard =
                 rustix::net::recvmsg(&self.0, &mut [IoSliceMut::new(&mut buffer)], &mut control, flags);
             match heard.map(|heard| heard.bytes) {
-                Ok(0) | Err(rustix::io::Errno::CONNRESET) => return code,
+                Ok(0) => return code,
+                // Told once, when the server hung up on something unread; its words come after.
+                Err(rustix::io::Errno::CONNRESET) => {}
                 Ok(len) => {
                     assert_eq!((len, buffer[0]), (13, 5));
                     code = Some(u32::from_le_bytes(buffer[1..5].try_into().unwrap()));
@@ -532,6 +558,8 @@ fn nonsense_costs_its_own_connection_only() {
     let (_dir, path) = place();
     let queue = Seqpacket::new(&path).max_segments(4).max_clients(6).bind().unwrap();
     thread::scope(|scope| {
+        // However this ends, the workers do.
+        let closing = Closing(&queue);
         let workers: Vec<_> = (0..2)
             .map(|_| {
                 scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()))
@@ -580,9 +608,17 @@ fn nonsense_costs_its_own_connection_only() {
         assert!(matches!(error, Error::Rejected(Rejection::TooManySegments(4))), "{error}");
 
         honestly();
-        queue.close();
+        drop(closing);
         workers.into_iter().for_each(|worker| worker.join().unwrap());
     });
+}
+
+struct Closing<'q, Q: RequestQueue>(&'q Q);
+
+impl<Q: RequestQueue> Drop for Closing<'_, Q> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 #[test]

@@ -2,18 +2,12 @@
 
 use std::time::Duration;
 
-use shmferry::{
-    Awaited, Deadline, Error, Memfd, Refusal, Reply, Request, Requester, Result, SegmentPool, SendError, Size,
-};
+use shmferry::{Deadline, Error, Memfd, Refusal, Reply, Requester, Result, SegmentPool, Size};
 use tracing::{debug, warn};
 
 use super::client::{Body, Found};
 use super::origin::spool;
 use super::proxy::Miss;
-
-/// How long to wait for a cache that is not running, when there is no origin to ask instead: long
-/// enough for one that is being restarted.
-const ABSENCE: Duration = Duration::from_secs(2);
 
 /// How many of those ahead in line may stall, each for a whole time-out, before a request for a
 /// segment gives up.
@@ -60,7 +54,7 @@ impl Cache {
         let turns = if self.has_stand_in { 1 } else { TURNS };
         let lease = self.pool.lease(Deadline::after(self.patience.saturating_mul(turns)))?;
         let (request, transfer) = lease.request(path)?;
-        self.send(request)?;
+        self.queue.send(request, Deadline::after(self.patience))?;
         let mut body = match transfer.reply(Deadline::after(self.patience))? {
             Reply::Found(body) => body,
             Reply::Refused(Refusal::NotFound | Refusal::Invalid) => return Ok(Err(Miss::NotFound)),
@@ -70,18 +64,6 @@ impl Cache {
         match body.size() {
             Size::Known(len) => Ok(Ok(Found { len, body: Body::Segment(Box::new(body)) })),
             Size::Unknown => Ok(Ok(spool(body).map_err(Error::Source)?)),
-        }
-    }
-
-    /// A cache that is not there is waited for if there is nobody else to ask. One that is there
-    /// and busy has the usual time.
-    fn send(&self, request: Request<Memfd>) -> Result<()> {
-        let absence = if self.has_stand_in { Duration::ZERO } else { ABSENCE };
-        match self.queue.send(request, Deadline::after(absence.min(self.patience))) {
-            Err(SendError { request, error: Error::Timeout(Awaited::QueueRoom) }) => {
-                Ok(self.queue.send(request, Deadline::after(self.patience))?)
-            }
-            sent => Ok(sent?),
         }
     }
 }

@@ -34,7 +34,7 @@ use origin::{BaseUrl, Origin};
 use program::Stop;
 use proxy::Proxy;
 use serve::Service;
-use shmferry::{Crew, Deadline, Error, InProcess, Memfd, RequestQueue, SegmentPool, Seqpacket};
+use shmferry::{Crew, InProcess, Memfd, RequestQueue, SegmentPool, Seqpacket};
 use store::Store;
 use tracing::info;
 
@@ -82,6 +82,10 @@ struct Options {
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = program::seconds)]
     timeout: Duration,
 }
+
+/// How long to wait for a cache that is not running, when there is no origin to ask instead: long
+/// enough for one that is being restarted.
+const ABSENCE: Duration = Duration::from_secs(2);
 
 /// The least that a segment may hold.
 const LEAST_SEGMENT: u64 = 824;
@@ -170,12 +174,8 @@ impl Source {
         let address = options.cache.clone().map_or_else(Address::default_of_user, Ok);
         let address = address.map_err(|error| format!("there is no default address: {error}"))?;
         let Address::Unix(path) = &address;
-        // A cache that is there already is connected to before the first clients come.
-        let at_once = Deadline::after(Duration::ZERO);
-        let requester = match Seqpacket::new(path).connect(&pool, at_once) {
-            Err(Error::Timeout(_)) => Seqpacket::new(path).requester(&pool),
-            tried => tried,
-        };
+        let absence = if has_origin { Duration::ZERO } else { ABSENCE };
+        let requester = Seqpacket::new(path).absence(absence).requester(&pool);
         let requester = requester.map_err(|error| format!("cannot use {address}: {error}"))?;
         let cache = Cache::new(pool, requester, options.timeout, has_origin);
         Ok(Source { cache: Some(cache), embedded: None, description: format!("cache {address}, {segments}") })

@@ -4,6 +4,7 @@ use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use std::{env, io};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -68,6 +69,7 @@ struct Policy {
     max_clients: u32,
     max_segments: u32,
     max_bytes: u64,
+    absence: Option<Duration>,
     on_rejected: Option<Arc<OnRejected>>,
 }
 
@@ -81,6 +83,7 @@ impl Seqpacket {
             max_clients: 256,
             max_segments: 1024,
             max_bytes: 4 << 30,
+            absence: None,
             on_rejected: None,
         };
         Seqpacket { path: path.into(), policy }
@@ -131,6 +134,13 @@ impl Seqpacket {
         self
     }
 
+    /// How long a client's `send` waits for a server that is not there, within its deadline; as long
+    /// as the deadline unless told otherwise. Zero means one look.
+    pub fn absence(mut self, patience: Duration) -> Self {
+        self.policy.absence = Some(patience);
+        self
+    }
+
     /// Has a server report each client that it turns away, and why.
     pub fn on_rejected(mut self, report: impl Fn(Option<Peer>, &Error) + Send + Sync + 'static) -> Self {
         self.policy.on_rejected = Some(Arc::new(report));
@@ -162,7 +172,7 @@ impl Seqpacket {
     /// Also [`Error::Timeout`] when it is not there in time.
     pub fn connect(self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<SeqpacketRequester> {
         let requester = self.requester(pool)?;
-        requester.wait_connected(deadline)?;
+        requester.connected(deadline)?;
         Ok(requester)
     }
 }

@@ -1,7 +1,7 @@
 //! The path that a server listens at: held by a lock while it lives, taken over when it is dead.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,9 @@ use super::{socket, socket_address};
 
 /// Connections that wait to be accepted, as the system caps it.
 const BACKLOG: i32 = 1024;
+
+/// Stands in the lock file, after the pid, if its server made the directory.
+const MADE_DIR: &str = "made its directory\n";
 
 /// A path that this process serves at. Dropping it removes all that it put there.
 pub(super) struct Address {
@@ -36,8 +39,14 @@ impl Address {
         lock_path.push(".lock");
         let lock_path = PathBuf::from(lock_path);
 
-        let made_dir = make_parent(path)?;
-        let lock = lock_exclusively(path, &lock_path)?;
+        let mut made_dir = make_parent(path)?;
+        let (mut lock, predecessor) = lock_exclusively(path, &lock_path)?;
+        // A killed server's directory is ours to remove in its place.
+        if predecessor.ends_with(MADE_DIR) {
+            made_dir = path.parent().map(Path::to_owned);
+        }
+        let note = if made_dir.is_some() { MADE_DIR } else { "" };
+        write!(lock, "{}\n{note}", std::process::id()).map_err(os("writing the lock file"))?;
         let mut address = Address { path: path.to_owned(), bound: false, lock_path, _lock: lock, made_dir };
 
         // We hold the lock, so a socket that stands there has no living owner. Anything else that
@@ -95,8 +104,8 @@ fn make_parent(path: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// Locks the lock file, and puts our pid into it.
-fn lock_exclusively(path: &Path, lock_path: &Path) -> Result<File> {
+/// Locks the lock file, and empties it; returns also what a predecessor that was killed left in it.
+fn lock_exclusively(path: &Path, lock_path: &Path) -> Result<(File, String)> {
     loop {
         let mut lock = OpenOptions::new()
             .read(true)
@@ -107,12 +116,13 @@ fn lock_exclusively(path: &Path, lock_path: &Path) -> Result<File> {
             .custom_flags(OFlags::NOFOLLOW.bits() as i32)
             .open(lock_path)
             .map_err(os("opening the lock file"))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        let mut found = String::new();
+        lock.read_to_string(&mut found).map_err(os("reading the lock file"))?;
+        match locked {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
-                let mut pid = String::new();
-                lock.read_to_string(&mut pid).map_err(os("reading the lock file"))?;
-                let pid = pid.trim().parse().unwrap_or(0);
+                let pid = found.lines().next().and_then(|pid| pid.parse().ok()).unwrap_or(0);
                 return Err(Error::AddressInUse { address: path.display().to_string(), pid });
             }
             Err(errno) => return Err(Error::os("flock")(errno)),
@@ -123,9 +133,8 @@ fn lock_exclusively(path: &Path, lock_path: &Path) -> Result<File> {
             Ok(found) if (found.dev(), found.ino()) == (ours.dev(), ours.ino()) => {}
             _ => continue,
         }
-        lock.set_len(0).map_err(os("truncating the lock file"))?;
-        write!(lock, "{}", std::process::id()).map_err(os("writing the lock file"))?;
-        return Ok(lock);
+        lock.rewind().and_then(|()| lock.set_len(0)).map_err(os("emptying the lock file"))?;
+        return Ok((lock, found));
     }
 }
 

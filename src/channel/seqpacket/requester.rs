@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SocketAddrUnix};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, SocketAddrUnix};
 
 use crate::channel::{Request, Requester, SendError};
 use crate::crew;
@@ -52,19 +52,21 @@ impl SeqpacketRequester {
         self.living().and_then(|connection| connection.link.peer())
     }
 
-    pub(super) fn wait_connected(&self, deadline: Deadline) -> Result<()> {
-        self.connected(deadline).map(drop)
-    }
-
     fn living(&self) -> Option<Arc<Connection>> {
         lock(&self.connection).clone().filter(|connection| !connection.link.is_severed())
     }
 
     /// The living connection, or a new one as soon as the server is there.
+    pub(super) fn connected(&self, deadline: Deadline) -> Result<Arc<Connection>> {
+        self.connected_soon(deadline, deadline)
+    }
+
+    /// As [`connected`](Self::connected), waiting only until `absence` for a server that is not
+    /// there, and until the deadline for one that is.
     ///
     /// A server that is not there cannot tell when it comes: we look again after a pause, which
     /// grows from one millisecond to 100.
-    fn connected(&self, deadline: Deadline) -> Result<Arc<Connection>> {
+    fn connected_soon(&self, deadline: Deadline, absence: Deadline) -> Result<Arc<Connection>> {
         for attempt in 0.. {
             if let Some(connection) = self.living() {
                 return Ok(connection);
@@ -73,10 +75,10 @@ impl SeqpacketRequester {
             if let Some(connection) = tried.transpose()?.flatten() {
                 return Ok(connection);
             }
-            if deadline.has_passed() {
+            if absence.has_passed() {
                 return Err(Error::Timeout(Awaited::Server));
             }
-            crew::lend(|| pause(attempt, deadline));
+            crew::lend(|| pause(attempt, absence));
         }
         unreachable!("the loop has no end of its own")
     }
@@ -95,14 +97,16 @@ impl SeqpacketRequester {
 }
 
 impl Requester<Memfd> for SeqpacketRequester {
-    /// Connects first where there is no connection, waiting for the server until the deadline. A
-    /// request that a dying server did not take goes to its successor.
+    /// Connects first where there is no connection, waiting for the server until the deadline, or
+    /// for less if [told so](super::Seqpacket::absence). A request that a dying server did not take goes to its successor.
     fn send(&self, request: Request<Memfd>, deadline: Deadline) -> Result<(), SendError<Memfd>> {
         if request.segment().pool() != self.pool.id() {
             return Err(SendError { request, error: Misuse::ForeignPool.into() });
         }
+        let absence =
+            self.policy.absence.map_or(deadline, |patience| deadline.min(Deadline::after(patience)));
         for attempt in 0.. {
-            let sent = self.connected(deadline).and_then(|connection| {
+            let sent = self.connected_soon(deadline, absence).and_then(|connection| {
                 connection.deliver(&self.pool, &request, deadline).map(|()| connection)
             });
             match sent {
@@ -138,7 +142,7 @@ pub(super) fn pause(attempt: u32, deadline: Deadline) {
 }
 
 /// One connection to one server process.
-struct Connection {
+pub(super) struct Connection {
     socket: Arc<OwnedFd>,
     link: Arc<Link>,
     /// The edition of the pool that the server has been given; `NONE` before the first.
@@ -257,8 +261,13 @@ impl Drop for Connection {
 /// Why the server hung up, if it said so.
 fn last_words(socket: &OwnedFd) -> Option<Rejection> {
     let mut buffer = [0; MAX_MESSAGE];
-    let mut nothing = rustix::net::RecvAncillaryBuffer::default();
-    let mut into = [IoSliceMut::new(&mut buffer)];
-    let received = rustix::net::recvmsg(socket, &mut into, &mut nothing, RecvFlags::DONTWAIT).ok()?;
-    Message::decode(buffer.get(..received.bytes)?).ok()?.rejection()
+    let mut listen = || {
+        let mut nothing = RecvAncillaryBuffer::default();
+        let mut into = [IoSliceMut::new(&mut buffer)];
+        rustix::net::recvmsg(socket, &mut into, &mut nothing, RecvFlags::DONTWAIT)
+    };
+    // A server that hangs up on unread messages leaves an error before its last words.
+    let heard = listen().or_else(|errno| if errno == Errno::CONNRESET { listen() } else { Err(errno) });
+    let len = heard.ok()?.bytes;
+    Message::decode(buffer.get(..len)?).ok()?.rejection()
 }
