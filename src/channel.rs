@@ -39,7 +39,9 @@ pub trait RequestQueue: Send + Sync {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>>;
 
     /// Stops taking requests: every `recv`, running or to come, fails with [`Error::Closed`].
-    /// Transfers that were taken before go on.
+    /// Transfers that were taken before go on. Requests that nobody has taken end with
+    /// [`Error::Aborted`] at once within a process, and with [`Error::Disconnected`] across
+    /// processes, once the queue is dropped.
     fn close(&self);
 }
 
@@ -83,13 +85,13 @@ impl<B: Backing> Request<B> {
     }
 
     /// The request as the sender of this same process gets it.
-    fn begin_here(&self, link: &Arc<Link>) -> Result<ShmTransfer<Sender, Starting>> {
+    pub(crate) fn begin_here(&self, link: &Arc<Link>) -> Result<ShmTransfer<Sender, Starting>> {
         let segment = self.stock.writable()?;
         Ok(ShmTransfer::begin(segment, self.generation, Arc::clone(&self.key), link))
     }
 
     /// Consumes the request once it is on its way over `link`.
-    fn sent_over(self, link: &Arc<Link>) {
+    pub(crate) fn sent_over(self, link: &Arc<Link>) {
         self.offer.sent_over(link);
     }
 }

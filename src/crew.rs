@@ -53,8 +53,9 @@ impl Crew {
     /// Starts with one thread, and adds more as they are needed.
     ///
     /// `next` blocks until there is a job; it holds no place meanwhile, and one thread at least is
-    /// in it whenever the limit allows. `None` means that no more will come. `work` does a job in
-    /// one of `places` places; a panic in it ends that job only.
+    /// in it whenever the limit allows. `None` means that no more will come, and so does a panic.
+    /// `work` does a job in one of `places` places; a panic in it ends that job only. Dropping the
+    /// crew lets its threads go on.
     ///
     /// # Errors
     /// When the system refuses the first thread. Refused later, the crew stays smaller.
@@ -180,7 +181,7 @@ where
         shared.gone_home.notify_all();
     });
     loop {
-        let job = (orders.next)();
+        let job = panic::catch_unwind(AssertUnwindSafe(|| (orders.next)())).unwrap_or(None);
         let nobody_left = {
             let mut roll = lock(&shared.roll);
             roll.at_next -= 1;

@@ -136,8 +136,8 @@ impl Error {
         }
     }
 
-    pub(crate) fn os(call: &'static str) -> impl FnOnce(rustix::io::Errno) -> Error {
-        move |errno| Error::Os { call, source: errno.into() }
+    pub(crate) fn os<E: Into<io::Error>>(call: &'static str) -> impl FnOnce(E) -> Error {
+        move |source| Error::Os { call, source: source.into() }
     }
 }
 
@@ -209,6 +209,9 @@ pub enum PeerFault {
         /// The slot's length.
         limit: u32,
     },
+    /// An empty chunk that is not the last.
+    #[error("an empty chunk that is not the last")]
+    EmptyChunk,
     /// More bytes than the announced size.
     #[error("{received} bytes of an announced {announced}")]
     TooLong {
@@ -301,6 +304,9 @@ pub enum LayoutMismatch {
     /// The descriptor could still be shrunk, so that touching it could kill us (SIGBUS).
     #[error("its descriptor is not sealed against resizing")]
     Unsealed,
+    /// The descriptor is not one of ordinary shared memory.
+    #[error("its descriptor is not ordinary shared memory")]
+    NotMemory,
     /// The descriptor has holes, which would be filled at our expense.
     #[error("only {present} of its {expected} bytes are allocated")]
     Sparse {

@@ -91,18 +91,23 @@
 //! # Trust
 //! A peer is another program, perhaps one with a fault. All that it writes is read once, checked
 //! against what this side knows, and only then used; a peer that lies gets [`Error::Peer`] or loses
-//! its connection. It can spoil the bytes of its own transfers, and nothing else: no reference to
-//! its memory exists but to atomics, descriptors are sealed and measured before they are mapped, and
-//! the receiver maps slots read-only. The socket is this user's alone unless told otherwise, and the
-//! peer's user is checked on both sides. Not defended against: a peer of the same user that
-//! attaches a debugger, or uses up the machine.
+//! its connection. It can spoil the bytes in the segments that it was given, and nothing else: no
+//! reference to that memory exists but to atomics, descriptors are sealed and measured before they
+//! are mapped, and the receiver maps slots read-only. The socket is this user's alone unless told
+//! otherwise, and the peer's user is checked on both sides.
+//!
+//! A server is given all segments of a pool: have one pool for each server that you would not trust
+//! with another's bytes. A client can give memory that it handed over back to the system, and the
+//! server's next write takes it from the system anew. Not defended against: a peer of the same user
+//! that attaches a debugger, or uses up the machine.
 //!
 //! # Limits
 //! - Linux only (5.3 or later, for `pidfd_open`); one machine, one memory.
 //! - A segment has 1 to 512 slots of up to 1 GiB; a key up to 4,096 bytes, metadata up to 1,024.
 //! - Each segment costs its owner one file descriptor.
 //! - Bytes are copied twice: by the kernel into the slot (`pread`), and out of it. Nothing is lent.
-//! - Memory a container's limit would refuse is not foreseen: a pool is checked against what the
+//! - Memory pages of 4 KiB.
+//! - Memory that a container's limit would refuse is not foreseen: a pool is checked against what the
 //!   machine has available.
 //!
 //! # When not to use it
@@ -113,7 +118,7 @@
 //! The byte layout and the rules that the comments cite (L, P, S) are in `docs/protocol.md`, the
 //! decisions in `docs/design.md`, and what used to break in `docs/failure-modes.md`.
 #![deny(missing_docs)]
-// Excused in `segment/mapping.rs` alone, where each block carries its proof.
+// Excused in `segment/mapping.rs` and `peer/credentials.rs`, where each block carries its proof.
 #![deny(unsafe_code)]
 // The library returns errors; only a defect of its own may panic.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]

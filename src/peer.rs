@@ -11,18 +11,20 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
 use rustix::buffer::spare_capacity;
-use rustix::event::{PollFd, PollFlags, epoll, poll};
+use rustix::event::{PollFlags, epoll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::error::{Error, Rejection, Result};
-use crate::sync::{Deadline, lock};
+use crate::sync::{Deadline, lock, wait_ready};
+
+mod credentials;
 
 /// The process at the other end of a connection, as the kernel vouched for it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Peer {
-    /// Its process id.
-    pub pid: u32,
+    /// Its process id; `None` for a process that our pid namespace cannot name.
+    pub pid: Option<u32>,
     /// The user it ran as.
     pub uid: u32,
 }
@@ -30,14 +32,17 @@ pub struct Peer {
 impl Peer {
     /// The process at the other end of a Unix socket (`SO_PEERCRED`).
     pub(crate) fn of_socket(socket: impl AsFd) -> Result<Peer> {
-        let cred = rustix::net::sockopt::socket_peercred(socket).map_err(Error::os("SO_PEERCRED"))?;
-        Ok(Peer { pid: cred.pid.as_raw_nonzero().get().unsigned_abs(), uid: cred.uid.as_raw() })
+        let (pid, uid) = credentials::of_socket(socket.as_fd()).map_err(Error::os("SO_PEERCRED"))?;
+        Ok(Peer { pid: u32::try_from(pid).ok().filter(|pid| *pid != 0), uid })
     }
 }
 
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "process {} of user {}", self.pid, self.uid)
+        match self.pid {
+            Some(pid) => write!(f, "process {pid} of user {}", self.uid),
+            None => write!(f, "a process of user {}", self.uid),
+        }
     }
 }
 
@@ -60,7 +65,7 @@ pub(crate) struct Link {
 struct LinkState {
     severed: bool,
     rejection: Option<Rejection>,
-    enrolled: HashMap<u64, Arc<dyn Poison>>,
+    enrolled: HashMap<u64, Option<Arc<dyn Poison>>>,
     next: u64,
     relief: Option<Relief>,
 }
@@ -72,15 +77,18 @@ struct Relief {
 }
 
 impl Link {
-    /// To a peer in another process.
-    pub(crate) fn to(peer: Peer) -> Link {
+    /// To a sender in another process, whose death decides what becomes of segments.
+    pub(crate) fn to_sender(peer: Peer) -> Link {
         // Without a pidfd (an old kernel, a peer in a foreign pid namespace) nobody is ever dead
         // for certain, and segments are retired instead.
-        let process = i32::try_from(peer.pid)
-            .ok()
-            .and_then(Pid::from_raw)
-            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Link { peer: Some(peer), process, state: Mutex::default() }
+        let pid = peer.pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Link { process, ..Link::to_receiver(peer) }
+    }
+
+    /// To a receiver in another process.
+    pub(crate) fn to_receiver(peer: Peer) -> Link {
+        Link { peer: Some(peer), process: None, state: Mutex::default() }
     }
 
     /// To this same process, which never outlives itself.
@@ -92,12 +100,15 @@ impl Link {
         self.peer
     }
 
-    /// Poisons everything enrolled, now and later.
-    pub(crate) fn sever(&self, why: Option<Rejection>) {
+    /// Poisons everything enrolled, now and later. Whoever comes first finds out why, and nobody
+    /// learns of the end before that.
+    pub(crate) fn sever(&self, why: impl FnOnce() -> Option<Rejection>) {
         let mut state = lock(&self.state);
-        state.severed = true;
-        state.rejection = state.rejection.or(why);
-        state.enrolled.values().for_each(|enrolled| enrolled.poison());
+        if !state.severed {
+            state.rejection = why();
+            state.severed = true;
+        }
+        state.enrolled.values().flatten().for_each(|enrolled| enrolled.poison());
     }
 
     pub(crate) fn is_severed(&self) -> bool {
@@ -111,13 +122,17 @@ impl Link {
 
     /// Has `subject` poisoned when the link is severed; at once if it is already.
     pub(crate) fn enrol(self: &Arc<Link>, subject: Arc<dyn Poison>) -> Enrolment {
+        let enrolment = self.count();
+        enrolment.cover(subject);
+        enrolment
+    }
+
+    /// Counts one more that is under way, with nothing to poison yet.
+    pub(crate) fn count(self: &Arc<Link>) -> Enrolment {
         let mut state = lock(&self.state);
-        if state.severed {
-            subject.poison();
-        }
         let number = state.next;
         state.next += 1;
-        state.enrolled.insert(number, subject);
+        state.enrolled.insert(number, None);
         Enrolment { link: Arc::clone(self), number }
     }
 
@@ -136,15 +151,7 @@ impl Link {
     /// there is no telling.
     pub(crate) fn wait_dead(&self, deadline: Deadline) -> bool {
         let Some(process) = &self.process else { return false };
-        loop {
-            let mut fds = [PollFd::new(process, PollFlags::IN)];
-            match poll(&mut fds, deadline.timespec().as_ref()) {
-                Err(Errno::INTR) => {}
-                Ok(0) if !deadline.has_passed() => {}
-                Ok(ready) => return ready > 0,
-                Err(_) => return false,
-            }
-        }
+        wait_ready(process, PollFlags::IN, deadline).unwrap_or(false)
     }
 }
 
@@ -155,6 +162,15 @@ pub(crate) struct Enrolment {
 }
 
 impl Enrolment {
+    /// Has `subject` poisoned when the link is severed; at once if it is already.
+    pub(crate) fn cover(&self, subject: Arc<dyn Poison>) {
+        let mut state = lock(&self.link.state);
+        if state.severed {
+            subject.poison();
+        }
+        state.enrolled.insert(self.number, Some(subject));
+    }
+
     pub(crate) fn link(&self) -> &Arc<Link> {
         &self.link
     }
@@ -230,12 +246,12 @@ impl Watcher {
             return Ok(watcher);
         }
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
-        let watching = epoll.try_clone().map_err(|source| Error::Os { call: "dup", source })?;
+        let watching = epoll.try_clone().map_err(Error::os("dup"))?;
         // The thread finds the watcher in its cell: whoever can register with it has put it there.
         thread::Builder::new()
             .name("shmferry-watch".to_owned())
             .spawn(move || watch(&watching, || WATCHER.get()))
-            .map_err(|source| Error::Os { call: "starting the watcher thread", source })?;
+            .map_err(Error::os("starting the watcher thread"))?;
         Ok(WATCHER.get_or_init(|| Watcher { epoll, calls: Mutex::default() }))
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::crew;
-use crate::error::{Error, PeerFault, Result};
+use crate::error::{PeerFault, Result};
 use crate::peer::{Enrolment, Link};
 use crate::segment::{MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
@@ -221,6 +221,15 @@ impl Offer {
         }
     }
 
+    /// Whether its transfer is over, so that the segment may be in other hands, or gone.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(*lock(&self.state), OfferState::Over)
+    }
+
+    fn is_severed(&self) -> bool {
+        self.link().is_some_and(|link| link.is_severed())
+    }
+
     fn link(&self) -> Option<Arc<Link>> {
         match &*lock(&self.state) {
             OfferState::Sent(enrolment) => Some(Arc::clone(enrolment.link())),
@@ -245,6 +254,7 @@ fn await_permit(
     spinner: &mut Spinner,
     (our_cpu, peer_cpu): (&AtomicU32, &AtomicU32),
     deadline: Deadline,
+    is_severed: impl Fn() -> bool,
 ) -> Result<Permit, Interrupted> {
     let cpu = publish_cpu(our_cpu);
     match spinner.try_wait(semaphore, cpu, peer_cpu.load(Relaxed)) {
@@ -252,10 +262,23 @@ fn await_permit(
         settled => return settled,
     }
     let start = Instant::now();
-    let outcome = crew::lend(|| semaphore.wait(deadline));
+    let outcome = crew::lend(|| {
+        loop {
+            let glance = deadline.min(Deadline::after(GLANCE));
+            match semaphore.wait(glance) {
+                Err(Interrupted::TimedOut) if is_severed() => return Err(Interrupted::Poisoned),
+                Err(Interrupted::TimedOut) if !deadline.has_passed() => {}
+                settled => return settled,
+            }
+        }
+    });
     spinner.slept(start.elapsed());
     outcome
 }
+
+/// Death is pushed, by poison; but a peer that hangs up and lives on can wipe the poison off again.
+/// So a sleeper looks at what only its own process knows, this often.
+const GLANCE: Duration = Duration::from_secs(1);
 
 /// Tells the peer which processor this side runs on (rule P8). A hint: nothing rests on it.
 fn publish_cpu(ours: &AtomicU32) -> u32 {
@@ -264,8 +287,4 @@ fn publish_cpu(ours: &AtomicU32) -> u32 {
         ours.store(cpu, Relaxed);
     }
     cpu
-}
-
-fn futex_error(source: std::io::Error) -> Error {
-    Error::Os { call: "futex", source }
 }

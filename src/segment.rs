@@ -166,9 +166,15 @@ impl Segment<WriteSlots> {
     }
 }
 
-impl<View> Poison for Segment<View> {
+// Each side ends its own waits only: the other learns of the hang-up from its own watcher.
+impl Poison for Segment<ReadSlots> {
     fn poison(&self) {
         self.header().filled.poison();
+    }
+}
+
+impl Poison for Segment<WriteSlots> {
+    fn poison(&self) {
         self.header().free.poison();
     }
 }

@@ -2,10 +2,17 @@
 //!
 //! Nothing here knows of segments or transfers.
 
+use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+#[cfg(not(loom))]
 mod futex;
+#[cfg(loom)]
+mod model;
 mod semaphore;
 mod spin;
 mod turnstile;
@@ -16,11 +23,17 @@ pub(crate) use turnstile::Turnstile;
 
 /// Atomics and fences, through one door, so that a model checker can stand in for them.
 pub(crate) mod atomic {
+    #[cfg(loom)]
+    pub(crate) use loom::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
+    #[cfg(not(loom))]
     pub(crate) use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
 }
 
 // The one place that chooses how a thread of one process sleeps for a thread of another.
+#[cfg(not(loom))]
 pub(crate) use futex::Parker;
+#[cfg(loom)]
+pub(crate) use model::Parker;
 
 /// A point in monotonic time after which a wait gives up; or never.
 ///
@@ -80,6 +93,18 @@ impl Deadline {
     pub(crate) fn timespec(self) -> Option<rustix::thread::Timespec> {
         // A wait too long for the clock's type is as good as one without end: the caller loops.
         self.remaining().and_then(|left| left.try_into().ok())
+    }
+}
+
+/// Waits until a descriptor is ready; `false` when the deadline came first.
+pub(crate) fn wait_ready(fd: impl AsFd, events: PollFlags, deadline: Deadline) -> rustix::io::Result<bool> {
+    loop {
+        match poll(&mut [PollFd::new(&fd, events)], deadline.timespec().as_ref()) {
+            Ok(0) if deadline.has_passed() => return Ok(false),
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(true),
+            Err(errno) => return Err(errno),
+        }
     }
 }
 

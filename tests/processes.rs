@@ -260,7 +260,7 @@ fn bytes_cross_and_either_side_starts_first() {
     for len in [0, 1, 4095, 4096, 4097, 1 << 20] {
         assert!(read_all(ask(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
     }
-    assert_eq!(requester.server().unwrap().pid, server.unwrap().child.id());
+    assert_eq!(requester.server().unwrap().pid, Some(server.unwrap().child.id()));
 }
 
 #[test]
@@ -333,7 +333,7 @@ fn a_server_killed_while_idle() {
     for round in 0..5 {
         let server = Other::start("serve", &path);
         assert!(read_all(ask(&requester, &pool, round).unwrap()) == pattern(round));
-        assert_eq!(requester.server().unwrap().pid, server.child.id());
+        assert_eq!(requester.server().unwrap().pid, Some(server.child.id()));
         server.kill();
     }
     assert_eq!(pool.stats().retired, 0);
@@ -366,7 +366,7 @@ fn a_receiver_killed_before_its_request_is_taken_up() {
     let receiver = Other::start("ask and halt", &path);
     let taken = queue.recv(soon()).unwrap();
     let peer = taken.peer().unwrap();
-    assert_eq!((peer.pid, peer.uid), (receiver.child.id(), rustix::process::getuid().as_raw()));
+    assert_eq!((peer.pid, peer.uid), (Some(receiver.child.id()), rustix::process::getuid().as_raw()));
     receiver.kill();
     let mut sending = taken.accept(Size::Unknown).unwrap();
     let error = loop {
@@ -376,6 +376,40 @@ fn a_receiver_killed_before_its_request_is_taken_up() {
         }
     };
     assert!(matches!(error, Error::Disconnected), "{error}");
+}
+
+#[test]
+fn a_request_whose_transfer_is_gone_is_stale_and_harms_nobody() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let _server = Other::start("serve", &path);
+    let pool = pool(1, 1);
+    let requester = requester(&path, &pool);
+    let (request, transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
+    drop(transfer);
+    let failed = requester.send(request, soon()).unwrap_err();
+    assert!(matches!(failed.error, Error::Stale), "{failed:?}");
+    assert!(read_all(ask(&requester, &pool, 10).unwrap()) == pattern(10));
+}
+
+#[test]
+fn a_queue_that_is_dropped_hangs_up_and_aborts_nothing() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let pool = pool(1, 1);
+    for _ in 0..50 {
+        let queue = Seqpacket::new(&path).bind().unwrap();
+        let requester = requester(&path, &pool);
+        let (request, transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
+        requester.send(request, soon()).unwrap();
+        let mut held = queue.recv(soon()).unwrap().accept(Size::Unknown).unwrap();
+        drop(queue);
+        let reply = transfer.reply(Deadline::NEVER).map(drop);
+        assert!(matches!(reply, Err(Error::Disconnected)), "{reply:?}");
+        let slot = held.next_slot(Deadline::NEVER).map(drop);
+        assert!(matches!(slot, Err(Error::Disconnected | Error::Cancelled)), "{slot:?}");
+    }
+    assert_eq!(pool.stats().retired, 0, "each sender left in time");
 }
 
 #[test]
@@ -584,7 +618,12 @@ fn nonsense_costs_its_own_connection_only() {
         assert_eq!(says(&[(&hello(1, 0, 2048), None)]), PROTOCOL, "no such geometry");
         assert_eq!(says(&[(&hello(1, 512, u32::MAX), None)]), PROTOCOL);
         assert_eq!(says(&[(&request, None)]), PROTOCOL, "no hello");
-        assert_eq!(says(&[(&hello(1, 2, 2048), None), (&request, None)]), PROTOCOL, "no such segment");
+        // A request for a segment that is not there, perhaps no more, is passed over.
+        let passed_over = Stranger::connect(&path);
+        passed_over.say(&hello(1, 2, 2048), None);
+        passed_over.say(&request, None);
+        passed_over.say(&[9], None);
+        assert_eq!(passed_over.last_words(), PROTOCOL, "the message after it was read");
         assert_eq!(says(&[(&hello(1, 2, 2048), None), (&segment, None)]), PROTOCOL, "no descriptor");
         assert_eq!(says(&[(&hello(1, 2, 2048), None), (&segment, Some(&file))]), PROTOCOL, "no memfd");
         assert_eq!(says(&[(&hello(1, 2, 2048), None), (&hello(1, 2, 2048), None)]), PROTOCOL);

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, mpsc};
@@ -284,6 +285,39 @@ fn a_sink_that_takes_nothing_costs_its_deadline_and_cancels() {
     );
     assert!(matches!(copied, Err(Error::Sink(_))), "{copied:?}");
     assert!(matches!(sent, Err(Error::Cancelled)), "{sent:?}");
+}
+
+#[test]
+fn a_copy_goes_on_where_its_sink_gave_up() {
+    let bytes = pattern(1 << 20);
+    for through_a_pipe in [false, true] {
+        let pool = pool(1, 64 << 10, 4);
+        let (sink, source): (OwnedFd, OwnedFd) = if through_a_pipe {
+            let (reader, writer) = std::io::pipe().unwrap();
+            (writer.into(), reader.into())
+        } else {
+            let (sink, source) = UnixStream::pair().unwrap();
+            (sink.into(), source.into())
+        };
+        let file = file_of(&bytes);
+        let (_, received) = ferry(
+            &pool,
+            move |t| t.accept(1 << 20).unwrap().send_file(&file).unwrap(),
+            |mut body| {
+                body.set_patience(Duration::from_millis(20));
+                assert!(matches!(body.copy_to(&sink), Err(Error::Timeout(Awaited::Sink))));
+                let reader = thread::spawn(move || {
+                    let mut all = Vec::new();
+                    File::from(source).read_to_end(&mut all).map(|_| all)
+                });
+                body.set_patience(Duration::from_secs(30));
+                body.copy_to(&sink).unwrap();
+                drop(sink);
+                reader.join().unwrap().unwrap()
+            },
+        );
+        assert!(received == bytes, "through a pipe: {through_a_pipe}");
+    }
 }
 
 #[test]

@@ -17,7 +17,8 @@ use super::{Request, RequestQueue, Requester, SendError};
 /// A bounded queue between threads, over [`crossbeam_channel`]. Carries any backing.
 ///
 /// Cheap to clone; all clones are the same queue, and each is both of its ends. Requests still in
-/// it when it is closed, or when the last clone is dropped, are aborted.
+/// it when it is closed, or when the last clone is dropped, are aborted. A thread that ends without
+/// closing the queue is noticed by nobody: there is no death to push within a process.
 ///
 /// ```
 /// use shmferry::{Deadline, InProcess, Memfd, Reply, RequestQueue, Requester, SegmentPool};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{env, io};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::getuid;
@@ -16,7 +16,7 @@ use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Peer;
 use crate::segment::{Memfd, SegmentPool};
-use crate::sync::Deadline;
+use crate::sync::{Deadline, wait_ready};
 
 mod address;
 mod queue;
@@ -128,7 +128,9 @@ impl Seqpacket {
         self
     }
 
-    /// The most bytes that a server maps for one client; 4 GiB unless told otherwise.
+    /// The most bytes of segments that a server takes from one client; 4 GiB unless told otherwise.
+    /// A segment that the client has retired counts no more, though a transfer under way may keep it
+    /// mapped for its time.
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.policy.max_bytes = bytes;
         self
@@ -172,7 +174,7 @@ impl Seqpacket {
     /// Also [`Error::Timeout`] when it is not there in time.
     pub fn connect(self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<SeqpacketRequester> {
         let requester = self.requester(pool)?;
-        requester.connected(deadline)?;
+        requester.connected(deadline, deadline)?;
         Ok(requester)
     }
 }
@@ -218,23 +220,15 @@ fn send(socket: &OwnedFd, message: &[u8], fd: Option<BorrowedFd<'_>>, deadline: 
         match sendmsg(socket, &[io::IoSlice::new(message)], &mut control, flags) {
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => crew::lend(|| wait_for(socket, PollFlags::OUT, deadline))?,
+            Err(Errno::AGAIN) => match crew::lend(|| wait_ready(socket, PollFlags::OUT, deadline)) {
+                Ok(true) => {}
+                Ok(false) => return Err(Error::Timeout(Awaited::QueueRoom)),
+                Err(errno) => return Err(Error::os("poll")(errno)),
+            },
             // The system has too many descriptors on their way; it says nothing when that ends.
             Err(Errno::TOOMANYREFS) if !deadline.has_passed() => crew::lend(|| requester::pause(0, deadline)),
             Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Err(Error::Disconnected),
             Err(errno) => return Err(Error::os("sendmsg")(errno)),
-        }
-    }
-}
-
-fn wait_for(socket: &OwnedFd, events: PollFlags, deadline: Deadline) -> Result<()> {
-    loop {
-        let mut fds = [PollFd::new(socket, events)];
-        match poll(&mut fds, deadline.timespec().as_ref()) {
-            Ok(0) if deadline.has_passed() => return Err(Error::Timeout(Awaited::QueueRoom)),
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => return Ok(()),
-            Err(errno) => return Err(Error::os("poll")(errno)),
         }
     }
 }

@@ -7,17 +7,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::PollFlags;
 
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, Phase};
 use crate::sync::atomic::{AtomicU32, Relaxed};
-use crate::sync::{Deadline, Interrupted, Permit, Spinner};
+use crate::sync::{Deadline, Interrupted, Permit, Spinner, wait_ready};
 
 use super::{
-    DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, futex_error,
-    publish_cpu,
+    DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, publish_cpu,
 };
 
 /// The side that owns the segment and takes the bytes out of it.
@@ -68,7 +67,7 @@ enum End {
 pub enum Reply {
     /// It has what was asked for; the bytes follow.
     Found(ShmTransfer<Receiver, Receiving>),
-    /// It has not, and says why. The segment is already back in its pool.
+    /// It has not, and says why. The segment is on its way back to the pool.
     Refused(Refusal),
 }
 
@@ -165,21 +164,48 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 
     /// Copies everything to a socket, pipe or file, straight from the segment; returns the bytes
-    /// copied. Waits as long as there is progress within the [patience](Self::set_patience).
+    /// copied. Waits as long as there is progress within the [patience](Self::set_patience). After
+    /// an error of the sink, a second call goes on where the first one ended.
     ///
     /// # Errors
     /// Those of [`next_chunk`](Self::next_chunk), and [`Error::Sink`] or [`Error::Timeout`] when
     /// the sink does not take the bytes.
     pub fn copy_to(&mut self, sink: impl AsFd) -> Result<u64> {
         let mut copied = 0;
-        while let Some(mut chunk) = self.next_chunk(Deadline::after(self.side.patience))? {
-            copied += chunk.len() as u64;
-            chunk.write_to(&sink)?;
+        // A chunk that the sink did not take whole stays open: a second call goes on where this ended.
+        while self.open_chunk(Deadline::after(self.side.patience))? {
+            copied += self.unread() as u64;
+            self.write_open(sink.as_fd())?;
+            self.close_chunk();
         }
         Ok(copied)
     }
 
-    /// Has a chunk open, unless the end was reached. Empty chunks are passed over.
+    /// Has the kernel write the unread bytes of the open chunk.
+    fn write_open(&mut self, sink: BorrowedFd<'_>) -> Result<()> {
+        let ShmTransfer { side, state } = self;
+        let Some(open) = &mut state.open else { return Ok(()) };
+        let len = open.chunk.len as usize;
+        while open.read < len {
+            match side.holding.segment.readable().send_slot(state.cursor, open.read, len - open.read, sink) {
+                Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
+                Ok(sent) => open.read += sent,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let deadline = Deadline::after(side.patience);
+                    match crew::lend(|| wait_ready(sink, PollFlags::OUT, deadline)) {
+                        Ok(true) => {}
+                        Ok(false) => return Err(Error::Timeout(Awaited::Sink)),
+                        Err(errno) => return Err(Error::Sink(errno.into())),
+                    }
+                }
+                Err(error) => return Err(Error::Sink(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Has a chunk open, unless the end was reached. A last chunk that is empty is the end.
     fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
         while self.state.open.is_none() {
             match self.state.end {
@@ -211,6 +237,9 @@ impl ShmTransfer<Receiver, Receiving> {
         let limit = self.side.holding.segment.geometry().slot_len();
         if chunk.len > limit {
             return Err(PeerFault::ChunkTooLong { len: chunk.len, limit });
+        }
+        if chunk.len == 0 && !chunk.last {
+            return Err(PeerFault::EmptyChunk);
         }
         // Cannot overflow: `received` is below an announced size, or a count of bytes really seen.
         let received = self.state.received + u64::from(chunk.len);
@@ -295,29 +324,14 @@ impl Chunk<'_> {
 
     /// Consumes all bytes, having the kernel write them to a socket, pipe or file.
     ///
-    /// A socket is never blocked on while others could work: when it takes nothing more, this
-    /// thread [lends](crate::lend) its place until it does.
+    /// Neither a socket nor a pipe is blocked on while others could work: when it takes nothing
+    /// more, this thread [lends](crate::lend) its place until it does.
     ///
     /// # Errors
     /// [`Error::Timeout`] when the sink takes nothing for the transfer's
     /// [patience](ShmTransfer::set_patience); [`Error::Sink`] when it fails.
     pub fn write_to(&mut self, sink: impl AsFd) -> Result<()> {
-        let sink = sink.as_fd();
-        while !self.is_empty() {
-            let (slot, len) = (self.transfer.state.cursor, self.len());
-            let ShmTransfer { side, state } = &mut *self.transfer;
-            let Some(open) = &mut state.open else { return Ok(()) };
-            match side.holding.segment.readable().send_slot(slot, open.read, len, sink) {
-                Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
-                Ok(sent) => open.read += sent,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    crew::lend(|| wait_writable(sink, Deadline::after(side.patience)))?;
-                }
-                Err(error) => return Err(Error::Sink(error)),
-            }
-        }
-        Ok(())
+        self.transfer.write_open(sink.as_fd())
     }
 }
 
@@ -340,12 +354,13 @@ impl Receiver {
 
     fn await_filled(&mut self, deadline: Deadline, awaited: Awaited) -> Result<Permit> {
         let header = self.holding.segment.header();
+        let is_severed = || self.offer.is_severed();
         let cpus: (&AtomicU32, &AtomicU32) = (&header.receiver.cpu, &header.announcement.cpu);
-        match await_permit(&header.filled, &mut self.spinner, cpus, deadline) {
+        match await_permit(&header.filled, &mut self.spinner, cpus, deadline, is_severed) {
             Ok(permit) => Ok(permit),
             Err(Interrupted::TimedOut) => Err(Error::Timeout(awaited)),
             Err(Interrupted::Poisoned) => Err(self.why_poisoned()),
-            Err(Interrupted::Os(source)) => Err(futex_error(source)),
+            Err(Interrupted::Os(source)) => Err(Error::os("futex")(source)),
         }
     }
 
@@ -356,7 +371,7 @@ impl Receiver {
             (Some(Phase::Withdrawn), _) => Misuse::NeverSent.into(),
             (_, Some(link)) if link.is_severed() => link.obituary(),
             // An aborting sender poisons just before its last act, which sets the phase.
-            (Some(Phase::Accepted | Phase::Announced), Some(_)) => Error::Aborted,
+            (Some(Phase::Accepted | Phase::Announced), _) => Error::Aborted,
             _ => PeerFault::BaselessPoison.into(),
         }
     }
@@ -384,18 +399,5 @@ impl fmt::Debug for Receiver {
             .field("segment", &id)
             .field("generation", &self.generation)
             .finish_non_exhaustive()
-    }
-}
-
-/// Waits until a socket or pipe takes bytes, or has failed.
-fn wait_writable(sink: BorrowedFd<'_>, deadline: Deadline) -> Result<()> {
-    loop {
-        let mut fds = [PollFd::new(&sink, PollFlags::OUT)];
-        match poll(&mut fds, deadline.timespec().as_ref()) {
-            Ok(0) if deadline.has_passed() => return Err(Error::Timeout(Awaited::Sink)),
-            Ok(0) | Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return Ok(()),
-            Err(errno) => return Err(Error::Sink(errno.into())),
-        }
     }
 }

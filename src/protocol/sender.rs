@@ -14,8 +14,7 @@ use crate::sync::atomic::Relaxed;
 use crate::sync::{Deadline, Interrupted, Permit, Spinner};
 
 use super::{
-    DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit,
-    futex_error, publish_cpu,
+    DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit, publish_cpu,
 };
 
 /// The side that answers a request and puts the bytes in.
@@ -57,7 +56,7 @@ impl ShmTransfer<Sender, Starting> {
         key: Arc<[u8]>,
         link: &Arc<Link>,
     ) -> ShmTransfer<Sender, Starting> {
-        let enrolment = link.enrol(Arc::clone(&segment) as _);
+        let enrolment = link.count();
         let side = Sender {
             segment,
             generation,
@@ -217,6 +216,9 @@ impl ShmTransfer<Sender, Sending> {
             let left = len.map_or(usize::MAX, |len| usize::try_from(len - done).unwrap_or(usize::MAX));
             let slot = self.next_slot(Deadline::after(self.side.patience))?;
             done += match (slot.fill_from(&file, start + done, left)?, len) {
+                (0, Some(_)) if self.state.size != Size::Unknown => {
+                    return Err(self.mismatch(self.state.sent));
+                }
                 (0, Some(announced)) => return Err(Error::SizeMismatch { announced, found: done }),
                 (0, None) => break,
                 (filled, _) => filled as u64,
@@ -391,6 +393,10 @@ impl Sender {
             return Err(Error::Stale);
         }
         self.phase = Phase::Accepted;
+        // Only now is the segment ours to poison: before, it may be in other hands (P1).
+        if let Some(enrolment) = &self.enrolment {
+            enrolment.cover(Arc::clone(&self.segment) as _);
+        }
         header.announcement.pid.store(std::process::id(), Relaxed);
         publish_cpu(&header.announcement.cpu);
         Ok(())
@@ -403,11 +409,12 @@ impl Sender {
             return Err(self.why_poisoned());
         }
         let cpus = (&header.announcement.cpu, &header.receiver.cpu);
-        match await_permit(&header.free, &mut self.spinner, cpus, deadline) {
+        let is_severed = || self.link.is_severed();
+        match await_permit(&header.free, &mut self.spinner, cpus, deadline, is_severed) {
             Ok(permit) => Ok(permit),
             Err(Interrupted::TimedOut) => Err(Error::Timeout(Awaited::FreeSlot)),
             Err(Interrupted::Poisoned) => Err(self.why_poisoned()),
-            Err(Interrupted::Os(source)) => Err(futex_error(source)),
+            Err(Interrupted::Os(source)) => Err(Error::os("futex")(source)),
         }
     }
 

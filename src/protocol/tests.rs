@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::channel::{InProcess, Request, RequestQueue, Requester};
-use crate::error::{Fault, Misuse};
+use crate::error::{Error, Fault, Misuse};
 use crate::segment::{ChunkLen, Memfd, SegmentPool, WriteSlots};
 use crate::sync::atomic::Release;
 
@@ -143,11 +143,53 @@ fn metadata_longer_than_the_header() {
 }
 
 #[test]
-fn poison_without_a_cause() {
+fn an_empty_chunk_that_is_not_the_last() {
     let stage = stage();
-    stage.segment.header().turn.advance(stage.generation, Phase::Offered, Phase::Accepted).unwrap();
-    stage.segment.header().filled.poison();
-    assert_eq!(stage.fault(), PeerFault::BaselessPoison);
+    stage.announce(FOUND, 1000, 0, len(0));
+    assert_eq!(stage.fault(), PeerFault::EmptyChunk);
+}
+
+#[test]
+fn poison_without_a_cause() {
+    let Stage { transfer, segment, _request, .. } = stage();
+    segment.header().filled.poison();
+    let error = transfer.reply(soon()).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Peer(PeerFault::BaselessPoison)), "{error}");
+}
+
+#[test]
+fn a_death_ends_waits_that_the_peer_tried_to_keep_up() {
+    // The peer says that nobody sleeps, and wipes the poison off; then it dies, or hangs up.
+    let Stage { transfer, segment, _request, .. } = stage();
+    let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: None, uid: 0 }));
+    _request.sent_over(&link);
+    let waiting = std::thread::spawn(move || transfer.reply(Deadline::NEVER).map(drop));
+    segment.header().filled.reset(0);
+    link.sever(|| None);
+    segment.header().filled.reset(0);
+    assert!(matches!(waiting.join().unwrap(), Err(Error::Disconnected)));
+}
+
+#[test]
+fn a_stale_sender_poisons_nobody() {
+    // Its request is withdrawn and the segment offered anew, to another; then its connection ends.
+    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
+    let (old, withdrawn) = pool.lease(soon()).unwrap().request("old").unwrap();
+    let ended = Arc::new(Link::to_receiver(crate::peer::Peer { pid: None, uid: 0 }));
+    let stale = old.begin_here(&ended).unwrap();
+    drop(withdrawn);
+
+    let queue = InProcess::bounded(1);
+    let (request, transfer) = pool.lease(soon()).unwrap().request("new").unwrap();
+    queue.send(request, soon()).unwrap();
+    let mut sending = queue.recv(soon()).unwrap().accept(10).unwrap();
+    ended.sever(|| None);
+    assert!(matches!(stale.accept(1), Err(Error::Stale)));
+    sending.next_slot(soon()).unwrap().send(b"0123456789").unwrap();
+    let Reply::Found(mut body) = transfer.reply(soon()).unwrap() else { panic!() };
+    let mut bytes = String::new();
+    body.read_to_string(&mut bytes).unwrap();
+    assert_eq!(bytes, "0123456789");
 }
 
 #[test]

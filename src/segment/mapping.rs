@@ -1,4 +1,4 @@
-//! A segment's memory in this process. All of the library's `unsafe` stands here.
+//! A segment's memory in this process: maps it, and moves bytes into slots and out of them.
 //!
 //! The invariants that every block rests on:
 //! - **M1** `base` is the start of a mapping of `geometry.mapped_len()` bytes, readable, that lives
@@ -14,8 +14,13 @@ use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
+use std::time::Duration;
 
+use rustix::event::PollFlags;
+use rustix::fs::{FileType, fstat};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
+
+use crate::sync::{Deadline, wait_ready};
 
 use super::Geometry;
 use super::header::{HEADER_LEN, Header};
@@ -104,8 +109,8 @@ impl Mapping {
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Sends bytes of a slot to a socket without blocking, or writes them to what is no socket.
-    /// Returns how many went.
+    /// Sends bytes of a slot to a socket or pipe without blocking, or writes them to what is
+    /// neither. Returns how many went.
     pub(crate) fn send_slot(
         &self,
         slot: u32,
@@ -119,6 +124,7 @@ impl Mapping {
         // the range check).
         let mut sent = unsafe { libc::send(sink.as_raw_fd(), from, len, flags) };
         if sent < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOTSOCK) {
+            let len = at_once(sink, len)?;
             // SAFETY: as above.
             sent = unsafe { libc::write(sink.as_raw_fd(), from, len) };
         }
@@ -141,6 +147,18 @@ impl Mapping {
         debug_assert!(at <= self.geometry.mapped_len());
         // SAFETY: `at` is within the mapping, or one past its end (M1, and the callers' checks).
         unsafe { self.base.as_ptr().add(at) }
+    }
+}
+
+/// How much of `len` bytes can be written to what is no socket without blocking. A pipe that polls
+/// as writable takes `PIPE_BUF` bytes; a file takes everything.
+fn at_once(sink: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
+    if FileType::from_raw_mode(fstat(sink)?.st_mode) != FileType::Fifo {
+        return Ok(len);
+    }
+    match wait_ready(sink, PollFlags::OUT, Deadline::after(Duration::ZERO))? {
+        true => Ok(len.min(libc::PIPE_BUF)),
+        false => Err(io::ErrorKind::WouldBlock.into()),
     }
 }
 

@@ -4,9 +4,10 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs,
+    memfd_create,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, LayoutMismatch, Result};
 
@@ -31,8 +32,8 @@ impl super::sealed::Backing for Memfd {
             .or_else(|errno| if errno == Errno::INVAL { memfd_create(&*name, flags) } else { Err(errno) })
             .map_err(Error::os("memfd_create"))?;
         // Allocated now, so that a lack of memory is an error here and not a SIGBUS later (L2).
-        fallocate(&fd, FallocateFlags::empty(), 0, geometry.mapped_len() as u64)
-            .map_err(Error::os("fallocate"))?;
+        let len = geometry.mapped_len() as u64;
+        retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len)).map_err(Error::os("fallocate"))?;
         fcntl_add_seals(&fd, SEALS).map_err(Error::os("sealing a memfd"))?;
         let mapping = Mapping::new(&fd, geometry, false).map_err(Error::os("mmap"))?;
         mapping.header().initialise(id, geometry);
@@ -50,6 +51,9 @@ impl AsFd for Memfd {
     }
 }
 
+/// The file system that ordinary memfds are in, as `statfs` names it.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+
 /// Maps a segment that a peer handed over, checking all that it claims first (rules L1, L2).
 pub(crate) fn attach(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>> {
     let expected = geometry.mapped_len() as u64;
@@ -60,6 +64,10 @@ pub(crate) fn attach(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> Result
     };
     if !seals.contains(SEALS) {
         return Err(LayoutMismatch::Unsealed.into());
+    }
+    // Huge pages of their own kind can run out, which ends in SIGBUS after all.
+    if fstatfs(&fd).map_err(Error::os("fstatfs"))?.f_type != TMPFS_MAGIC {
+        return Err(LayoutMismatch::NotMemory.into());
     }
     let stat = fstat(&fd).map_err(Error::os("fstat"))?;
     let found = u64::try_from(stat.st_size).unwrap_or(0);

@@ -18,8 +18,8 @@ use super::{Backing, Geometry, Phase, PoolId, ReadSlots, Segment, SegmentId, Wri
 /// A sender that runs leaves at its next slot, microseconds later; one that does not is stopped.
 const GRACE: Duration = Duration::from_millis(20);
 
-/// A generation that no segment ever reaches.
-const SPOILT: u64 = u64::MAX;
+/// How often, during the grace, a sender that hung up is asked whether it left or died.
+const GLANCE: Duration = Duration::from_millis(1);
 
 /// A fixed number of segments of one geometry, owned by the receiving process.
 ///
@@ -80,7 +80,8 @@ impl<B: Backing> SegmentPool<B> {
     }
 
     /// Takes a segment, waiting for one until the deadline. Those who wait are served in the order
-    /// in which they came.
+    /// in which they came. Where the only segment left may still be in a late sender's hands, it is
+    /// given 20 ms more, beyond the deadline if need be, and then replaced.
     ///
     /// # Errors
     /// [`Error::Timeout`] when none came free in time; [`Error::Os`] when a retired segment could not be
@@ -216,7 +217,9 @@ impl<B: Backing> SegmentPoolBuilder<B> {
                 Error::Os { source, .. } if is_lack_of_memory(&source) => Error::Memory { asked, source },
                 other => other,
             })?;
-            lock(&shared.state).idle.push(stock);
+            let mut state = lock(&shared.state);
+            state.live.insert(stock.segment.id().index, Arc::clone(&stock));
+            state.idle.push(stock);
         }
         Ok(SegmentPool { shared: Arc::new(shared) })
     }
@@ -346,9 +349,7 @@ impl<B: Backing> Shared<B> {
         };
         let id = SegmentId { pool: self.id, index };
         let (segment, backing) = B::create(id, self.geometry)?;
-        let stock = Arc::new(Stock { segment: Arc::new(segment), backing, writable: OnceLock::new() });
-        lock(&self.state).live.insert(index, Arc::clone(&stock));
-        Ok(stock)
+        Ok(Arc::new(Stock { segment: Arc::new(segment), backing, writable: OnceLock::new() }))
     }
 
     fn put_idle(&self, stock: Arc<Stock<B>>) {
@@ -376,11 +377,12 @@ impl<B: Backing> Shared<B> {
             Ok(fresh) => {
                 let mut state = lock(&self.state);
                 state.live.remove(&stock.segment.id().index);
+                state.live.insert(fresh.segment.id().index, Arc::clone(&fresh));
                 state.edition += 1;
                 Ok(fresh)
             }
             Err(error) => {
-                self.put_lingering(Lingering { stock, generation: SPOILT, link: None });
+                self.put_idle(stock); // not sound, and so not leased as it is
                 Err(error)
             }
         }
@@ -409,8 +411,10 @@ impl<B> Lingering<B> {
                 Some(phase) if phase.is_off() => return reclaim(&self.stock.segment, self.generation),
                 Some(phase @ (Phase::Accepted | Phase::Announced)) => {
                     if let Some(link) = self.link.as_ref().filter(|link| link.is_severed()) {
-                        return link.wait_dead(deadline)
-                            && turn.advance(self.generation, phase, Phase::Idle).is_ok();
+                        // It may be dying, or alive and about to find out that we hung up.
+                        if link.wait_dead(deadline.min(Deadline::after(GLANCE))) {
+                            return turn.advance(self.generation, phase, Phase::Idle).is_ok();
+                        }
                     }
                 }
                 // Nothing that an honest sender leaves behind.

@@ -10,6 +10,7 @@ use super::atomic::AtomicU32;
 
 /// Where sleepers of one semaphore are kept. The kernel keys them by the page and offset of the
 /// word itself, so this takes no room; a parker that needs some keeps it here, in shared memory.
+#[derive(Default)]
 #[repr(C)]
 pub(crate) struct Parker;
 

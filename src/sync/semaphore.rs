@@ -51,6 +51,12 @@ pub(crate) struct Semaphore {
 }
 
 impl Semaphore {
+    #[cfg(test)]
+    fn with(permits: u32) -> Semaphore {
+        let (word, sleepers) = (AtomicU32::new(permits), AtomicU32::new(0));
+        Semaphore { word, sleepers, parker: Default::default() }
+    }
+
     /// Starts afresh with `permits`. Only while nobody else uses the semaphore: for an owner whose
     /// segment no sender holds (rule P6).
     pub(crate) fn reset(&self, permits: u32) {
@@ -109,7 +115,8 @@ impl Semaphore {
     /// Ends every wait, now and later, once the permits in hand are drained.
     pub(crate) fn poison(&self) {
         self.set_poison();
-        self.wake();
+        // Whatever `sleepers` says: the peer can write that word, and this is what ends its waits.
+        self.parker.unpark_all(&self.word);
     }
 
     /// The first half of [`poison`](Self::poison).
@@ -126,16 +133,141 @@ impl Semaphore {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, loom))]
+mod model {
+    //! Every interleaving and every reordering that the memory model allows, by `ci/loom.sh`.
+
+    use super::*;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    struct Shared {
+        filled: Semaphore,
+        free: Semaphore,
+        slot: AtomicU32,
+        phase: AtomicU32,
+    }
+
+    fn shared(filled: u32, free: u32) -> Arc<Shared> {
+        Arc::new(Shared {
+            filled: Semaphore::with(filled),
+            free: Semaphore::with(free),
+            slot: AtomicU32::new(0),
+            phase: AtomicU32::new(0),
+        })
+    }
+
+    #[test]
+    fn a_permit_hands_over_what_was_written_before_it() {
+        loom::model(|| {
+            let ours = shared(0, 1);
+            let theirs = Arc::clone(&ours);
+            let sender = thread::spawn(move || {
+                let permit = theirs.free.wait(Deadline::NEVER).unwrap();
+                theirs.slot.store(7, Relaxed);
+                theirs.filled.post(permit);
+            });
+            let permit = ours.filled.wait(Deadline::NEVER).unwrap();
+            assert_eq!(ours.slot.load(Relaxed), 7);
+            ours.free.post(permit);
+            sender.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn strict_turns_lose_no_wake() {
+        loom::model(|| {
+            let ours = shared(0, 1);
+            let theirs = Arc::clone(&ours);
+            let sender = thread::spawn(move || {
+                for n in 1..=2 {
+                    let permit = theirs.free.wait(Deadline::NEVER).unwrap();
+                    theirs.slot.store(n, Relaxed);
+                    theirs.filled.post(permit);
+                }
+            });
+            for n in 1..=2 {
+                let permit = ours.filled.wait(Deadline::NEVER).unwrap();
+                assert_eq!(ours.slot.load(Relaxed), n, "a slot of another turn");
+                ours.free.post(permit);
+            }
+            sender.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn poison_ends_a_wait_and_publishes_its_cause() {
+        loom::model(|| {
+            let ours = shared(0, 0);
+            let theirs = Arc::clone(&ours);
+            let other = thread::spawn(move || {
+                theirs.phase.store(1, Relaxed);
+                theirs.filled.poison();
+            });
+            assert!(matches!(ours.filled.wait(Deadline::NEVER), Err(Interrupted::Poisoned)));
+            assert_eq!(ours.phase.load(Relaxed), 1);
+            other.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn permits_are_drained_before_poison_is_told() {
+        loom::model(|| {
+            let ours = shared(0, 1);
+            let theirs = Arc::clone(&ours);
+            let sender = thread::spawn(move || {
+                let permit = theirs.free.try_wait().unwrap();
+                theirs.filled.post(permit);
+                theirs.filled.poison();
+            });
+            assert!(ours.filled.wait(Deadline::NEVER).is_ok());
+            assert!(matches!(ours.filled.wait(Deadline::NEVER), Err(Interrupted::Poisoned)));
+            sender.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_split_post_wakes_after_the_last_write() {
+        loom::model(|| {
+            let ours = shared(0, 1);
+            let theirs = Arc::clone(&ours);
+            let sender = thread::spawn(move || {
+                let permit = theirs.free.try_wait().unwrap();
+                theirs.slot.store(7, Relaxed);
+                theirs.filled.add(permit);
+                theirs.phase.store(1, Relaxed);
+                theirs.filled.wake();
+            });
+            assert!(ours.filled.wait(Deadline::NEVER).is_ok());
+            assert_eq!(ours.slot.load(Relaxed), 7);
+            sender.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn two_sleepers_are_both_woken() {
+        loom::model(|| {
+            let ours = shared(0, 2);
+            let waiters: Vec<_> = (0..2)
+                .map(|_| {
+                    let theirs = Arc::clone(&ours);
+                    thread::spawn(move || theirs.filled.wait(Deadline::NEVER).map(drop).unwrap())
+                })
+                .collect();
+            for _ in 0..2 {
+                ours.filled.post(ours.free.try_wait().unwrap());
+            }
+            waiters.into_iter().for_each(|waiter| waiter.join().unwrap());
+        });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::Arc;
     use std::thread;
     use std::time::{Duration, Instant};
-
-    fn semaphore(permits: u32) -> Semaphore {
-        Semaphore { word: AtomicU32::new(permits), sleepers: AtomicU32::new(0), parker: Parker }
-    }
 
     fn soon() -> Deadline {
         Deadline::after(Duration::from_secs(30))
@@ -152,7 +284,7 @@ mod tests {
 
     #[test]
     fn permits_are_counted() {
-        let s = semaphore(2);
+        let s = Semaphore::with(2);
         let first = s.try_wait().unwrap();
         let _second = s.try_wait().unwrap();
         assert!(matches!(s.try_wait(), Err(Interrupted::TimedOut)));
@@ -162,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_wait_ends_at_its_deadline_and_not_before() {
-        let s = semaphore(0);
+        let s = Semaphore::with(0);
         let start = Instant::now();
         let patience = Duration::from_millis(50);
         assert!(matches!(s.wait(Deadline::after(patience)), Err(Interrupted::TimedOut)));
@@ -172,7 +304,7 @@ mod tests {
 
     #[test]
     fn poison_wakes_a_sleeper_and_lets_permits_drain_first() {
-        let s = Arc::new(semaphore(1));
+        let s = Arc::new(Semaphore::with(1));
         let drained = {
             let s = Arc::clone(&s);
             thread::spawn(move || {
@@ -184,7 +316,7 @@ mod tests {
         s.poison();
         assert!(matches!(drained.join().unwrap(), Err(Interrupted::Poisoned)));
 
-        let s = semaphore(1);
+        let s = Semaphore::with(1);
         s.poison();
         assert!(s.wait(soon()).is_ok());
         assert!(matches!(s.wait(soon()), Err(Interrupted::Poisoned)));
@@ -194,7 +326,7 @@ mod tests {
 
     #[test]
     fn a_post_wakes_a_sleeper() {
-        let s = Arc::new(semaphore(1));
+        let s = Arc::new(Semaphore::with(1));
         let permit = s.try_wait().unwrap();
         let sleeper = {
             let s = Arc::clone(&s);
@@ -207,7 +339,7 @@ mod tests {
 
     #[test]
     fn two_threads_ping_pong_without_losing_a_wake() {
-        let pair = Arc::new((semaphore(1), semaphore(0)));
+        let pair = Arc::new((Semaphore::with(1), Semaphore::with(0)));
         let other = {
             let pair = Arc::clone(&pair);
             thread::spawn(move || {

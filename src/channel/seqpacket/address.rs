@@ -40,25 +40,31 @@ impl Address {
         let lock_path = PathBuf::from(lock_path);
 
         let mut made_dir = make_parent(path)?;
-        let (mut lock, predecessor) = lock_exclusively(path, &lock_path)?;
+        let mut locked = lock_exclusively(path, &lock_path);
+        if matches!(&locked, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound) {
+            // A predecessor that ended just now has taken its directory along.
+            made_dir = make_parent(path)?;
+            locked = lock_exclusively(path, &lock_path);
+        }
+        let (mut lock, predecessor) = locked?;
         // A killed server's directory is ours to remove in its place.
         if predecessor.ends_with(MADE_DIR) {
             made_dir = path.parent().map(Path::to_owned);
         }
         let note = if made_dir.is_some() { MADE_DIR } else { "" };
-        write!(lock, "{}\n{note}", std::process::id()).map_err(os("writing the lock file"))?;
+        write!(lock, "{}\n{note}", std::process::id()).map_err(Error::os("writing the lock file"))?;
         let mut address = Address { path: path.to_owned(), bound: false, lock_path, _lock: lock, made_dir };
 
         // We hold the lock, so a socket that stands there has no living owner. Anything else that
         // stands there is not ours to remove: `bind` says that the address is in use.
         if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-            fs::remove_file(path).map_err(os("removing a dead server's socket"))?;
+            fs::remove_file(path).map_err(Error::os("removing a dead server's socket"))?;
         }
         let listener = socket()?;
         rustix::net::bind(&listener, &socket_address).map_err(Error::os("bind"))?;
         address.bound = true;
         // Before `listen`, so that nobody else could have connected (S3).
-        fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(os("chmod"))?;
+        fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(Error::os("chmod"))?;
         rustix::net::listen(&listener, BACKLOG).map_err(Error::os("listen"))?;
         Ok((address, listener))
     }
@@ -90,7 +96,7 @@ pub(super) fn check_private(dir: &Path) -> Result<()> {
         }
         Ok(_) => Err(Misuse::UnsafeDirectory(dir.to_owned()).into()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(os("looking at the runtime directory")(error)),
+        Err(error) => Err(Error::os("looking at the runtime directory")(error)),
     }
 }
 
@@ -100,7 +106,7 @@ fn make_parent(path: &Path) -> Result<Option<PathBuf>> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) => Ok(Some(dir.to_owned())),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
-        Err(error) => Err(os("making the socket's directory")(error)),
+        Err(error) => Err(Error::os("making the socket's directory")(error)),
     }
 }
 
@@ -115,10 +121,10 @@ fn lock_exclusively(path: &Path, lock_path: &Path) -> Result<(File, String)> {
             .mode(0o600)
             .custom_flags(OFlags::NOFOLLOW.bits() as i32)
             .open(lock_path)
-            .map_err(os("opening the lock file"))?;
+            .map_err(Error::os("opening the lock file"))?;
         let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
         let mut found = String::new();
-        lock.read_to_string(&mut found).map_err(os("reading the lock file"))?;
+        lock.read_to_string(&mut found).map_err(Error::os("reading the lock file"))?;
         match locked {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
@@ -128,16 +134,12 @@ fn lock_exclusively(path: &Path, lock_path: &Path) -> Result<(File, String)> {
             Err(errno) => return Err(Error::os("flock")(errno)),
         }
         // A server that ends removes the file: is what we locked still the one that stands there?
-        let ours = lock.metadata().map_err(os("fstat"))?;
+        let ours = lock.metadata().map_err(Error::os("fstat"))?;
         match fs::symlink_metadata(lock_path) {
             Ok(found) if (found.dev(), found.ino()) == (ours.dev(), ours.ino()) => {}
             _ => continue,
         }
-        lock.rewind().and_then(|()| lock.set_len(0)).map_err(os("emptying the lock file"))?;
+        lock.rewind().and_then(|()| lock.set_len(0)).map_err(Error::os("emptying the lock file"))?;
         return Ok((lock, found));
     }
-}
-
-fn os(call: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Os { call, source }
 }

@@ -131,9 +131,12 @@ impl SeqpacketQueue {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => {
-                if let Err((peer, error)) = self.welcome(socket) {
-                    self.report(peer, &error);
+                let welcome = self.welcome(socket);
+                arm(&self.epoll, &self.listener, LISTENER, false)?;
+                if let Err((peer, error)) = welcome {
+                    self.report(peer, &error); // last: it is the application's code
                 }
+                return Ok(());
             }
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                 self.listener_resting.store(true, Ordering::Relaxed);
@@ -159,10 +162,10 @@ impl SeqpacketQueue {
             return reject(Rejection::TooManyClients(self.policy.max_clients));
         }
         let socket = Arc::new(socket);
-        let link = Arc::new(Link::to(peer));
+        let link = Arc::new(Link::to_receiver(peer));
         let watch = on_hang_up(Arc::clone(&socket), {
             let link = Arc::clone(&link);
-            move || link.sever(None)
+            move || link.sever(|| None)
         })
         .map_err(|error| (Some(peer), error))?;
         let token = {
@@ -239,8 +242,8 @@ impl SeqpacketQueue {
                     state.segments.remove(&index).ok_or(PeerFault::UnknownSegment(index))?;
                 }
                 (Message::Request { index, generation, key }, Some(_), _) => {
-                    let segment = state.segments.get(&index).ok_or(PeerFault::UnknownSegment(index))?;
-                    let segment = Arc::clone(segment);
+                    // Withdrawn, and its segment retired, while it was being sent.
+                    let Some(segment) = state.segments.get(&index).cloned() else { continue };
                     return Ok(Some(ShmTransfer::begin(segment, generation, key.into(), &client.link)));
                 }
                 _ => return Err(malformed.into()),
@@ -270,8 +273,8 @@ impl SeqpacketQueue {
             _ => Rejection::Resources,
         };
         dismiss(&client.socket, why);
-        self.report(Some(client.peer), error);
         self.remove(client.token);
+        self.report(Some(client.peer), error); // last: it is the application's code
     }
 
     /// Forgets a client; its transfers under way find out by themselves.
@@ -345,7 +348,7 @@ impl fmt::Debug for SeqpacketQueue {
 
 /// Ends a connection for both sides, whoever still holds the socket.
 fn hang_up(client: &Client) {
-    client.link.sever(None);
+    client.link.sever(|| None);
     // Fails only if the other end has hung up already.
     let _ = rustix::net::shutdown(&*client.socket, rustix::net::Shutdown::Both);
 }
@@ -387,6 +390,10 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<(usize, Vec<Own
         })
         .flatten()
         .collect();
+    if received.flags.contains(ReturnFlags::CTRUNC) && fds.is_empty() {
+        // There was one, and we had no number left for it.
+        return Err(Error::os("receiving a descriptor")(Errno::MFILE));
+    }
     if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
         return Err(PeerFault::MalformedMessage { len: received.bytes }.into());
     }

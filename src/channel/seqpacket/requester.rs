@@ -1,5 +1,5 @@
-//! The client of a Unix-socket queue: connects by itself, hands descriptors over once, and resends
-//! what a dead server never took.
+//! The client of a Unix-socket queue: connects by itself, hands descriptors over once, and sends to
+//! the successor what could not be sent to a server that died.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -56,17 +56,12 @@ impl SeqpacketRequester {
         lock(&self.connection).clone().filter(|connection| !connection.link.is_severed())
     }
 
-    /// The living connection, or a new one as soon as the server is there.
-    pub(super) fn connected(&self, deadline: Deadline) -> Result<Arc<Connection>> {
-        self.connected_soon(deadline, deadline)
-    }
-
-    /// As [`connected`](Self::connected), waiting only until `absence` for a server that is not
-    /// there, and until the deadline for one that is.
+    /// The living connection, or a new one as soon as the server is there: waits until `absence` for
+    /// a server that is not there, and until the deadline for one that is.
     ///
     /// A server that is not there cannot tell when it comes: we look again after a pause, which
     /// grows from one millisecond to 100.
-    fn connected_soon(&self, deadline: Deadline, absence: Deadline) -> Result<Arc<Connection>> {
+    pub(super) fn connected(&self, deadline: Deadline, absence: Deadline) -> Result<Arc<Connection>> {
         for attempt in 0.. {
             if let Some(connection) = self.living() {
                 return Ok(connection);
@@ -97,16 +92,20 @@ impl SeqpacketRequester {
 }
 
 impl Requester<Memfd> for SeqpacketRequester {
-    /// Connects first where there is no connection, waiting for the server until the deadline, or
-    /// for less if [told so](super::Seqpacket::absence). A request that a dying server did not take goes to its successor.
+    /// Connects first where there is no connection, waiting for the server until the deadline, or for
+    /// less if [told so](super::Seqpacket::absence). A request that cannot be sent to a server that
+    /// died goes to its successor; one that was sent and not taken ends with [`Error::Disconnected`].
     fn send(&self, request: Request<Memfd>, deadline: Deadline) -> Result<(), SendError<Memfd>> {
         if request.segment().pool() != self.pool.id() {
             return Err(SendError { request, error: Misuse::ForeignPool.into() });
         }
+        if request.offer.is_over() {
+            return Err(SendError { request, error: Error::Stale });
+        }
         let absence =
             self.policy.absence.map_or(deadline, |patience| deadline.min(Deadline::after(patience)));
         for attempt in 0.. {
-            let sent = self.connected_soon(deadline, absence).and_then(|connection| {
+            let sent = self.connected(deadline, absence).and_then(|connection| {
                 connection.deliver(&self.pool, &request, deadline).map(|()| connection)
             });
             match sent {
@@ -166,21 +165,26 @@ impl Connection {
         deadline: Deadline,
     ) -> Result<Option<Connection>> {
         let socket = socket()?;
-        match rustix::net::connect(&socket, address) {
-            Ok(()) => {}
-            // Not there; there no more; there, but with its hands full.
-            Err(Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN) => return Ok(None),
-            Err(errno) => return Err(Error::os("connect")(errno)),
+        for attempt in 0.. {
+            match rustix::net::connect(&socket, address) {
+                Ok(()) => break,
+                // Not there; there no more.
+                Err(Errno::NOENT | Errno::CONNREFUSED) => return Ok(None),
+                // There, with more clients at its door than it has let in.
+                Err(Errno::AGAIN) if deadline.has_passed() => return Err(Error::Timeout(Awaited::QueueRoom)),
+                Err(Errno::AGAIN) => pause(attempt, deadline),
+                Err(errno) => return Err(Error::os("connect")(errno)),
+            }
         }
         let server = Peer::of_socket(&socket)?;
         if !policy.trusts(server) {
             return Err(Rejection::User(server.uid).into());
         }
         let socket = Arc::new(socket);
-        let link = Arc::new(Link::to(server));
+        let link = Arc::new(Link::to_sender(server));
         let watch = on_hang_up(Arc::clone(&socket), {
             let (socket, link) = (Arc::clone(&socket), Arc::clone(&link));
-            move || link.sever(last_words(&socket))
+            move || link.sever(|| last_words(&socket))
         })?;
         let (edition, known) = (AtomicU64::new(NONE), Mutex::default());
         let connection =
@@ -245,7 +249,7 @@ impl Connection {
     fn say(&self, message: Message<'_>, memory: Option<&Memfd>, deadline: Deadline) -> Result<()> {
         let sent = send(&self.socket, &message.encode(), memory.map(AsFd::as_fd), deadline);
         if let Err(Error::Disconnected) = sent {
-            self.link.sever(last_words(&self.socket));
+            self.link.sever(|| last_words(&self.socket));
             return Err(self.link.obituary());
         }
         sent
@@ -254,7 +258,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.link.sever(None);
+        self.link.sever(|| None);
     }
 }
 

@@ -1,0 +1,26 @@
+//! `SO_PEERCRED`, by hand: the kernel reports pid 0 for a peer outside our pid namespace, which the
+//! wrappers' non-zero pid type cannot hold.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// The pid, zero if it has none here, and the user of the process at the other end.
+pub(super) fn of_socket(socket: BorrowedFd<'_>) -> io::Result<(libc::pid_t, libc::uid_t)> {
+    const SIZE: libc::socklen_t = size_of::<libc::ucred>() as libc::socklen_t;
+    let mut cred = MaybeUninit::<libc::ucred>::zeroed();
+    let mut len = SIZE;
+    // SAFETY: the kernel writes at most `len` bytes to `cred`, which is as long, private and alive,
+    // and the written length to `len`.
+    let got = unsafe {
+        let option = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+        libc::getsockopt(socket.as_raw_fd(), option.0, option.1, cred.as_mut_ptr().cast(), &mut len)
+    };
+    if got != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: three integers, zeroed at first and written since: every bit pattern is one.
+    let cred = unsafe { cred.assume_init() };
+    Ok((cred.pid, cred.uid))
+}

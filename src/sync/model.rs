@@ -1,0 +1,31 @@
+//! The parker for loom: what the kernel's futex promises, made of what loom knows.
+
+use std::io;
+
+use loom::sync::{Condvar, Mutex};
+
+use super::Deadline;
+use super::atomic::{AtomicU32, Relaxed};
+
+/// The kernel's bucket: its lock makes comparing the word and going to sleep one step, as seen by
+/// whoever wakes. It orders nothing else, and so the word is read `Relaxed`.
+#[derive(Default)]
+pub(crate) struct Parker {
+    bucket: Mutex<()>,
+    woken: Condvar,
+}
+
+impl Parker {
+    pub(crate) fn park(&self, word: &AtomicU32, expected: u32, _deadline: Deadline) -> io::Result<()> {
+        let bucket = self.bucket.lock().unwrap();
+        if word.load(Relaxed) == expected {
+            drop(self.woken.wait(bucket).unwrap());
+        }
+        Ok(())
+    }
+
+    pub(crate) fn unpark_all(&self, _word: &AtomicU32) {
+        let _bucket = self.bucket.lock().unwrap();
+        self.woken.notify_all();
+    }
+}
