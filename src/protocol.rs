@@ -33,8 +33,8 @@ pub use sender::{Sender, Sending, Slot, Starting};
 /// | [`Sender`] | [`Sending`] | [`next_slot`](ShmTransfer::next_slot), [`send_file`](ShmTransfer::send_file), `io::Write`, [`finish`](ShmTransfer::finish) | the end |
 ///
 /// Dropping is safe at every point (rule P5). A receiver that is dropped early cancels, and the
-/// sender's next step fails with [`Error::Cancelled`]. A sender that is dropped early, a panic
-/// included, aborts: the receiver is given what was filled before, and then [`Error::Aborted`].
+/// sender's next step fails with [`Error::Cancelled`](crate::Error::Cancelled). A sender that is dropped early, a panic
+/// included, aborts: the receiver is given what was filled before, and then [`Error::Aborted`](crate::Error::Aborted).
 ///
 /// # What does not compile
 /// Asking for a chunk before there is a reply:
