@@ -3,12 +3,13 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 use shmferry::{Crew, Deadline};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use tracing::{debug, warn};
 use tracing_subscriber::EnvFilter;
@@ -46,6 +47,8 @@ fn prepare() -> io::Result<Stop> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit)?;
+    // Past the limit on file sizes, memfds included, a call then fails where it would end the process.
+    signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     Ok(Stop(Signals::new([SIGINT, SIGTERM])?))
 }
 

@@ -18,10 +18,11 @@
 //! the [`WATCHDOG`].
 #![allow(dead_code, reason = "each test file needs other parts of it")]
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
@@ -36,16 +37,24 @@ pub use rustix::process::Signal;
 /// What nothing may take, however busy the machine. A program that lives longer is killed.
 pub const WATCHDOG: Duration = Duration::from_secs(60);
 
+/// No arguments.
+pub const PLAIN: [&str; 0] = [];
+
+/// More than the buffers of a socket take, so that a client that does not read stalls the transfer.
+pub const LARGE: usize = 32 << 20;
+
 // ---------------------------------------------------------------- places
 
 /// A temporary directory of one test: its files, its sockets, the working directory of its programs.
 pub struct Place {
     dir: TempDir,
+    /// What the test itself put in here.
+    ours: Mutex<BTreeSet<String>>,
 }
 
 impl Place {
     pub fn new() -> Place {
-        Place { dir: TempDir::new().unwrap() }
+        Place { dir: TempDir::new().unwrap(), ours: Mutex::default() }
     }
 
     /// The path of something in here.
@@ -56,6 +65,7 @@ impl Place {
     /// Writes a file, and makes the directories on its way.
     pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(name);
+        lock(&self.ours).insert(name.split('/').next().unwrap().to_owned());
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, bytes).unwrap();
         path
@@ -84,11 +94,17 @@ impl Place {
 
     /// A program to be run in here.
     pub fn command(&self, name: &str) -> Command {
-        // Examples are built beside the tests: `TARGET/deps/TEST-HASH`, `TARGET/examples/NAME`.
-        let test = std::env::current_exe().unwrap();
-        let program = test.parent().unwrap().with_file_name("examples").join(name);
-        assert!(program.exists(), "run cargo build --examples first: there is no {program:?}");
-        let mut command = Command::new(program);
+        self.prepared(Command::new(path_of(name)))
+    }
+
+    /// As [`command`](Self::command), under a resource limit, in the words of the shell's `ulimit`.
+    pub fn command_limited(&self, limit: &str, name: &str) -> Command {
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", &format!("ulimit {limit} && exec \"$@\""), "sh"]).arg(path_of(name));
+        self.prepared(shell)
+    }
+
+    fn prepared(&self, mut command: Command) -> Command {
         command.current_dir(self.dir.path()).env_clear();
         command.env("RUST_LOG", "info").env("RUST_BACKTRACE", "1");
         command.env("XDG_RUNTIME_DIR", self.dir.path());
@@ -111,9 +127,48 @@ impl Place {
     pub fn bare_webproxy(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Program {
         Program::spawn(self.command("webproxy").args(LOOPBACK).args(args))
     }
+
+    /// Asks these programs to end, one after the other, and asserts that all did so as they should,
+    /// and that none of those ever run in here has left anything.
+    #[track_caller]
+    pub fn wind_up<const N: usize>(&self, programs: [Program; N]) -> [Exit; N] {
+        let exits = programs.map(Program::terminate);
+        for exit in &exits {
+            assert!(!exit.stderr.contains("panicked"), "{}", exit.stderr);
+        }
+        self.assert_nothing_left();
+        exits
+    }
+
+    /// Asserts that nothing is left of the programs run in here: no process, nothing in shared memory,
+    /// no file and no directory. What killed ones left is for their successors to remove.
+    #[track_caller]
+    pub fn assert_nothing_left(&self) {
+        let here = self.dir.path().canonicalize().unwrap();
+        for process in fs::read_dir("/proc").unwrap().flatten() {
+            let at = fs::read_link(process.path().join("cwd"));
+            assert!(at.is_err() || at.unwrap() != here, "a process is left: {:?}", process.path());
+        }
+        // Programs that others run at this moment may have names there; those go with their owners.
+        wait_until("nothing was left in /dev/shm", || {
+            !names_in(Path::new("/dev/shm")).iter().any(|name| name.contains("shmferry"))
+        });
+        let mut names = names_in(&here);
+        names.retain(|name| !lock(&self.ours).contains(name));
+        assert!(names.is_empty(), "left behind: {names:?}");
+    }
 }
 
 const LOOPBACK: [&str; 4] = ["-p", "0", "--listen", "127.0.0.1"];
+
+/// Where a program is. Examples are built beside the tests: `TARGET/deps/TEST-HASH`,
+/// `TARGET/examples/NAME`.
+fn path_of(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let program = test.parent().unwrap().with_file_name("examples").join(name);
+    assert!(program.exists(), "run cargo build --examples first: there is no {program:?}");
+    program
+}
 
 // ---------------------------------------------------------------- programs
 
@@ -226,6 +281,53 @@ impl Program {
         Exit { status: status.unwrap(), stderr: self.stderr() }
     }
 
+    // ------------------------------------------------------------ /proc
+
+    /// How many threads there are of this name; crews are named `proxy` and `cache`.
+    pub fn threads_named(&self, name: &str) -> usize {
+        self.tasks("comm").iter().filter(|comm| comm.trim_end() == name).count()
+    }
+
+    /// Whether every thread waits for something.
+    pub fn is_asleep(&self) -> bool {
+        self.is_all_in('S')
+    }
+
+    /// Whether [`Signal::STOP`] has taken effect.
+    pub fn is_stopped(&self) -> bool {
+        self.is_all_in('T')
+    }
+
+    /// Whether every thread is in this state; it comes after the name, which is in parentheses.
+    fn is_all_in(&self, state: char) -> bool {
+        self.tasks("stat").iter().all(|stat| stat.rsplit(") ").next().unwrap().starts_with(state))
+    }
+
+    fn tasks(&self, file: &str) -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten();
+        // One that ends meanwhile is none.
+        tasks.filter_map(|task| fs::read_to_string(task.path().join(file)).ok()).collect()
+    }
+
+    /// How many descriptors are open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    /// How many segments are mapped.
+    pub fn segments(&self) -> usize {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
+        let names = maps.lines().filter_map(|line| line.split_once("/memfd:shmferry"));
+        names.map(|(_, name)| name).collect::<BTreeSet<_>>().len()
+    }
+
+    /// The most memory that was resident so far, in bytes, segments included.
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+    }
+
     // ------------------------------------------------------------ webproxy
 
     /// Where a `webproxy` says that it listens; all addresses of the host are 127.0.0.1 to us.
@@ -247,6 +349,24 @@ impl Program {
     /// Asks a `webproxy` of the spec dialect for a path.
     pub fn get(&self, path: &str) -> Answer {
         Answer::parse(&self.ask(format!("GETFILE GET {path}\r\n\r\n")))
+    }
+
+    /// Asks a `webproxy` for a [`LARGE`] file, and waits until it comes: the client that is returned
+    /// holds a segment from now on.
+    pub fn stall(&self, path: &str) -> Stalled {
+        let mut client = self.connect();
+        client.request(path);
+        Stalled::begin(client)
+    }
+
+    /// Asserts that a `webproxy` can lease so many segments at once, and gets a [`LARGE`] file right
+    /// through each.
+    #[track_caller]
+    pub fn assert_pool_is_whole(&self, segments: usize, path: &str, file: &[u8]) {
+        let stalled: Vec<Stalled> = (0..segments).map(|_| self.stall(path)).collect();
+        for client in stalled {
+            client.resume().assert_whole(file);
+        }
     }
 
     /// Sends these bytes to a `webproxy`, and returns all that comes back.
@@ -306,10 +426,18 @@ impl Exit {
         self.assert_said(parts);
     }
 
+    #[track_caller]
     pub fn assert_said(&self, parts: &[&str]) {
         for part in parts {
             assert!(self.stderr.contains(part), "{part:?} is not in:\n{}", self.stderr);
         }
+    }
+
+    /// A number from the summary at its end.
+    pub fn count(&self, name: &str) -> u64 {
+        let (_, summary) = self.stderr.rsplit_once("stopped: ").expect("it said how it went");
+        let value = summary.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+        value.unwrap_or_else(|| panic!("no {name} in {summary}")).parse().unwrap()
     }
 }
 
@@ -359,6 +487,62 @@ impl Client {
     pub fn answer(&mut self) -> Answer {
         Answer::parse(&self.read_all())
     }
+
+    /// Sends no more.
+    pub fn half_close(&self) {
+        self.0.shutdown(Shutdown::Write).unwrap();
+    }
+
+    /// Leaves at once, by a reset.
+    pub fn reset(self) {
+        rustix::net::sockopt::set_socket_linger(&self.0, Some(Duration::ZERO)).unwrap();
+    }
+
+    /// Whether nothing has come, so far, that is not read yet.
+    pub fn hears_nothing(&self) -> bool {
+        self.0.set_nonblocking(true).unwrap();
+        let peeked = self.0.peek(&mut [0]);
+        self.0.set_nonblocking(false).unwrap();
+        matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Whether the server has read all that was sent.
+    pub fn is_heard(&self) -> bool {
+        let [us, them] = [self.0.local_addr(), self.0.peer_addr()].map(|address| {
+            let SocketAddr::V4(address) = address.unwrap() else { panic!("not IPv4") };
+            format!("{:08X}:{:04X}", u32::from_ne_bytes(address.ip().octets()), address.port())
+        });
+        let table = fs::read_to_string("/proc/net/tcp").unwrap();
+        // Each side has a line: number, its address, the other's, state, bytes unsent:unread, ...
+        let column = |from: &str, to: &str| {
+            let line = |line: &&str| line.contains(&format!(" {from} {to} "));
+            table.lines().find(line).map(|line| line.split_whitespace().nth(4).unwrap().to_owned())
+        };
+        let unsent = column(&us, &them).map(|queues| queues.split(':').next() == Some("00000000"));
+        let unread = column(&them, &us).map(|queues| queues.split(':').nth(1) == Some("00000000"));
+        (unsent, unread) == (Some(true), Some(true))
+    }
+}
+
+/// A client that has read the beginning of its reply, and does not go on for the time being.
+pub struct Stalled {
+    pub client: Client,
+    start: Vec<u8>,
+}
+
+impl Stalled {
+    /// Waits for the beginning.
+    pub fn begin(mut client: Client) -> Stalled {
+        let start = client.read_exactly(100);
+        Stalled { client, start }
+    }
+
+    /// Reads the rest.
+    pub fn resume(mut self) -> Answer {
+        let mut all = self.start;
+        all.extend(self.client.read_all());
+        Answer::parse(&all)
+    }
 }
 
 /// A reply of the spec dialect, from its first byte to the connection's end.
@@ -403,6 +587,31 @@ impl Answer {
         };
         parsed().unwrap_or_else(|| Answer::Nonsense(bytes.to_vec()))
     }
+
+    /// Asserts that it is this file, to the last byte.
+    #[track_caller]
+    pub fn assert_whole(&self, file: &[u8]) {
+        assert!(self.is_honest(file) && matches!(self, Answer::Ok(_)), "{self:?}");
+    }
+
+    /// Asserts that it is the beginning of this file, and shows that it is not all of it.
+    #[track_caller]
+    pub fn assert_short(&self, file: &[u8]) {
+        assert!(self.is_honest(file) && matches!(self, Answer::Short { .. }), "{self:?}");
+    }
+
+    /// Whether it says nothing wrong of a file that exists: all of it, or visibly less of it, or that
+    /// the server failed.
+    pub fn is_honest(&self, file: &[u8]) -> bool {
+        match self {
+            Answer::Ok(body) => body == file,
+            Answer::Short { announced, received } => {
+                *announced == file.len() as u64 && file.starts_with(received)
+            }
+            Answer::Error => true,
+            _ => false,
+        }
+    }
 }
 
 /// Without the bytes of long bodies.
@@ -439,12 +648,46 @@ pub fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|index| (index * 31 + index / 251 + index / 65_521) as u8).collect()
 }
 
+/// Bytes at random, other ones for each seed: no part of them can be taken for another, nor for a part
+/// of other files.
+pub fn noise(seed: usize, len: usize) -> Vec<u8> {
+    let mut dice = Dice::new(seed);
+    let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| dice.next().to_le_bytes()).collect();
+    bytes.truncate(len);
+    bytes
+}
+
+/// Chance, the same one for each seed (SplitMix64).
+pub struct Dice(u64);
+
+impl Dice {
+    pub fn new(seed: usize) -> Dice {
+        Dice((seed as u64) << 32)
+    }
+
+    /// A number below `sides`.
+    pub fn roll(&mut self, sides: usize) -> usize {
+        (self.next() % sides as u64) as usize
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+}
+
 /// The names in a directory, sorted.
 pub fn names_in(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).unwrap();
     let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
+}
+
+pub fn ok(body: impl AsRef<[u8]>) -> Answer {
+    Answer::Ok(body.as_ref().to_vec())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,0 +1,285 @@
+//! Clients of the real programs that stall, vanish, dawdle or say nothing, and what the others notice of
+//! it; a lot of everything at once at the end.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::thread;
+
+use support::{Answer, Client, Dice, LARGE, Place, Program, Stalled, noise, ok, wait_until};
+
+/// A place with a large file, and small ones that are named by their numbers.
+fn furnished() -> (Place, Vec<u8>, Vec<Vec<u8>>) {
+    let place = Place::new();
+    let large = noise(1000, LARGE);
+    place.write("files/large", &large);
+    let files: Vec<Vec<u8>> = (0..20).map(|i| noise(i, i * i * 1009)).collect();
+    for (i, file) in files.iter().enumerate() {
+        place.write(&format!("files/{i}"), file);
+    }
+    (place, large, files)
+}
+
+/// Fetches all files with several clients, and compares them.
+fn fetch_all(proxy: &Program, files: &[Vec<u8>]) {
+    thread::scope(|scope| {
+        for client in 0..4 {
+            scope.spawn(move || {
+                for i in 0..files.len() {
+                    let i = (i + 5 * client) % files.len();
+                    proxy.get(&format!("/{i}")).assert_whole(&files[i]);
+                }
+            });
+        }
+    });
+}
+
+// ---------------------------------------------------------------- stalled
+
+#[test]
+fn clients_that_stall_do_not_slow_down_those_that_read() {
+    let (place, large, files) = furnished();
+    let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
+    let proxy = place.webproxy(["-t", "2", "-n", "8", "--timeout", "600"]).listening();
+    let stalled: Vec<Stalled> = (0..4).map(|_| proxy.stall("/large")).collect();
+    for _ in 0..5 {
+        fetch_all(&proxy, &files);
+    }
+    proxy.get("/large").assert_whole(&large);
+    // Nothing was lost to those that waited.
+    for client in stalled {
+        client.resume().assert_whole(&large);
+    }
+    let [proxy, _] = place.wind_up([proxy, cache]);
+    assert_eq!((proxy.count("errors"), proxy.count("retired")), (0, 0));
+}
+
+#[test]
+fn clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_order() {
+    let (place, large, files) = furnished();
+    let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
+    let proxy = place.webproxy(["-t", "2", "-n", "2", "--timeout", "3"]).listening();
+    let holding = [proxy.stall("/large"), proxy.stall("/large")];
+    let mut waiting = Vec::new();
+    for _ in 0..5 {
+        let mut client = proxy.connect();
+        client.request("/large");
+        // With its request read, there is nothing left that could hold up its thread but the line.
+        wait_until("it stood in line", || client.is_heard() && proxy.is_asleep());
+        waiting.push(client);
+    }
+    assert!(waiting.iter().all(Client::hears_nothing));
+    let mut waiting = waiting.into_iter();
+    let mut served: Vec<Stalled> = waiting.by_ref().take(2).map(Stalled::begin).collect();
+    // Two have taken the places of the two that were cut; the next comes when one of them is done.
+    loop {
+        assert!(waiting.as_slice().iter().all(Client::hears_nothing), "somebody pushed in");
+        if served.is_empty() {
+            break;
+        }
+        served.remove(0).resume().assert_whole(&large);
+        served.extend(waiting.next().map(Stalled::begin));
+    }
+    for client in holding {
+        client.resume().assert_short(&large);
+    }
+    fetch_all(&proxy, &files);
+    let [proxy, _] = place.wind_up([proxy, cache]);
+    assert_eq!((proxy.count("errors"), proxy.stderr.contains("WARN")), (0, false));
+}
+
+// ---------------------------------------------------------------- gone
+
+/// Clients that leave in this way in the middle of their bodies, again and again, cost nothing.
+fn clients_that_leave(leave: impl Fn(Client)) {
+    let (place, large, files) = furnished();
+    let cache = place.simplecached(["-c", "files", "-t", "1"]).listening();
+    let proxy = place.webproxy(["-t", "1", "-n", "1", "--timeout", "600"]).listening();
+    assert_eq!(proxy.get("/0"), ok(""));
+    wait_until("it was idle", || proxy.is_asleep());
+    let descriptors = proxy.descriptors();
+    for round in 0..20 {
+        leave(proxy.stall("/large").client);
+        proxy.get("/19").assert_whole(&files[19]);
+        if round % 10 == 9 {
+            proxy.get("/large").assert_whole(&large);
+        }
+    }
+    wait_until("their connections were closed", || proxy.descriptors() == descriptors);
+    for exit in place.wind_up([proxy, cache]) {
+        assert_eq!((exit.count("errors"), exit.stderr.contains("WARN")), (0, false));
+    }
+}
+
+#[test]
+fn clients_that_reset_mid_body_leave_the_only_segment_usable() {
+    clients_that_leave(Client::reset);
+}
+
+#[test]
+fn clients_that_close_mid_body_leave_the_only_segment_usable() {
+    clients_that_leave(drop);
+}
+
+#[test]
+fn clients_that_leave_before_their_reply_leave_the_only_segment_usable() {
+    let (place, _, files) = furnished();
+    let cache = place.simplecached(["-c", "files"]).listening();
+    let proxy = place.webproxy(["-n", "1", "--timeout", "600"]).listening();
+    for round in 0..200 {
+        let mut client = proxy.connect();
+        match round % 4 {
+            0 => {}
+            1 => client.send("GETFILE GET /1"),
+            2 => client.request("/19"),
+            _ => client.request("/absent"),
+        }
+        if round % 8 < 4 { client.reset() } else { drop(client) }
+    }
+    fetch_all(&proxy, &files);
+    for exit in place.wind_up([proxy, cache]) {
+        assert_eq!((exit.count("errors"), exit.stderr.contains("WARN")), (0, false));
+    }
+}
+
+// ---------------------------------------------------------------- slow
+
+#[test]
+fn a_client_that_has_closed_its_half_gets_its_whole_reply() {
+    let (place, large, files) = furnished();
+    let cache = place.simplecached(["-c", "files"]).listening();
+    let proxy = place.webproxy(["-n", "1"]).listening();
+    let ask = |path: &str| {
+        let mut client = proxy.connect();
+        client.request(path);
+        client.half_close();
+        client
+    };
+    for (i, file) in files.iter().enumerate() {
+        ask(&format!("/{i}")).answer().assert_whole(file);
+    }
+    Stalled::begin(ask("/large")).resume().assert_whole(&large);
+    assert_eq!(ask("/absent").answer(), Answer::NotFound);
+    assert_eq!(ask("absent").answer(), Answer::Invalid);
+    place.wind_up([proxy, cache]);
+}
+
+#[test]
+fn clients_that_send_and_read_byte_by_byte_hold_up_nobody() {
+    let (place, _, files) = furnished();
+    let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
+    let proxy = place.webproxy(["-t", "2", "-n", "2", "--timeout", "600"]).listening();
+    let mut slow: Vec<Client> = (0..30).map(|_| proxy.connect()).collect();
+    for byte in b"GETFILE GET /3\r\n\r\n" {
+        slow.iter_mut().for_each(|client| client.0.write_all(&[*byte]).unwrap());
+        proxy.get("/19").assert_whole(&files[19]);
+    }
+    let mut replies = vec![Vec::new(); slow.len()];
+    let mut byte = [0];
+    while replies.iter().all(|reply| reply.len() < 2000) {
+        for (client, reply) in slow.iter_mut().zip(&mut replies) {
+            client.0.read_exact(&mut byte).unwrap();
+            reply.push(byte[0]);
+        }
+    }
+    fetch_all(&proxy, &files);
+    for (client, mut reply) in slow.iter_mut().zip(replies) {
+        while client.0.read(&mut byte).unwrap() > 0 {
+            reply.push(byte[0]);
+        }
+        Answer::parse(&reply).assert_whole(&files[3]);
+    }
+    place.wind_up([proxy, cache]);
+}
+
+#[test]
+fn clients_that_say_nothing_hold_up_nobody_and_may_still_ask() {
+    let (place, _, files) = furnished();
+    let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
+    let proxy = place.webproxy(["-t", "2", "-n", "2", "--timeout", "600"]).listening();
+    let mut silent: Vec<Client> = (0..50).map(|_| proxy.connect()).collect();
+    wait_until("all were let in", || proxy.threads_named("proxy") > 50);
+    for _ in 0..3 {
+        fetch_all(&proxy, &files);
+    }
+    silent.iter_mut().for_each(|client| client.request("/7"));
+    for mut client in silent {
+        client.answer().assert_whole(&files[7]);
+    }
+    place.wind_up([proxy, cache]);
+}
+
+// ---------------------------------------------------------------- everything at once
+
+/// One request of some kind or other.
+fn at_random(proxy: &Program, files: &[Vec<u8>], dice: &mut Dice) {
+    let small = dice.roll(files.len() - 4);
+    match dice.roll(100) {
+        0..50 => proxy.get(&format!("/{small}")).assert_whole(&files[small]),
+        50..60 => {
+            let large = files.len() - 4 + dice.roll(4);
+            proxy.get(&format!("/{large}")).assert_whole(&files[large]);
+        }
+        60..75 => assert_eq!(proxy.get("/absent"), Answer::NotFound),
+        75..90 => {
+            let malformed = ["PULLFILE GET /1\r\n\r\n", "GETFILE GET 1\r\n\r\n", "GETFILE GET /1 2\r\n\r\n"];
+            assert_eq!(Answer::parse(&proxy.ask(malformed[dice.roll(3)])), Answer::Invalid);
+        }
+        90..95 => {
+            let mut client = proxy.connect();
+            client.request(&format!("/{}", files.len() - 1));
+            client.read_exactly(1 + dice.roll(1000));
+            if dice.roll(2) == 0 { client.reset() } else { drop(client) }
+        }
+        _ => {
+            let mut client = proxy.connect();
+            for byte in format!("GETFILE GET /{small}\r\n\r\n").into_bytes() {
+                client.send([byte]);
+            }
+            client.answer().assert_whole(&files[small]);
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_requests_at_random_cost_no_byte_no_descriptor_and_no_thread() {
+    const CLIENTS: usize = 10;
+    const REQUESTS: usize = 1000;
+    const WORKERS: usize = 4;
+    let place = Place::new();
+    let files: Vec<Vec<u8>> = (0..30)
+        .map(|i| noise(i, i * 97))
+        .chain([65_536, 65_537, 300_000, 500_001].into_iter().map(|len| noise(len, len)))
+        .collect();
+    for (i, file) in files.iter().enumerate() {
+        place.write(&format!("files/{i}"), file);
+    }
+    let cache = place.simplecached(["-c", "files", "-t", "4"]).listening();
+    let proxy = place.webproxy(["-n", "2", "-t", "4", "-z", "16384", "--timeout", "600"]).listening();
+    assert_eq!(proxy.get("/1"), ok(&files[1])); // whatever is made at first is there
+    let descriptors = || (proxy.descriptors(), cache.descriptors());
+    let threads = || (proxy.threads_named("proxy"), cache.threads_named("cache"));
+    wait_until("they were idle", || proxy.is_asleep() && cache.is_asleep());
+    let before = descriptors();
+    thread::scope(|scope| {
+        for client in 0..CLIENTS {
+            let (proxy, files) = (&proxy, &files);
+            scope.spawn(move || {
+                let mut dice = Dice::new(client);
+                (0..REQUESTS).for_each(|_| at_random(proxy, files, &mut dice));
+            });
+        }
+    });
+    wait_until("their descriptors were as before", || descriptors() == before);
+    // As many as there are workers stay, for what comes next.
+    wait_until("the surplus threads had gone", || threads().0 <= WORKERS && threads().1 <= WORKERS);
+    assert_eq!(proxy.get("/1"), ok(&files[1]));
+    assert_eq!((proxy.segments(), cache.segments()), (2, 2));
+    let [proxy, cache] = place.wind_up([proxy, cache]);
+    assert_eq!((proxy.count("errors"), cache.count("errors")), (0, 0));
+    assert_eq!(proxy.count("requests"), (CLIENTS * REQUESTS + 2) as u64);
+    assert_eq!(
+        proxy.count("requests"),
+        ["hits", "misses", "invalid"].map(|name| proxy.count(name)).iter().sum()
+    );
+}
