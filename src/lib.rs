@@ -107,6 +107,8 @@
 //! - Each segment costs its owner one file descriptor.
 //! - Bytes are copied twice: by the kernel into the slot (`pread`), and out of it. Nothing is lent.
 //! - Memory pages of 4 KiB.
+//! - A process with a limit on file sizes (`ulimit -f`) below a segment gets `SIGXFSZ` when it makes
+//!   one; ignored or handled, that is an error like any other.
 //! - Memory that a container's limit would refuse is not foreseen: a pool is checked against what the
 //!   machine has available.
 //!
