@@ -87,6 +87,12 @@ fn build() -> Result<PathBuf> {
     if programs.components().any(|part| part.as_os_str() == "release") {
         build.arg("--release");
     }
+    // What `cargo run` says of this package would have some dependencies' build scripts run anew.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR" {
+            build.env_remove(name);
+        }
+    }
     let built = build.status().map_err(|error| format!("cannot run cargo: {error}"))?;
     if built.success() { Ok(programs) } else { Err("the programs do not build".to_owned()) }
 }
