@@ -35,7 +35,7 @@ use tempfile::TempDir;
 pub use rustix::process::Signal;
 
 /// What nothing may take, however busy the machine. A program that lives longer is killed.
-pub const WATCHDOG: Duration = Duration::from_secs(60);
+pub const WATCHDOG: Duration = Duration::from_secs(180);
 
 /// No arguments.
 pub const PLAIN: [&str; 0] = [];
