@@ -17,7 +17,7 @@ use std::ptr::{self, NonNull};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
 
 use crate::sync::{Deadline, wait_ready};
@@ -39,16 +39,22 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps a descriptor, and makes its pages present in this process (rule L2). The caller has
-    /// checked that it is `geometry.mapped_len()` bytes long and cannot become shorter.
+    /// Maps a descriptor, and makes its pages present in this process (rule L2). Fails with `INVAL`
+    /// for one that is not long enough, or not sealed against becoming shorter: M1 rests on that, and
+    /// so it is checked here, whatever the caller has checked for its messages.
     pub(crate) fn new(
         fd: impl AsFd,
         geometry: Geometry,
         slots_writable: bool,
     ) -> rustix::io::Result<Mapping> {
+        let long_enough = fstat(&fd)?.st_size >= geometry.mapped_len() as i64;
+        if !long_enough || !fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
+            return Err(rustix::io::Errno::INVAL);
+        }
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::POPULATE;
-        // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit.
+        // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit. What
+        // was checked above stays so, by the seal: M1 holds from here on.
         let base = unsafe { mmap(ptr::null_mut(), geometry.mapped_len(), prot, flags, fd, 0)? };
         let Some(base) = NonNull::new(base.cast::<u8>()) else { return Err(rustix::io::Errno::NOMEM) };
         let mapping = Mapping { base, geometry, slots_writable };

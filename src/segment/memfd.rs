@@ -157,6 +157,15 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_mapped_that_could_shrink() {
+        let len = geometry().mapped_len() as u64;
+        let refused = |fd: OwnedFd| Mapping::new(fd, geometry(), true).err();
+        assert_eq!(refused(memfd(len, true, SealFlags::GROW)), Some(Errno::INVAL));
+        assert_eq!(refused(memfd(len - 1, true, SEALS)), Some(Errno::INVAL));
+        assert_eq!(refused(memfd(len, true, SEALS)), None);
+    }
+
+    #[test]
     #[should_panic(expected = "past the slot")]
     fn no_access_past_a_slot() {
         let (owned, _memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
