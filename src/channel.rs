@@ -10,9 +10,14 @@ use crate::segment::{Backing, Lease, SegmentId, Stock};
 use crate::sync::Deadline;
 
 mod in_process;
+mod line;
+mod lock_file;
+mod poller;
+mod posix_mq;
 mod seqpacket;
 
 pub use in_process::InProcess;
+pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
 
 /// The longest key that a request carries, in bytes.

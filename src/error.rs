@@ -307,7 +307,10 @@ pub enum LayoutMismatch {
     /// The descriptor is not one of ordinary shared memory.
     #[error("its descriptor is not ordinary shared memory")]
     NotMemory,
-    /// The descriptor has holes, which would be filled at our expense.
+    /// The memory belongs to another user, who could resize it.
+    #[error("it belongs to user {0}")]
+    Foreign(u32),
+    /// The memory has holes, which would be filled at our expense.
     #[error("only {present} of its {expected} bytes are allocated")]
     Sparse {
         /// Bytes allocated.
@@ -409,6 +412,9 @@ pub enum Misuse {
     /// The request's segment is not of the pool that this queue was connected for.
     #[error("the request's segment is of another pool than the queue was connected for")]
     ForeignPool,
+    /// A name that no POSIX message queue can have.
+    #[error("{0:?} names no message queue; a name is a slash and up to 200 bytes without another")]
+    QueueName(String),
     /// A socket path that the system cannot take.
     #[error("the socket path {path:?} is {len} bytes long; the system takes at most {limit}")]
     PathTooLong {

@@ -77,7 +77,7 @@
 //! | own segments and lease them | [`SegmentPool`], [`Lease`] |
 //! | ask and receive | [`Requester`], [`ShmTransfer<Receiver, Offered>`](ShmTransfer#method.reply) |
 //! | answer and send | [`RequestQueue`], [`ShmTransfer<Sender, Starting>`](ShmTransfer#method.accept) |
-//! | choose a queue | [`Seqpacket`] between processes, [`InProcess`] within one |
+//! | choose a queue | [`Seqpacket`] or [`PosixMq`] between processes, [`InProcess`] within one |
 //! | serve many at once without being held up by the slow ones | [`Crew`] |
 //! | attach more than a size | [`Metadata`] |
 //!
@@ -137,8 +137,8 @@ mod segment;
 mod sync;
 
 pub use channel::{
-    InProcess, KEY_LIMIT, Request, RequestQueue, Requester, SendError, Seqpacket, SeqpacketQueue,
-    SeqpacketRequester,
+    InProcess, KEY_LIMIT, PosixMq, PosixMqQueue, PosixMqRequester, Request, RequestQueue, Requester,
+    SendError, Seqpacket, SeqpacketQueue, SeqpacketRequester,
 };
 pub use crew::{Crew, lend};
 pub use error::{Awaited, Error, Fault, LayoutMismatch, Misuse, PeerFault, Rejection, Result};
@@ -148,7 +148,7 @@ pub use protocol::{
     Sending, ShmTransfer, Size, Slot, Starting,
 };
 pub use segment::{
-    Backing, Geometry, Lease, Memfd, PoolId, PoolStats, ReadSlots, Segment, SegmentId, SegmentPool,
+    Backing, Geometry, Lease, Memfd, Named, PoolId, PoolStats, ReadSlots, Segment, SegmentId, SegmentPool,
     SegmentPoolBuilder, WriteSlots,
 };
 pub use sync::Deadline;

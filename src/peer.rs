@@ -19,6 +19,9 @@ use crate::error::{Error, Rejection, Result};
 use crate::sync::{Deadline, lock, wait_ready};
 
 mod credentials;
+mod lifeline;
+
+pub(crate) use lifeline::{Lifeline, is_held};
 
 /// The process at the other end of a connection, as the kernel vouched for it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -8,21 +8,28 @@ use crate::peer::Poison;
 
 mod header;
 mod mapping;
+#[cfg(target_os = "linux")]
 mod memfd;
+mod named;
 mod pool;
 
 #[cfg(test)]
 pub(crate) use header::Turn;
 pub(crate) use header::{ChunkLen, HEADER_LEN, Header, LAYOUT_VERSION, MAX_METADATA, Phase};
 pub(crate) use mapping::Mapping;
+#[cfg(target_os = "linux")]
 pub(crate) use memfd::attach as attach_memfd;
+#[cfg(target_os = "linux")]
+pub(crate) use named::{Owner, attach as attach_named, sweep};
 pub(crate) use pool::{Holding, Stock};
 
+#[cfg(target_os = "linux")]
 pub use memfd::Memfd;
+pub use named::Named;
 pub use pool::{Lease, PoolStats, SegmentPool, SegmentPoolBuilder};
 
 /// A pool, told apart from every other pool on the machine by a random number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PoolId(pub(crate) u64);
 
 impl fmt::Display for PoolId {
@@ -192,14 +199,34 @@ impl<View> fmt::Debug for Segment<View> {
 pub trait Backing: sealed::Backing + Send + Sync + 'static {}
 
 pub(crate) mod sealed {
-    use super::{Geometry, ReadSlots, Result, Segment, SegmentId, WriteSlots};
+    use super::{Geometry, PoolId, ReadSlots, Result, Segment, SegmentId, WriteSlots};
 
     /// What every backing does. The value is what keeps a segment's memory reachable for peers.
     pub trait Backing: Sized {
+        /// What a pool holds as long as it lives; dropped after its segments.
+        type Ownership: Send + Sync;
+
+        /// Makes that, before the pool's first segment.
+        fn own(pool: PoolId) -> Result<Self::Ownership>;
+
+        /// Bytes that segments can still take, where the system says so.
+        fn available() -> Option<u64>;
+
         /// Makes the memory, really present (rule L2), with an initialised header.
-        fn create(id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Self)>;
+        fn create(
+            own: &Self::Ownership,
+            id: SegmentId,
+            geometry: Geometry,
+        ) -> Result<(Segment<ReadSlots>, Self)>;
 
         /// Maps it once more, as a sender of this same process does.
         fn attach(&self, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>>;
     }
+}
+
+/// Bytes of memory that the system can still give, where it says so.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }

@@ -2,12 +2,14 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
 use shmferry::{
-    Awaited, Deadline, Error, InProcess, KEY_LIMIT, Lease, Memfd, Misuse, Refusal, Reply, RequestQueue,
-    Requester, SegmentPool, SendError, Seqpacket, SeqpacketQueue, Size,
+    Awaited, Backing, Deadline, Error, InProcess, KEY_LIMIT, Lease, Memfd, Misuse, Named, PosixMq,
+    PosixMqQueue, Refusal, Reply, RequestQueue, Requester, SegmentPool, SendError, Seqpacket, SeqpacketQueue,
+    Size,
 };
 
 fn soon() -> Deadline {
@@ -19,28 +21,45 @@ fn shortly() -> Deadline {
 }
 
 /// Both ends of a queue, with whatever must outlive them.
-struct Ends {
-    pool: SegmentPool<Memfd>,
-    requester: Box<dyn Requester<Memfd>>,
+struct Ends<B: Backing> {
+    pool: SegmentPool<B>,
+    requester: Box<dyn Requester<B>>,
     queue: Arc<dyn RequestQueue>,
     _dir: Option<tempfile::TempDir>,
 }
 
-fn pool(segments: u32) -> SegmentPool<Memfd> {
+fn pool<B: Backing>(segments: u32) -> SegmentPool<B> {
     SegmentPool::builder().segments(segments).segment_len(4 * 1024).slots(4).create().unwrap()
 }
 
-fn in_process() -> Ends {
+fn in_process_of<B: Backing>() -> Ends<B> {
     let queue = InProcess::bounded(16);
     Ends { pool: pool(4), requester: Box::new(queue.clone()), queue: Arc::new(queue), _dir: None }
 }
 
-fn seqpacket() -> Ends {
+fn in_process() -> Ends<Memfd> {
+    in_process_of()
+}
+
+fn in_process_named() -> Ends<Named> {
+    in_process_of()
+}
+
+fn seqpacket() -> Ends<Memfd> {
     let dir = tempfile::tempdir().unwrap();
     let (pool, path) = (pool(4), dir.path().join("queue.sock"));
     let queue: SeqpacketQueue = Seqpacket::new(&path).bind().unwrap();
     let requester = Seqpacket::new(&path).requester(&pool).unwrap();
     Ends { pool, requester: Box::new(requester), queue: Arc::new(queue), _dir: Some(dir) }
+}
+
+fn posix_mq() -> Ends<Named> {
+    static NAMES: AtomicUsize = AtomicUsize::new(0);
+    let name = format!("/shmferry-test-{}-{}", std::process::id(), NAMES.fetch_add(1, Relaxed));
+    let pool = pool(4);
+    let queue: PosixMqQueue = PosixMq::new(&name).unwrap().bind().unwrap();
+    let requester = PosixMq::new(&name).unwrap().requester(&pool);
+    Ends { pool, requester: Box::new(requester), queue: Arc::new(queue), _dir: None }
 }
 
 macro_rules! conforms {
@@ -63,7 +82,7 @@ macro_rules! conforms {
         }
     )*};
 }
-conforms!(in_process, seqpacket);
+conforms!(in_process, in_process_named, seqpacket, posix_mq);
 
 fn body_of(reply: Reply) -> Vec<u8> {
     match reply {
@@ -76,13 +95,13 @@ fn body_of(reply: Reply) -> Vec<u8> {
     }
 }
 
-fn ask(ends: &Ends, lease: Lease<Memfd>, key: &[u8]) -> Result<Reply, Error> {
+fn ask<B: Backing>(ends: &Ends<B>, lease: Lease<B>, key: &[u8]) -> Result<Reply, Error> {
     let (request, transfer) = lease.request(key)?;
     ends.requester.send(request, soon())?;
     transfer.reply(soon())
 }
 
-fn bytes_arrive(ends: Ends) {
+fn bytes_arrive<B: Backing>(ends: Ends<B>) {
     let queue = Arc::clone(&ends.queue);
     let sent: Vec<u8> = (0..50_000u32).map(|i| (i % 251) as u8).collect();
     let expected = sent.clone();
@@ -100,7 +119,7 @@ fn bytes_arrive(ends: Ends) {
     assert_all_idle(&ends);
 }
 
-fn streams_arrive(ends: Ends) {
+fn streams_arrive<B: Backing>(ends: Ends<B>) {
     for len in [0usize, 1, 1023, 1024, 1025, 4096, 10_000] {
         let queue = Arc::clone(&ends.queue);
         let sender = thread::spawn(move || {
@@ -116,7 +135,7 @@ fn streams_arrive(ends: Ends) {
     assert_all_idle(&ends);
 }
 
-fn refusals_arrive(ends: Ends) {
+fn refusals_arrive<B: Backing>(ends: Ends<B>) {
     for why in [Refusal::NotFound, Refusal::Failed, Refusal::Invalid, Refusal::Other(65_535)] {
         let queue = Arc::clone(&ends.queue);
         let sender = thread::spawn(move || queue.recv(soon()).unwrap().refuse(why).unwrap());
@@ -127,7 +146,7 @@ fn refusals_arrive(ends: Ends) {
     assert_all_idle(&ends);
 }
 
-fn metadata_arrives(ends: Ends) {
+fn metadata_arrives<B: Backing>(ends: Ends<B>) {
     let queue = Arc::clone(&ends.queue);
     let sender = thread::spawn(move || {
         let transfer = queue.recv(soon()).unwrap();
@@ -145,7 +164,7 @@ fn metadata_arrives(ends: Ends) {
     sender.join().unwrap();
 }
 
-fn keys_are_bytes_up_to_the_limit(ends: Ends) {
+fn keys_are_bytes_up_to_the_limit<B: Backing>(ends: Ends<B>) {
     let longest = vec![0xff; KEY_LIMIT];
     let keys = [b"".to_vec(), b"/a b\0c".to_vec(), longest.clone()];
     for key in &keys {
@@ -164,7 +183,7 @@ fn keys_are_bytes_up_to_the_limit(ends: Ends) {
     assert_all_idle(&ends);
 }
 
-fn many_workers_serve_many_askers(ends: Ends) {
+fn many_workers_serve_many_askers<B: Backing>(ends: Ends<B>) {
     const ASKERS: usize = 8;
     const EACH: usize = 250;
     let workers: Vec<_> = (0..4)
@@ -206,11 +225,11 @@ fn many_workers_serve_many_askers(ends: Ends) {
     assert_eq!(ends.pool.stats().retired, 0);
 }
 
-fn an_empty_queue_times_out(ends: Ends) {
+fn an_empty_queue_times_out<B: Backing>(ends: Ends<B>) {
     assert!(matches!(ends.queue.recv(shortly()), Err(Error::Timeout(Awaited::Request))));
 }
 
-fn an_unanswered_request_times_out_and_goes_stale(ends: Ends) {
+fn an_unanswered_request_times_out_and_goes_stale<B: Backing>(ends: Ends<B>) {
     let (request, transfer) = ends.pool.lease(soon()).unwrap().request("old").unwrap();
     ends.requester.send(request, soon()).unwrap();
     assert!(matches!(transfer.reply(shortly()), Err(Error::Timeout(Awaited::Reply))));
@@ -225,7 +244,7 @@ fn an_unanswered_request_times_out_and_goes_stale(ends: Ends) {
     sender.join().unwrap();
 }
 
-fn a_dropped_sender_aborts(ends: Ends) {
+fn a_dropped_sender_aborts<B: Backing>(ends: Ends<B>) {
     let queue = Arc::clone(&ends.queue);
     let sender = thread::spawn(move || {
         drop(queue.recv(soon()).unwrap()); // before accepting
@@ -248,7 +267,7 @@ fn a_dropped_sender_aborts(ends: Ends) {
     assert_all_idle(&ends);
 }
 
-fn a_panicking_sender_aborts(ends: Ends) {
+fn a_panicking_sender_aborts<B: Backing>(ends: Ends<B>) {
     let queue = Arc::clone(&ends.queue);
     let sender = thread::spawn(move || {
         let _sending = queue.recv(soon()).unwrap().accept(1).unwrap();
@@ -259,7 +278,7 @@ fn a_panicking_sender_aborts(ends: Ends) {
     assert!(sender.join().is_err());
 }
 
-fn a_dropped_receiver_cancels(ends: Ends) {
+fn a_dropped_receiver_cancels<B: Backing>(ends: Ends<B>) {
     let queue = Arc::clone(&ends.queue);
     let sender = thread::spawn(move || {
         let mut sending = queue.recv(soon()).unwrap().accept(Size::Unknown).unwrap();
@@ -282,7 +301,7 @@ fn a_dropped_receiver_cancels(ends: Ends) {
     drop(leases);
 }
 
-fn an_unsent_request_is_told(ends: Ends) {
+fn an_unsent_request_is_told<B: Backing>(ends: Ends<B>) {
     let (request, transfer) = ends.pool.lease(soon()).unwrap().request("lost").unwrap();
     let waiting = thread::spawn(move || transfer.reply(Deadline::NEVER));
     drop(request);
@@ -290,7 +309,7 @@ fn an_unsent_request_is_told(ends: Ends) {
     assert_all_idle(&ends);
 }
 
-fn closing_wakes_every_worker(ends: Ends) {
+fn closing_wakes_every_worker<B: Backing>(ends: Ends<B>) {
     let workers: Vec<_> = (0..4)
         .map(|_| {
             let queue = Arc::clone(&ends.queue);
@@ -304,7 +323,7 @@ fn closing_wakes_every_worker(ends: Ends) {
     assert!(matches!(ends.queue.recv(soon()), Err(Error::Closed)));
 }
 
-fn a_dropped_queue_ends_what_it_held(ends: Ends) {
+fn a_dropped_queue_ends_what_it_held<B: Backing>(ends: Ends<B>) {
     let (request, transfer) = ends.pool.lease(soon()).unwrap().request("a").unwrap();
     ends.requester.send(request, soon()).unwrap();
     let Ends { pool, requester, queue, _dir } = ends;
@@ -323,7 +342,7 @@ fn a_dropped_queue_ends_what_it_held(ends: Ends) {
 }
 
 /// Every segment is back, the sender being off it.
-fn assert_all_idle(ends: &Ends) {
+fn assert_all_idle<B: Backing>(ends: &Ends<B>) {
     let leases: Vec<_> = (0..4).map(|_| ends.pool.lease(soon()).unwrap()).collect();
     drop(leases);
     let stats = ends.pool.stats();

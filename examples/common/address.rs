@@ -2,13 +2,15 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use shmferry::Seqpacket;
+use shmferry::{PosixMq, Seqpacket};
 
 /// A request queue's address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
     /// A Unix socket: `unix:PATH`.
     Unix(PathBuf),
+    /// A POSIX message queue: `mq:/NAME`.
+    Mq(String),
 }
 
 impl Address {
@@ -24,8 +26,8 @@ impl FromStr for Address {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once(':') {
             Some(("unix", path)) if !path.is_empty() => Ok(Address::Unix(path.into())),
-            Some(("mq", _)) => Err("POSIX message queues are not built into this version yet; use unix:PATH"),
-            _ => Err("an address is unix:PATH"),
+            Some(("mq", name)) if PosixMq::new(name).is_ok() => Ok(Address::Mq(name.to_owned())),
+            _ => Err("an address is unix:PATH or mq:/NAME"),
         }
     }
 }
@@ -34,6 +36,7 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Mq(name) => write!(f, "mq:{name}"),
         }
     }
 }

@@ -44,7 +44,7 @@ impl Service {
     /// Starts workers on a queue, until it is closed or dropped. They do not keep it alive.
     pub fn start<Q>(self: &Arc<Self>, queue: &Arc<Q>, workers: usize) -> io::Result<Crew>
     where
-        Q: RequestQueue + 'static,
+        Q: RequestQueue + ?Sized + 'static,
     {
         let (service, queue) = (Arc::clone(self), Arc::downgrade(queue));
         let next = move || loop {

@@ -18,7 +18,7 @@ use address::Address;
 use clap::{Parser, value_parser};
 use program::Stop;
 use serve::Service;
-use shmferry::{RequestQueue, Seqpacket};
+use shmferry::{Peer, PosixMq, RequestQueue, Seqpacket};
 use store::Store;
 use tracing::{info, warn};
 
@@ -62,16 +62,7 @@ fn serve(options: &Options, mut stop: Stop) -> Result<(), String> {
     };
     let address = options.listen.clone().map_or_else(Address::default_of_user, Ok);
     let address = address.map_err(|error| format!("there is no default address: {error}"))?;
-    let Address::Unix(path) = &address;
-    let queue = Seqpacket::new(path)
-        .max_segments(options.max_segments)
-        .on_rejected(|peer, why| match peer {
-            Some(peer) => warn!("turned {peer} away: {why}"),
-            None => warn!("turned a client away: {why}"),
-        })
-        .bind()
-        .map_err(|error| format!("cannot listen on {address}: {error}"))?;
-    let queue = Arc::new(queue);
+    let queue = bind(&address, options).map_err(|error| format!("cannot listen on {address}: {error}"))?;
     let service = Arc::new(Service::new(store, Duration::from_micros(options.delay), options.timeout));
     let crew = service
         .start(&queue, options.nthreads.into())
@@ -85,7 +76,25 @@ fn serve(options: &Options, mut stop: Stop) -> Result<(), String> {
     stop.wait();
     queue.close();
     stop.wind_down(&crew);
-    drop(queue); // removes the socket
+    drop(queue); // removes its names
     info!("stopped: {}", service.summary());
     Ok(())
+}
+
+fn bind(address: &Address, options: &Options) -> shmferry::Result<Arc<dyn RequestQueue>> {
+    Ok(match address {
+        Address::Unix(path) => {
+            Arc::new(Seqpacket::new(path).max_segments(options.max_segments).on_rejected(report).bind()?)
+        }
+        Address::Mq(name) => {
+            Arc::new(PosixMq::new(name)?.max_segments(options.max_segments).on_rejected(report).bind()?)
+        }
+    })
+}
+
+fn report(peer: Option<Peer>, why: &shmferry::Error) {
+    match peer {
+        Some(peer) => warn!("turned {peer} away: {why}"),
+        None => warn!("turned a client away: {why}"),
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shmferry::{Deadline, Error, Memfd, Refusal, Reply, Requester, Result, SegmentPool, Size};
+use shmferry::{Backing, Deadline, Error, Refusal, Reply, Requester, Result, SegmentPool, Size};
 use tracing::{debug, warn};
 
 use super::client::{Body, Found};
@@ -15,8 +15,7 @@ const TURNS: u32 = 4;
 
 /// A pool of segments, and the queue to the cache that fills them.
 pub struct Cache {
-    pool: SegmentPool<Memfd>,
-    queue: Box<dyn Requester<Memfd>>,
+    way: Box<dyn Way>,
     patience: Duration,
     /// Somebody else can be asked when the cache fails.
     has_stand_in: bool,
@@ -24,13 +23,13 @@ pub struct Cache {
 
 impl Cache {
     /// Asks over `queue`, waiting up to `patience` for each step of the cache.
-    pub fn new(
-        pool: SegmentPool<Memfd>,
-        queue: impl Requester<Memfd> + 'static,
+    pub fn new<B: Backing>(
+        pool: SegmentPool<B>,
+        queue: impl Requester<B> + 'static,
         patience: Duration,
         has_stand_in: bool,
     ) -> Cache {
-        Cache { pool, queue: Box::new(queue), patience, has_stand_in }
+        Cache { way: Box::new((pool, queue)), patience, has_stand_in }
     }
 
     /// Asks for a path.
@@ -47,15 +46,13 @@ impl Cache {
 
     /// Segments replaced so far, because a late cache might still have written to them.
     pub fn retired(&self) -> u64 {
-        self.pool.stats().retired
+        self.way.retired()
     }
 
     fn try_find(&self, path: &[u8]) -> Result<Result<Found, Miss>> {
         let turns = if self.has_stand_in { 1 } else { TURNS };
-        let lease = self.pool.lease(Deadline::after(self.patience.saturating_mul(turns)))?;
-        let (request, transfer) = lease.request(path)?;
-        self.queue.send(request, Deadline::after(self.patience))?;
-        let mut body = match transfer.reply(Deadline::after(self.patience))? {
+        let lease_patience = self.patience.saturating_mul(turns);
+        let mut body = match self.way.ask(path, lease_patience, self.patience)? {
             Reply::Found(body) => body,
             Reply::Refused(Refusal::NotFound | Refusal::Invalid) => return Ok(Err(Miss::NotFound)),
             Reply::Refused(_) => return Ok(Err(Miss::Failed)),
@@ -65,5 +62,26 @@ impl Cache {
             Size::Known(len) => Ok(Ok(Found { len, body: Body::Segment(Box::new(body)) })),
             Size::Unknown => Ok(Ok(spool(body).map_err(Error::Source)?)),
         }
+    }
+}
+
+/// A pool and its queue, whatever the segments are made of.
+trait Way: Send + Sync {
+    /// Asks for a path, waiting for a segment, for the queue and for the reply.
+    fn ask(&self, path: &[u8], lease_patience: Duration, patience: Duration) -> Result<Reply>;
+
+    fn retired(&self) -> u64;
+}
+
+impl<B: Backing, Q: Requester<B>> Way for (SegmentPool<B>, Q) {
+    fn ask(&self, path: &[u8], lease_patience: Duration, patience: Duration) -> Result<Reply> {
+        let (pool, queue) = self;
+        let (request, transfer) = pool.lease(Deadline::after(lease_patience))?.request(path)?;
+        queue.send(request, Deadline::after(patience))?;
+        transfer.reply(Deadline::after(patience))
+    }
+
+    fn retired(&self) -> u64 {
+        self.0.stats().retired
     }
 }

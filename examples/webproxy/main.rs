@@ -34,7 +34,7 @@ use origin::{BaseUrl, Origin};
 use program::Stop;
 use proxy::Proxy;
 use serve::Service;
-use shmferry::{Crew, InProcess, Memfd, RequestQueue, SegmentPool, Seqpacket};
+use shmferry::{Backing, Crew, InProcess, Memfd, Named, PosixMq, RequestQueue, SegmentPool, Seqpacket};
 use store::Store;
 use tracing::info;
 
@@ -150,12 +150,6 @@ impl Source {
         if options.root.is_none() && options.cache.is_none() && has_origin {
             return Ok(Source { cache: None, embedded: None, description: "no cache".to_owned() });
         }
-        let pool = SegmentPool::<Memfd>::builder()
-            .segments(options.segment_count)
-            .segment_len(options.segment_size)
-            .slots(options.slots)
-            .create()
-            .map_err(|error| format!("cannot make the pool: {error}"))?;
         let segments = format!(
             "{} segments of {} bytes in {} slots",
             options.segment_count, options.segment_size, options.slots
@@ -166,6 +160,7 @@ impl Source {
             // No request is sent without a segment: there is always room.
             let queue = Arc::new(InProcess::bounded(options.segment_count as usize));
             let crew = service.start(&queue, options.thread_count.into()).map_err(cannot_start_a_worker)?;
+            let pool = pool_of::<Memfd>(options)?;
             let cache = Cache::new(pool, InProcess::clone(&queue), options.timeout, has_origin);
             let description = format!("all beneath {}, {segments}", root.display());
             return Ok(Source { cache: Some(cache), embedded: Some((queue, crew)), description });
@@ -173,13 +168,31 @@ impl Source {
 
         let address = options.cache.clone().map_or_else(Address::default_of_user, Ok);
         let address = address.map_err(|error| format!("there is no default address: {error}"))?;
-        let Address::Unix(path) = &address;
         let absence = if has_origin { Duration::ZERO } else { ABSENCE };
-        let requester = Seqpacket::new(path).absence(absence).requester(&pool);
-        let requester = requester.map_err(|error| format!("cannot use {address}: {error}"))?;
-        let cache = Cache::new(pool, requester, options.timeout, has_origin);
+        let unusable = |error| format!("cannot use {address}: {error}");
+        let cache = match &address {
+            Address::Unix(path) => {
+                let pool = pool_of::<Memfd>(options)?;
+                let requester = Seqpacket::new(path).absence(absence).requester(&pool).map_err(unusable)?;
+                Cache::new(pool, requester, options.timeout, has_origin)
+            }
+            Address::Mq(name) => {
+                let pool = pool_of::<Named>(options)?;
+                let requester = PosixMq::new(name).map_err(unusable)?.absence(absence).requester(&pool);
+                Cache::new(pool, requester, options.timeout, has_origin)
+            }
+        };
         Ok(Source { cache: Some(cache), embedded: None, description: format!("cache {address}, {segments}") })
     }
+}
+
+fn pool_of<B: Backing>(options: &Options) -> Result<SegmentPool<B>, String> {
+    SegmentPool::builder()
+        .segments(options.segment_count)
+        .segment_len(options.segment_size)
+        .slots(options.slots)
+        .create()
+        .map_err(|error| format!("cannot make the pool: {error}"))
 }
 
 fn cannot_start_a_worker(error: std::io::Error) -> String {

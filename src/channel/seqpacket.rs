@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::getuid;
 
+use crate::channel::line::pause;
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Peer;
@@ -174,7 +175,7 @@ impl Seqpacket {
     /// Also [`Error::Timeout`] when it is not there in time.
     pub fn connect(self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<SeqpacketRequester> {
         let requester = self.requester(pool)?;
-        requester.connected(deadline, deadline)?;
+        requester.connect(deadline)?;
         Ok(requester)
     }
 }
@@ -226,7 +227,7 @@ fn send(socket: &OwnedFd, message: &[u8], fd: Option<BorrowedFd<'_>>, deadline: 
                 Err(errno) => return Err(Error::os("poll")(errno)),
             },
             // The system has too many descriptors on their way; it says nothing when that ends.
-            Err(Errno::TOOMANYREFS) if !deadline.has_passed() => crew::lend(|| requester::pause(0, deadline)),
+            Err(Errno::TOOMANYREFS) if !deadline.has_passed() => crew::lend(|| pause(0, deadline)),
             Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Err(Error::Disconnected),
             Err(errno) => return Err(Error::os("sendmsg")(errno)),
         }

@@ -1,8 +1,10 @@
 //! A segment's memory in this process: maps it, and moves bytes into slots and out of them.
 //!
 //! The invariants that every block rests on:
-//! - **M1** `base` is the start of a mapping of `geometry.mapped_len()` bytes, readable, that lives
-//!   until the `Mapping` is dropped, and whose backing cannot shrink (sealed before it was mapped).
+//! - **M1** `base` is the start of a mapping of at least `geometry.mapped_len()` bytes, readable, that
+//!   lives until the `Mapping` is dropped, and whose backing does not shrink: it was sealed before it
+//!   was mapped, or it is named memory that only processes of this user can open, and of those we trust
+//!   that none resizes it.
 //! - **M2** The first `HEADER_LEN` bytes of it are writable too.
 //! - **M3** So are the slots, if `slots_writable`.
 //! - **M4** Into the memory of M1 there are no references but to `Header`, which is all atomics.
@@ -18,31 +20,45 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mprotect, munmap};
+use rustix::param::page_size;
+use shared_memory::Shmem;
 
 use crate::sync::{Deadline, wait_ready};
 
-use super::Geometry;
 use super::header::{HEADER_LEN, Header};
+use super::{Geometry, PAGE};
 
 /// A mapped segment.
 pub(crate) struct Mapping {
     base: NonNull<u8>,
     geometry: Geometry,
     slots_writable: bool,
+    keeper: Keeper,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread (M1), and `Mapping` keeps no other
-// state than these plain values.
+/// Who ends the mapping.
+enum Keeper {
+    /// Made here: unmapped when dropped.
+    Ours,
+    /// Made by crate `shared_memory`, which unmaps it, and removes its name if we made that.
+    Crate(#[expect(dead_code, reason = "kept for its drop")] Shmem),
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread (M1), and beside plain values `Mapping`
+// keeps only the crate's `Shmem`, which is no more than an address, a length, a descriptor and a name:
+// none of them has to do with the thread that made it, and nothing of it is used but its drop, once.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4).
+// SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4), and
+// the `Shmem` not at all.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps a descriptor, and makes its pages present in this process (rule L2). Fails with `INVAL`
     /// for one that is not long enough, or not sealed against becoming shorter: M1 rests on that, and
     /// so it is checked here, whatever the caller has checked for its messages.
-    pub(crate) fn new(
+    #[cfg(target_os = "linux")]
+    pub(crate) fn sealed(
         fd: impl AsFd,
         geometry: Geometry,
         slots_writable: bool,
@@ -57,14 +73,47 @@ impl Mapping {
         // was checked above stays so, by the seal: M1 holds from here on.
         let base = unsafe { mmap(ptr::null_mut(), geometry.mapped_len(), prot, flags, fd, 0)? };
         let Some(base) = NonNull::new(base.cast::<u8>()) else { return Err(rustix::io::Errno::NOMEM) };
-        let mapping = Mapping { base, geometry, slots_writable };
-        if !slots_writable {
-            let (slots, len) = (mapping.slot_ptr(0, 0), geometry.mapped_len() - HEADER_LEN as usize);
-            // SAFETY: these are the mapping's own pages behind the header (M1), to which there are
-            // no references (M4).
-            unsafe { mprotect(slots.cast::<c_void>(), len, MprotectFlags::READ)? };
-        }
+        let mapping = Mapping { base, geometry, slots_writable, keeper: Keeper::Ours };
+        mapping.protect_slots()?;
         Ok(mapping)
+    }
+
+    /// Takes over a mapping of named memory. Fails with `InvalidInput` for one that is not long enough.
+    pub(crate) fn named(memory: Shmem, geometry: Geometry, slots_writable: bool) -> io::Result<Mapping> {
+        let base = NonNull::new(memory.as_ptr()).filter(|base| base.addr().get() % PAGE == 0);
+        let Some(base) = base.filter(|_| memory.len() >= geometry.mapped_len()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let mapping = Mapping { base, geometry, slots_writable, keeper: Keeper::Crate(memory) };
+        #[cfg(target_os = "linux")]
+        mapping.populate()?;
+        #[cfg(unix)]
+        mapping.protect_slots()?;
+        Ok(mapping)
+    }
+
+    /// Makes the pages present in this process (rule L2), where the kernel knows how to (5.14).
+    #[cfg(target_os = "linux")]
+    fn populate(&self) -> rustix::io::Result<()> {
+        let (base, len) = (self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len());
+        // SAFETY: these are the mapping's own pages (M1), and making them present changes no byte.
+        match unsafe { madvise(base, len, Advice::LinuxPopulateWrite) } {
+            Err(rustix::io::Errno::INVAL) => Ok(()),
+            populated => populated,
+        }
+    }
+
+    /// Takes the right to write to the slots away, if this side only reads them (rule L4), and if the
+    /// header does not share a page with them.
+    #[cfg(unix)]
+    fn protect_slots(&self) -> rustix::io::Result<()> {
+        if self.slots_writable || !(HEADER_LEN as usize).is_multiple_of(page_size()) {
+            return Ok(());
+        }
+        let (slots, len) = (self.slot_ptr(0, 0), self.geometry.mapped_len() - HEADER_LEN as usize);
+        // SAFETY: these are the mapping's own pages behind the header (M1), to which there are no
+        // references (M4).
+        unsafe { mprotect(slots.cast::<c_void>(), len, MprotectFlags::READ) }
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
@@ -170,6 +219,9 @@ fn at_once(sink: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if !matches!(self.keeper, Keeper::Ours) {
+            return;
+        }
         // SAFETY: this is the whole mapping of M1; `header` borrows from `self`, so that no
         // reference into it is left.
         let unmapped = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len()) };

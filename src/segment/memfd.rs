@@ -12,7 +12,7 @@ use rustix::io::{Errno, retry_on_intr};
 use crate::error::{Error, LayoutMismatch, Result};
 
 use super::mapping::Mapping;
-use super::{Backing, Geometry, ReadSlots, Segment, SegmentId, WriteSlots};
+use super::{Backing, Geometry, PoolId, ReadSlots, Segment, SegmentId, WriteSlots, available_memory};
 
 /// Segments in sealed memfds; they reach the peer as descriptors, over a Unix socket.
 #[derive(Debug)]
@@ -24,7 +24,17 @@ const SEALS: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK).union(SealFlag
 impl Backing for Memfd {}
 
 impl super::sealed::Backing for Memfd {
-    fn create(id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Memfd)> {
+    type Ownership = ();
+
+    fn own(_pool: PoolId) -> Result<()> {
+        Ok(())
+    }
+
+    fn available() -> Option<u64> {
+        available_memory()
+    }
+
+    fn create((): &(), id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Memfd)> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let name = format!("shmferry-{id}");
         // Kernels before 6.3 do not know the flag that forbids executing it.
@@ -35,7 +45,7 @@ impl super::sealed::Backing for Memfd {
         let len = geometry.mapped_len() as u64;
         retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len)).map_err(Error::os("fallocate"))?;
         fcntl_add_seals(&fd, SEALS).map_err(Error::os("sealing a memfd"))?;
-        let mapping = Mapping::new(&fd, geometry, false).map_err(Error::os("mmap"))?;
+        let mapping = Mapping::sealed(&fd, geometry, false).map_err(Error::os("mmap"))?;
         mapping.header().initialise(id, geometry);
         Ok((Segment::new(id, mapping), Memfd(fd)))
     }
@@ -78,14 +88,13 @@ pub(crate) fn attach(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> Result
     if present < expected {
         return Err(LayoutMismatch::Sparse { present, expected }.into());
     }
-    let mapping = Mapping::new(&fd, geometry, true).map_err(Error::os("mmap"))?;
+    let mapping = Mapping::sealed(&fd, geometry, true).map_err(Error::os("mmap"))?;
     mapping.header().verify(id, geometry)?;
     Ok(Segment::new(id, mapping))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::PoolId;
     use super::*;
     use rustix::fs::ftruncate;
 
@@ -93,6 +102,10 @@ mod tests {
 
     fn geometry() -> Geometry {
         Geometry::new(2, 5000).unwrap()
+    }
+
+    fn create() -> Result<(Segment<ReadSlots>, Memfd)> {
+        <Memfd as super::super::sealed::Backing>::create(&(), ID, geometry())
     }
 
     fn refusal(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> LayoutMismatch {
@@ -114,7 +127,7 @@ mod tests {
 
     #[test]
     fn an_honest_segment_is_attached() {
-        let (owned, memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
+        let (owned, memory) = create().unwrap();
         let attached = attach(&memory, ID, geometry()).unwrap();
         attached.writable().write_slot(1, 4990, b"0123456789");
         let mut seen = [0; 10];
@@ -124,7 +137,7 @@ mod tests {
 
     #[test]
     fn only_the_segment_that_was_announced() {
-        let (_owned, memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
+        let (_owned, memory) = create().unwrap();
         let other = SegmentId { index: 4, ..ID };
         assert_eq!(
             refusal(&memory, other, geometry()),
@@ -159,7 +172,7 @@ mod tests {
     #[test]
     fn nothing_is_mapped_that_could_shrink() {
         let len = geometry().mapped_len() as u64;
-        let refused = |fd: OwnedFd| Mapping::new(fd, geometry(), true).err();
+        let refused = |fd: OwnedFd| Mapping::sealed(fd, geometry(), true).err();
         assert_eq!(refused(memfd(len, true, SealFlags::GROW)), Some(Errno::INVAL));
         assert_eq!(refused(memfd(len - 1, true, SEALS)), Some(Errno::INVAL));
         assert_eq!(refused(memfd(len, true, SEALS)), None);
@@ -168,13 +181,13 @@ mod tests {
     #[test]
     #[should_panic(expected = "past the slot")]
     fn no_access_past_a_slot() {
-        let (owned, _memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
+        let (owned, _memory) = create().unwrap();
         owned.readable().read_slot(0, 4999, &mut [0; 2]);
     }
 
     #[test]
     fn the_receiver_cannot_write_to_slots() {
-        let (owned, _memory) = <Memfd as super::super::sealed::Backing>::create(ID, geometry()).unwrap();
+        let (owned, _memory) = create().unwrap();
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         // The header is writable, the slots behind it are not (rule L4).
         let header = owned.header() as *const _ as usize;

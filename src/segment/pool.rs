@@ -192,7 +192,7 @@ impl<B: Backing> SegmentPoolBuilder<B> {
         let geometry = Geometry::divide(self.segment_len, self.slots)?;
         let asked = geometry.mapped_len() as u64 * u64::from(self.segments);
         // Asking the kernel for more than there is gets this process killed, not an error.
-        if let Some(available) = available_memory().filter(|available| *available < asked) {
+        if let Some(available) = B::available().filter(|available| *available < asked) {
             let source = format!("only {available} bytes are available");
             return Err(Error::Memory { asked, source: io::Error::new(io::ErrorKind::OutOfMemory, source) });
         }
@@ -200,8 +200,9 @@ impl<B: Backing> SegmentPoolBuilder<B> {
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
             .map_err(Error::os("getrandom"))?;
+        let id = PoolId(u64::from_ne_bytes(random));
         let shared = Shared {
-            id: PoolId(u64::from_ne_bytes(random)),
+            id,
             geometry,
             available: Turnstile::new(self.segments as usize),
             state: Mutex::new(State {
@@ -211,6 +212,7 @@ impl<B: Backing> SegmentPoolBuilder<B> {
                 edition: 0,
                 next_index: 0,
             }),
+            ownership: B::own(id)?,
         };
         for _ in 0..self.segments {
             let stock = shared.make().map_err(|error| match error {
@@ -313,12 +315,14 @@ impl<B: Backing> Stock<B> {
     }
 }
 
-struct Shared<B> {
+struct Shared<B: Backing> {
     id: PoolId,
     geometry: Geometry,
     /// Counts `idle` and `lingering` together.
     available: Turnstile,
     state: Mutex<State<B>>,
+    /// Last, since it is dropped after the segments.
+    ownership: B::Ownership,
 }
 
 struct State<B> {
@@ -348,7 +352,7 @@ impl<B: Backing> Shared<B> {
             state.next_index - 1
         };
         let id = SegmentId { pool: self.id, index };
-        let (segment, backing) = B::create(id, self.geometry)?;
+        let (segment, backing) = B::create(&self.ownership, id, self.geometry)?;
         Ok(Arc::new(Stock { segment: Arc::new(segment), backing, writable: OnceLock::new() }))
     }
 
@@ -444,11 +448,4 @@ fn reclaim(segment: &Segment<ReadSlots>, generation: u64) -> bool {
 
 fn is_lack_of_memory(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::OutOfMemory | io::ErrorKind::StorageFull)
-}
-
-/// Bytes of memory that the system can still give, where it says so.
-fn available_memory() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }

@@ -8,17 +8,17 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SocketFlags};
 
 use crate::channel::RequestQueue;
+use crate::channel::poller::Poller;
 use crate::error::{Awaited, Error, PeerFault, Rejection, Result};
 use crate::peer::{Link, Peer, Watch, on_hang_up};
 use crate::protocol::{Sender, ShmTransfer, Starting};
@@ -30,8 +30,7 @@ use super::wire::{MAX_MESSAGE, Message, VERSION};
 use super::{Policy, send};
 
 const LISTENER: u64 = 0;
-const CLOSER: u64 = 1;
-const FIRST_CLIENT: u64 = 2;
+const FIRST_CLIENT: u64 = 1;
 
 /// How soon to try again after the process ran out of descriptors for new clients.
 const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(100);
@@ -43,13 +42,10 @@ const BATCH: usize = 64;
 ///
 /// Dropping it removes the socket and hangs up on every client.
 pub struct SeqpacketQueue {
-    epoll: Arc<OwnedFd>,
+    poller: Arc<Poller>,
     listener: OwnedFd,
     /// The listener is not armed, for lack of descriptors.
     listener_resting: AtomicBool,
-    /// Readable, for good, once the queue is closed.
-    closer: OwnedFd,
-    closed: AtomicBool,
     policy: Policy,
     clients: Mutex<Clients>,
     address: Address,
@@ -82,19 +78,13 @@ struct ClientState {
 
 impl SeqpacketQueue {
     pub(super) fn bind(path: &Path, policy: Policy) -> Result<SeqpacketQueue> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let closer = eventfd(0, flags).map_err(Error::os("eventfd"))?;
+        let poller = Arc::new(Poller::new()?);
         let (address, listener) = Address::listen(path)?;
-        arm(&epoll, &listener, LISTENER, true)?;
-        epoll::add(&epoll, &closer, epoll::EventData::new_u64(CLOSER), epoll::EventFlags::IN)
-            .map_err(Error::os("epoll_ctl"))?;
+        poller.add(&listener, LISTENER)?;
         Ok(SeqpacketQueue {
-            epoll: Arc::new(epoll),
+            poller,
             listener,
             listener_resting: AtomicBool::new(false),
-            closer,
-            closed: AtomicBool::new(false),
             policy,
             clients: Mutex::new(Clients { next: FIRST_CLIENT, connected: BTreeMap::new() }),
             address,
@@ -112,16 +102,12 @@ impl SeqpacketQueue {
             // While no descriptors are left, nothing tells us when some are.
             let resting = self.listener_resting.swap(false, Ordering::Relaxed);
             let until = if resting { deadline.min(Deadline::after(OUT_OF_DESCRIPTORS)) } else { deadline };
-            let mut events = [MaybeUninit::uninit()];
-            let woken = epoll::wait(&self.epoll, &mut events, until.timespec().as_ref());
+            let woken = self.poller.wait(until)?;
             if resting {
-                arm(&self.epoll, &self.listener, LISTENER, false)?;
+                self.poller.arm(&self.listener, LISTENER)?;
             }
-            match woken {
-                Ok(([event], _)) => return Ok(Some(event.data.u64())),
-                Ok(_) if deadline.has_passed() => return Ok(None),
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(Error::os("epoll_wait")(errno)),
+            if woken.is_some() || deadline.has_passed() {
+                return Ok(woken);
             }
         }
     }
@@ -132,7 +118,7 @@ impl SeqpacketQueue {
         match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => {
                 let welcome = self.welcome(socket);
-                arm(&self.epoll, &self.listener, LISTENER, false)?;
+                self.poller.arm(&self.listener, LISTENER)?;
                 if let Err((peer, error)) = welcome {
                     self.report(peer, &error); // last: it is the application's code
                 }
@@ -145,7 +131,7 @@ impl SeqpacketQueue {
             // It left before we came, or somebody else was quicker.
             Err(_) => {}
         }
-        arm(&self.epoll, &self.listener, LISTENER, false)
+        self.poller.arm(&self.listener, LISTENER)
     }
 
     /// Checks who it is (rule S3) and starts listening to it.
@@ -184,7 +170,7 @@ impl SeqpacketQueue {
             clients.connected.insert(token, Arc::new(client));
             token
         };
-        arm(&self.epoll, &*socket, token, true).map_err(|error| {
+        self.poller.add(&*socket, token).map_err(|error| {
             self.remove(token);
             (Some(peer), error)
         })
@@ -258,10 +244,10 @@ impl SeqpacketQueue {
     fn let_next_in(&self, client: &Client) {
         // One for each segment, one more that was withdrawn and asked anew, and a few ending now.
         let bound = 2 * lock(&client.state).segments.len() + 8;
-        let (epoll, socket, token) = (Arc::clone(&self.epoll), Arc::clone(&client.socket), client.token);
+        let (poller, socket, token) = (Arc::clone(&self.poller), Arc::clone(&client.socket), client.token);
         client.link.when_below(bound, move || {
             // Fails only when the client was removed meanwhile.
-            let _ = arm(&epoll, &*socket, token, false);
+            let _ = poller.arm(&*socket, token);
         });
     }
 
@@ -295,12 +281,8 @@ impl SeqpacketQueue {
 impl RequestQueue for SeqpacketQueue {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
         loop {
-            if self.closed.load(Ordering::Acquire) {
-                return Err(Error::Closed);
-            }
             let token = match self.wait(deadline)? {
                 None => return Err(Error::Timeout(Awaited::Request)),
-                Some(CLOSER) => continue,
                 Some(LISTENER) => {
                     self.admit()?;
                     continue;
@@ -325,9 +307,7 @@ impl RequestQueue for SeqpacketQueue {
     }
 
     fn close(&self) {
-        self.closed.store(true, Ordering::Release);
-        // Cannot fail but by overflow, and then it is readable already.
-        let _ = rustix::io::write(&self.closer, &1u64.to_ne_bytes());
+        self.poller.close();
     }
 }
 
@@ -356,15 +336,6 @@ fn hang_up(client: &Client) {
 /// Says farewell, if the client's buffer has room for it.
 fn dismiss(socket: &OwnedFd, why: Rejection) {
     let _ = send(socket, &Message::farewell(why).encode(), None, Deadline::after(Duration::ZERO));
-}
-
-/// Has the epoll report the next event of a descriptor to one worker.
-fn arm(epoll: &OwnedFd, fd: impl AsFd, token: u64, first: bool) -> Result<()> {
-    let events = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
-    let data = epoll::EventData::new_u64(token);
-    let armed =
-        if first { epoll::add(epoll, fd, data, events) } else { epoll::modify(epoll, fd, data, events) };
-    armed.map_err(Error::os("epoll_ctl"))
 }
 
 /// Takes one message and its descriptors, if there is one.

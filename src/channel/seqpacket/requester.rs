@@ -7,15 +7,14 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SocketAddrUnix};
 
+use crate::channel::line::{self, Dial, Line, pause};
 use crate::channel::{Request, Requester, SendError};
 use crate::crew;
-use crate::error::{Awaited, Error, Misuse, Rejection, Result};
+use crate::error::{Awaited, Error, Rejection, Result};
 use crate::peer::{Link, Peer, Watch, on_hang_up};
 use crate::segment::{Memfd, SegmentPool};
 use crate::sync::atomic::{Acquire, AtomicU64, Release};
@@ -24,70 +23,35 @@ use crate::sync::{Deadline, Turnstile, lock};
 use super::wire::{MAX_MESSAGE, Message, VERSION};
 use super::{Policy, send, socket, socket_address};
 
-/// The longest pause between two looks whether the server is there.
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-
 /// Sends requests with segments of one pool to the server at one path. Used by many threads.
 ///
 /// Dropping it hangs up: transfers under way end with [`Error::Disconnected`].
 pub struct SeqpacketRequester {
     path: PathBuf,
+    line: Line<Dialler>,
+}
+
+/// Who is to be reached, and with which segments.
+struct Dialler {
     address: SocketAddrUnix,
     policy: Policy,
     pool: SegmentPool<Memfd>,
-    connection: Mutex<Option<Arc<Connection>>>,
-    /// Lets one thread at a time connect. The mutex is never held over anything that blocks.
-    connecting: Turnstile,
 }
 
 impl SeqpacketRequester {
     pub(super) fn new(path: &Path, policy: Policy, pool: SegmentPool<Memfd>) -> Result<SeqpacketRequester> {
-        let address = socket_address(path)?;
-        let (connection, connecting) = (Mutex::new(None), Turnstile::new(1));
-        Ok(SeqpacketRequester { path: path.to_owned(), address, policy, pool, connection, connecting })
+        let (id, absence) = (pool.id(), policy.absence);
+        let dialler = Dialler { address: socket_address(path)?, policy, pool };
+        Ok(SeqpacketRequester { path: path.to_owned(), line: Line::new(dialler, id, absence) })
     }
 
     /// The server, if there is a connection to it.
     pub fn server(&self) -> Option<Peer> {
-        self.living().and_then(|connection| connection.link.peer())
+        self.line.server()
     }
 
-    fn living(&self) -> Option<Arc<Connection>> {
-        lock(&self.connection).clone().filter(|connection| !connection.link.is_severed())
-    }
-
-    /// The living connection, or a new one as soon as the server is there: waits until `absence` for
-    /// a server that is not there, and until the deadline for one that is.
-    ///
-    /// A server that is not there cannot tell when it comes: we look again after a pause, which
-    /// grows from one millisecond to 100.
-    pub(super) fn connected(&self, deadline: Deadline, absence: Deadline) -> Result<Arc<Connection>> {
-        for attempt in 0.. {
-            if let Some(connection) = self.living() {
-                return Ok(connection);
-            }
-            let tried = crew::lend(|| self.connecting.within(deadline, || self.connect(deadline)));
-            if let Some(connection) = tried.transpose()?.flatten() {
-                return Ok(connection);
-            }
-            if absence.has_passed() {
-                return Err(Error::Timeout(Awaited::Server));
-            }
-            crew::lend(|| pause(attempt, absence));
-        }
-        unreachable!("the loop has no end of its own")
-    }
-
-    /// Connects, unless somebody else just did; `None` when no server is there now.
-    fn connect(&self, deadline: Deadline) -> Result<Option<Arc<Connection>>> {
-        if let Some(connection) = self.living() {
-            return Ok(Some(connection));
-        }
-        let opened = Connection::open(&self.address, &self.policy, &self.pool, deadline)?.map(Arc::new);
-        if let Some(connection) = &opened {
-            *lock(&self.connection) = Some(Arc::clone(connection));
-        }
-        Ok(opened)
+    pub(super) fn connect(&self, deadline: Deadline) -> Result<()> {
+        self.line.connect(deadline)
     }
 }
 
@@ -96,32 +60,20 @@ impl Requester<Memfd> for SeqpacketRequester {
     /// less if [told so](super::Seqpacket::absence). A request that cannot be sent to a server that
     /// died goes to its successor; one that was sent and not taken ends with [`Error::Disconnected`].
     fn send(&self, request: Request<Memfd>, deadline: Deadline) -> Result<(), SendError<Memfd>> {
-        if request.segment().pool() != self.pool.id() {
-            return Err(SendError { request, error: Misuse::ForeignPool.into() });
-        }
-        if request.offer.is_over() {
-            return Err(SendError { request, error: Error::Stale });
-        }
-        let absence =
-            self.policy.absence.map_or(deadline, |patience| deadline.min(Deadline::after(patience)));
-        for attempt in 0.. {
-            let sent = self.connected(deadline, absence).and_then(|connection| {
-                connection.deliver(&self.pool, &request, deadline).map(|()| connection)
-            });
-            match sent {
-                Ok(connection) => {
-                    request.sent_over(&connection.link);
-                    return Ok(());
-                }
-                Err(Error::Disconnected) if !deadline.has_passed() => {
-                    if attempt > 0 {
-                        crew::lend(|| pause(attempt, deadline));
-                    }
-                }
-                Err(error) => return Err(SendError { request, error }),
-            }
-        }
-        unreachable!("the loop has no end of its own")
+        self.line.send(request, deadline)
+    }
+}
+
+impl Dial for Dialler {
+    type Backing = Memfd;
+    type Connection = Connection;
+
+    fn dial(&self, deadline: Deadline) -> Result<Option<Connection>> {
+        Connection::open(&self.address, &self.policy, &self.pool, deadline)
+    }
+
+    fn deliver(&self, over: &Connection, request: &Request<Memfd>, deadline: Deadline) -> Result<()> {
+        over.deliver(&self.pool, request, deadline)
     }
 }
 
@@ -134,14 +86,8 @@ impl fmt::Debug for SeqpacketRequester {
     }
 }
 
-/// Sleeps for a while that grows with the attempts.
-pub(super) fn pause(attempt: u32, deadline: Deadline) {
-    let pause = Duration::from_millis(1 << attempt.min(7)).min(LONGEST_PAUSE);
-    thread::sleep(deadline.remaining().map_or(pause, |left| left.min(pause)));
-}
-
 /// One connection to one server process.
-pub(super) struct Connection {
+struct Connection {
     socket: Arc<OwnedFd>,
     link: Arc<Link>,
     /// The edition of the pool that the server has been given; `NONE` before the first.
@@ -253,6 +199,12 @@ impl Connection {
             return Err(self.link.obituary());
         }
         sent
+    }
+}
+
+impl line::Connection for Connection {
+    fn link(&self) -> &Arc<Link> {
+        &self.link
     }
 }
 

@@ -1,0 +1,79 @@
+//! A lock file: held while a server lives, by a lock that the kernel lets go of when that dies.
+
+use std::fmt::Display;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+
+/// Locked by this process; says its pid. Dropping it removes the file.
+pub(super) struct LockFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl LockFile {
+    /// Locks the file; returns also what a predecessor that was killed left in it, which stays there until
+    /// the file is [signed](Self::sign).
+    ///
+    /// # Errors
+    /// [`Error::AddressInUse`], with its pid, when a living server of `address` holds it.
+    pub(super) fn take(path: &Path, address: impl Display) -> Result<(LockFile, String)> {
+        loop {
+            let mut file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+                .open(path)
+                .map_err(Error::os("opening the lock file"))?;
+            let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
+            let mut found = String::new();
+            file.read_to_string(&mut found).map_err(Error::os("reading the lock file"))?;
+            match locked {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    let pid = pid_in(&found).unwrap_or(0);
+                    return Err(Error::AddressInUse { address: address.to_string(), pid });
+                }
+                Err(errno) => return Err(Error::os("flock")(errno)),
+            }
+            // A server that ends removes the file: is what we locked still the one that stands there?
+            let ours = file.metadata().map_err(Error::os("fstat"))?;
+            match fs::symlink_metadata(path) {
+                Ok(found) if (found.dev(), found.ino()) == (ours.dev(), ours.ino()) => {}
+                _ => continue,
+            }
+            return Ok((LockFile { path: path.to_owned(), file }, found));
+        }
+    }
+
+    /// Says who holds it, with a note for a successor.
+    pub(super) fn sign(&mut self, note: &str) -> Result<()> {
+        let content = format!("{}\n{note}", std::process::id());
+        let file = &mut self.file;
+        file.rewind()
+            .and_then(|()| file.write_all(content.as_bytes()))
+            .and_then(|()| file.set_len(content.len() as u64))
+            .map_err(Error::os("writing the lock file"))
+    }
+}
+
+/// The pid that a lock file's content begins with.
+pub(super) fn pid_in(content: &str) -> Option<u32> {
+    content.lines().next()?.parse().ok()
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here, and the next server copes with leftovers.
+        let _ = fs::remove_file(&self.path);
+    }
+}

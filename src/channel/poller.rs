@@ -1,0 +1,78 @@
+//! What the workers of a queue wait on together: one epoll, which tells each event to one of them.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+use crate::sync::Deadline;
+
+/// The token of the closer; no other descriptor has it.
+const CLOSER: u64 = u64::MAX;
+
+/// Descriptors, each armed for one event at a time: whoever is woken for one has it to itself until it
+/// is armed again.
+pub(super) struct Poller {
+    epoll: OwnedFd,
+    /// Readable, for good, once the poller is closed.
+    closer: OwnedFd,
+    closed: AtomicBool,
+}
+
+impl Poller {
+    pub(super) fn new() -> Result<Poller> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let closer = eventfd(0, flags).map_err(Error::os("eventfd"))?;
+        epoll::add(&epoll, &closer, epoll::EventData::new_u64(CLOSER), epoll::EventFlags::IN)
+            .map_err(Error::os("epoll_ctl"))?;
+        Ok(Poller { epoll, closer, closed: AtomicBool::new(false) })
+    }
+
+    /// Adds a descriptor, armed.
+    pub(super) fn add(&self, fd: impl AsFd, token: u64) -> Result<()> {
+        epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), ONE_EVENT)
+            .map_err(Error::os("epoll_ctl"))
+    }
+
+    /// Has the next event of a descriptor told to one worker.
+    pub(super) fn arm(&self, fd: impl AsFd, token: u64) -> Result<()> {
+        epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(token), ONE_EVENT)
+            .map_err(Error::os("epoll_ctl"))
+    }
+
+    /// Waits for an event, and returns its token; `None` at the deadline.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] once [`close`](Self::close) was called.
+    pub(super) fn wait(&self, deadline: Deadline) -> Result<Option<u64>> {
+        loop {
+            self.check_open()?;
+            let mut events = [MaybeUninit::uninit()];
+            match epoll::wait(&self.epoll, &mut events, deadline.timespec().as_ref()) {
+                Ok(([event], _)) if event.data.u64() == CLOSER => {}
+                Ok(([event], _)) => return Ok(Some(event.data.u64())),
+                Ok(_) if deadline.has_passed() => return Ok(None),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(Error::os("epoll_wait")(errno)),
+            }
+        }
+    }
+
+    /// Fails with [`Error::Closed`] once [`close`](Self::close) was called.
+    pub(super) fn check_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// Ends every wait, now and later.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        // Cannot fail but by overflow, and then it is readable already.
+        let _ = rustix::io::write(&self.closer, &1u64.to_ne_bytes());
+    }
+}
+
+const ONE_EVENT: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::ONESHOT);

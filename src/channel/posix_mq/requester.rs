@@ -1,0 +1,155 @@
+//! The client of a POSIX message queue: finds the server by itself, and its successor when it died.
+
+use std::fmt;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::geteuid;
+
+use crate::channel::line::{self, Dial, Line};
+use crate::channel::lock_file::pid_in;
+use crate::channel::{Request, Requester, SendError};
+use crate::crew;
+use crate::error::{Awaited, Error, Misuse, Result};
+use crate::peer::{Lifeline, Link, Peer, Watch, is_held, on_hang_up};
+use crate::segment::{Named, SegmentPool};
+use crate::sync::Deadline;
+
+use super::mqueue::Mqueue;
+use super::name::Name;
+use super::wire::{HEAD, Message};
+
+/// Sends requests with segments of one pool to the server at one name. Used by many threads.
+///
+/// Dropping it leaves requests under way alone; transfers end when they are done, or with their pool.
+pub struct PosixMqRequester {
+    line: Line<Dialler>,
+    name: Name,
+}
+
+/// Who is to be reached, and with which segments.
+struct Dialler {
+    name: Name,
+    pool: SegmentPool<Named>,
+}
+
+/// What leads to one server process.
+struct Connection {
+    queue: Mqueue,
+    /// The longest message that the queue takes, in bytes.
+    longest: usize,
+    lifeline: Arc<OwnedFd>,
+    link: Arc<Link>,
+    _watch: Watch,
+}
+
+impl PosixMqRequester {
+    pub(super) fn new(name: Name, absence: Option<Duration>, pool: &SegmentPool<Named>) -> PosixMqRequester {
+        let dialler = Dialler { name: name.clone(), pool: pool.clone() };
+        PosixMqRequester { line: Line::new(dialler, pool.id(), absence), name }
+    }
+
+    /// The server, if it was found and lives.
+    pub fn server(&self) -> Option<Peer> {
+        self.line.server()
+    }
+
+    pub(super) fn connect(&self, deadline: Deadline) -> Result<()> {
+        self.line.connect(deadline)
+    }
+}
+
+impl Requester<Named> for PosixMqRequester {
+    /// Waits for the server until the deadline, or for less if [told so](super::PosixMq::absence), and
+    /// for room in its queue. A request that was sent to a server that then dies ends with
+    /// [`Error::Disconnected`].
+    ///
+    /// # Errors
+    /// Also [`Error::Misuse`] for a key longer than the queue takes, where the system's limit on
+    /// messages has been lowered.
+    fn send(&self, request: Request<Named>, deadline: Deadline) -> Result<(), SendError<Named>> {
+        self.line.send(request, deadline)
+    }
+}
+
+impl fmt::Debug for PosixMqRequester {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PosixMqRequester")
+            .field("name", &self.name.as_str())
+            .field("server", &self.server())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Dial for Dialler {
+    type Backing = Named;
+    type Connection = Connection;
+
+    fn dial(&self, _deadline: Deadline) -> Result<Option<Connection>> {
+        let Some(lifeline) = Lifeline::follow(&self.name.lifeline())? else { return Ok(None) };
+        // A server makes its lifeline last: the queue and the pid in the lock file are its own, if it
+        // still lives when we have them.
+        let pid = fs::read_to_string(self.name.lock()).ok().and_then(|content| pid_in(&content));
+        let Some(queue) = Mqueue::open(&self.name)? else { return Ok(None) };
+        let link = Arc::new(Link::to_sender(Peer { pid, uid: geteuid().as_raw() }));
+        if !is_held(&lifeline) {
+            return Ok(None);
+        }
+        let lifeline = Arc::new(lifeline);
+        let watch = on_hang_up(Arc::clone(&lifeline), {
+            let link = Arc::clone(&link);
+            move || link.sever(|| None)
+        })?;
+        Ok(Some(Connection { longest: queue.longest()?, queue, lifeline, link, _watch: watch }))
+    }
+
+    fn deliver(&self, over: &Connection, request: &Request<Named>, deadline: Deadline) -> Result<()> {
+        let (owner, geometry) = (request.stock.backing.owner(), self.pool.geometry());
+        let message = Message {
+            pid: owner.pid,
+            pool: owner.pool.0,
+            edition: self.pool.edition(),
+            index: request.segment().index(),
+            generation: request.generation,
+            slot_count: geometry.slot_count(),
+            slot_len: geometry.slot_len(),
+            key: &request.key,
+        };
+        if HEAD + request.key.len() > over.longest {
+            let limit = over.longest.saturating_sub(HEAD);
+            return Err(Misuse::KeyTooLong { len: request.key.len(), limit }.into());
+        }
+        let message = message.encode();
+        while !over.queue.try_send(&message)? {
+            crew::lend(|| over.wait_for_room(deadline))?;
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    fn wait_for_room(&self, deadline: Deadline) -> Result<()> {
+        loop {
+            let room = PollFd::new(&self.queue, PollFlags::OUT);
+            let end = PollFd::new(&self.lifeline, PollFlags::empty());
+            let mut either = [room, end];
+            match poll(&mut either, deadline.timespec().as_ref()) {
+                Ok(0) if deadline.has_passed() => return Err(Error::Timeout(Awaited::QueueRoom)),
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) if !either[1].revents().is_empty() => return Err(Error::Disconnected),
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(Error::os("poll")(errno)),
+            }
+        }
+    }
+}
+
+impl line::Connection for Connection {
+    fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+}

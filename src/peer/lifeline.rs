@@ -1,0 +1,164 @@
+//! A lifeline: a FIFO that its owner holds open and locked, so that the kernel tells of its end.
+//!
+//! Where no connection links two processes, each follows the other's lifeline: it hangs up when its
+//! owner dies or drops it, whatever the reason. The lock tells a dead owner's lifeline from a living
+//! one's, for whoever clears up after the dead (rule L3).
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, flock, fstat, lstat, mknodat, open};
+use rustix::io::Errno;
+use rustix::process::geteuid;
+
+use crate::error::{Error, Result};
+
+/// How long whoever sweeps a new lifeline by mistake may take to remove it, in moments.
+const SWEPT: u32 = 1000;
+const MOMENT: Duration = Duration::from_millis(1);
+
+/// A lifeline in our hands. Dropping it removes its name and hangs up on its followers.
+pub(crate) struct Lifeline {
+    path: PathBuf,
+    _fifo: OwnedFd,
+}
+
+impl Lifeline {
+    /// Makes a lifeline where none stands, held from now on.
+    pub(crate) fn hold(path: PathBuf) -> Result<Lifeline> {
+        for attempt in 0.. {
+            let mode = Mode::RUSR | Mode::WUSR;
+            match mknodat(CWD, &path, FileType::Fifo, mode, 0) {
+                Ok(()) => {}
+                // Somebody who sweeps took it for a dead one's, before it was locked, and removes it.
+                Err(Errno::EXIST) if (1..SWEPT).contains(&attempt) => thread::sleep(MOMENT),
+                Err(errno) => return Err(Error::os("making a lifeline")(errno)),
+            }
+            // Open at both ends: opening only the one to write waits for somebody who reads.
+            let fifo = match open_fifo(&path, OFlags::RDWR) {
+                Err(Errno::NOENT) => continue,
+                opened => opened.map_err(Error::os("opening a lifeline"))?,
+            };
+            if lock_now(&fifo).map_err(Error::os("locking a lifeline"))? && stands_at(&path, &fifo) {
+                return Ok(Lifeline { path, _fifo: fifo });
+            }
+        }
+        unreachable!("the loop has no end of its own")
+    }
+
+    /// Takes over what a dead owner has left; `None` if it lives, or has left nothing.
+    pub(crate) fn inherit(path: &Path) -> Result<Option<Lifeline>> {
+        // For reading, so that its followers are not kept from learning that nobody else writes.
+        let fifo = match open_fifo(path, OFlags::RDONLY) {
+            Ok(fifo) if is_ours(&fifo) => fifo,
+            Ok(_) | Err(Errno::NOENT | Errno::ACCESS) => return Ok(None),
+            Err(errno) => return Err(Error::os("opening a lifeline")(errno)),
+        };
+        let locked = lock_now(&fifo).map_err(Error::os("locking a lifeline"))?;
+        let path = path.to_owned();
+        // Made only if it is ours: a lifeline that is dropped removes its name.
+        Ok(if locked && stands_at(&path, &fifo) { Some(Lifeline { path, _fifo: fifo }) } else { None })
+    }
+
+    /// Opens another's lifeline, to be told of its end; `None` if its owner is gone.
+    pub(crate) fn follow(path: &Path) -> Result<Option<OwnedFd>> {
+        match open_fifo(path, OFlags::RDONLY) {
+            Ok(fifo) if is_ours(&fifo) && is_held(&fifo) => Ok(Some(fifo)),
+            Ok(_) | Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(Error::os("opening a lifeline")(errno)),
+        }
+    }
+}
+
+/// Whether the owner of a lifeline that is followed still holds it.
+pub(crate) fn is_held(fifo: impl AsFd) -> bool {
+    // Without a writer there is an end to read; with one, nothing yet.
+    !matches!(rustix::io::read(fifo, &mut [0; 1]), Ok(0))
+}
+
+impl Drop for Lifeline {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here; a later owner sweeps it.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Opens without waiting for the other end.
+fn open_fifo(path: &Path, access: OFlags) -> rustix::io::Result<OwnedFd> {
+    open(path, access | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+fn lock_now(fifo: &OwnedFd) -> io::Result<bool> {
+    match flock(fifo, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Whether it is a FIFO of this user.
+fn is_ours(fifo: &OwnedFd) -> bool {
+    fstat(fifo).is_ok_and(|found| {
+        FileType::from_raw_mode(found.st_mode) == FileType::Fifo && found.st_uid == geteuid().as_raw()
+    })
+}
+
+fn stands_at(path: &Path, fifo: &OwnedFd) -> bool {
+    match (lstat(path), fstat(fifo)) {
+        (Ok(there), Ok(ours)) => (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peer::on_hang_up;
+    use std::sync::{Arc, mpsc};
+
+    #[test]
+    fn a_lifeline_tells_its_followers_of_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("life");
+        assert!(Lifeline::follow(&path).unwrap().is_none());
+        let held = Lifeline::hold(path.clone()).unwrap();
+        let followed = Arc::new(Lifeline::follow(&path).unwrap().unwrap());
+        assert!(is_held(&*followed));
+        assert!(Lifeline::inherit(&path).unwrap().is_none() && path.exists(), "it lives");
+        let (told, end) = mpsc::channel();
+        let _watch = on_hang_up(Arc::clone(&followed), move || told.send(()).unwrap()).unwrap();
+        assert!(end.try_recv().is_err());
+        drop(held);
+        end.recv_timeout(Duration::from_secs(30)).unwrap();
+        assert!(!is_held(&*followed));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_a_dead_owner_left_is_inherited_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("life");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert!(Lifeline::follow(&path).unwrap().is_none(), "nobody holds it");
+        let inherited = Lifeline::inherit(&path).unwrap().unwrap();
+        assert!(Lifeline::inherit(&path).unwrap().is_none());
+        assert!(Lifeline::follow(&path).unwrap().is_none(), "an heir is no owner");
+        drop(inherited);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_a_fifo_is_a_lifeline() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("life");
+        std::fs::write(&path, "a file").unwrap();
+        assert!(Lifeline::follow(&path).unwrap().is_none());
+        assert!(Lifeline::inherit(&path).unwrap().is_none());
+        assert!(Lifeline::hold(path.clone()).is_err());
+        assert!(path.exists());
+    }
+}
