@@ -10,14 +10,21 @@ use crate::segment::{Backing, Lease, SegmentId, Stock};
 use crate::sync::Deadline;
 
 mod in_process;
+#[cfg(target_os = "linux")]
 mod line;
+#[cfg(target_os = "linux")]
 mod lock_file;
+#[cfg(target_os = "linux")]
 mod poller;
+#[cfg(target_os = "linux")]
 mod posix_mq;
+#[cfg(target_os = "linux")]
 mod seqpacket;
 
 pub use in_process::InProcess;
+#[cfg(target_os = "linux")]
 pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};
+#[cfg(target_os = "linux")]
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
 
 /// The longest key that a request carries, in bytes.

@@ -124,9 +124,8 @@
 #![deny(unsafe_code)]
 // The library returns errors; only a defect of its own may panic.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
-
-#[cfg(not(target_os = "linux"))]
-compile_error!("shmferry needs Linux: memfd, futex, SCM_RIGHTS over SOCK_SEQPACKET");
+// Elsewhere only the portable part is built, which has no use for some of what it shares with the rest.
+#![cfg_attr(not(target_os = "linux"), allow(dead_code))]
 
 mod channel;
 mod crew;
@@ -136,10 +135,9 @@ mod protocol;
 mod segment;
 mod sync;
 
-pub use channel::{
-    InProcess, KEY_LIMIT, PosixMq, PosixMqQueue, PosixMqRequester, Request, RequestQueue, Requester,
-    SendError, Seqpacket, SeqpacketQueue, SeqpacketRequester,
-};
+pub use channel::{InProcess, KEY_LIMIT, Request, RequestQueue, Requester, SendError};
+#[cfg(target_os = "linux")]
+pub use channel::{PosixMq, PosixMqQueue, PosixMqRequester, Seqpacket, SeqpacketQueue, SeqpacketRequester};
 pub use crew::{Crew, lend};
 pub use error::{Awaited, Error, Fault, LayoutMismatch, Misuse, PeerFault, Rejection, Result};
 pub use peer::Peer;
@@ -147,8 +145,10 @@ pub use protocol::{
     Chunk, DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Offered, Receiver, Receiving, Refusal, Reply, Sender,
     Sending, ShmTransfer, Size, Slot, Starting,
 };
+#[cfg(target_os = "linux")]
+pub use segment::Memfd;
 pub use segment::{
-    Backing, Geometry, Lease, Memfd, Named, PoolId, PoolStats, ReadSlots, Segment, SegmentId, SegmentPool,
+    Backing, Geometry, Lease, Named, PoolId, PoolStats, ReadSlots, Segment, SegmentId, SegmentPool,
     SegmentPoolBuilder, WriteSlots,
 };
 pub use sync::Deadline;

@@ -6,22 +6,22 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock};
-use std::thread;
+use std::sync::{Arc, Mutex};
 
-use rustix::buffer::spare_capacity;
-use rustix::event::{PollFlags, epoll};
-use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use crate::error::{Error, Rejection};
+use crate::sync::{Deadline, lock};
 
-use crate::error::{Error, Rejection, Result};
-use crate::sync::{Deadline, lock, wait_ready};
-
+#[cfg(target_os = "linux")]
 mod credentials;
+#[cfg(target_os = "linux")]
 mod lifeline;
+#[cfg(target_os = "linux")]
+mod watcher;
 
+#[cfg(target_os = "linux")]
 pub(crate) use lifeline::{Lifeline, is_held};
+#[cfg(target_os = "linux")]
+pub(crate) use watcher::{Watch, on_hang_up};
 
 /// The process at the other end of a connection, as the kernel vouched for it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,14 +30,6 @@ pub struct Peer {
     pub pid: Option<u32>,
     /// The user it ran as.
     pub uid: u32,
-}
-
-impl Peer {
-    /// The process at the other end of a Unix socket (`SO_PEERCRED`).
-    pub(crate) fn of_socket(socket: impl AsFd) -> Result<Peer> {
-        let (pid, uid) = credentials::of_socket(socket.as_fd()).map_err(Error::os("SO_PEERCRED"))?;
-        Ok(Peer { pid: u32::try_from(pid).ok().filter(|pid| *pid != 0), uid })
-    }
 }
 
 impl fmt::Display for Peer {
@@ -60,7 +52,8 @@ pub(crate) struct Link {
     peer: Option<Peer>,
     /// Tells a peer that is dead for certain from one that only hung up (rule P6). Should the pid
     /// have been reused before this was opened, it names a living process: the safe side.
-    process: Option<OwnedFd>,
+    #[cfg(target_os = "linux")]
+    process: Option<std::os::fd::OwnedFd>,
     state: Mutex<LinkState>,
 }
 
@@ -81,22 +74,30 @@ struct Relief {
 
 impl Link {
     /// To a sender in another process, whose death decides what becomes of segments.
+    #[cfg(target_os = "linux")]
     pub(crate) fn to_sender(peer: Peer) -> Link {
+        use rustix::process::{Pid, PidfdFlags, pidfd_open};
         // Without a pidfd (an old kernel, a peer in a foreign pid namespace) nobody is ever dead
         // for certain, and segments are retired instead.
         let pid = peer.pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Link { process, ..Link::to_receiver(peer) }
+        Link { peer: Some(peer), process, ..Link::within() }
     }
 
     /// To a receiver in another process.
+    #[cfg(target_os = "linux")]
     pub(crate) fn to_receiver(peer: Peer) -> Link {
-        Link { peer: Some(peer), process: None, state: Mutex::default() }
+        Link { peer: Some(peer), ..Link::within() }
     }
 
     /// To this same process, which never outlives itself.
     pub(crate) fn within() -> Link {
-        Link { peer: None, process: None, state: Mutex::default() }
+        Link {
+            peer: None,
+            #[cfg(target_os = "linux")]
+            process: None,
+            state: Mutex::default(),
+        }
     }
 
     pub(crate) fn peer(&self) -> Option<Peer> {
@@ -152,9 +153,17 @@ impl Link {
 
     /// Whether the peer's process has ended, waiting for it until the deadline. `false` too when
     /// there is no telling.
+    #[cfg(target_os = "linux")]
     pub(crate) fn wait_dead(&self, deadline: Deadline) -> bool {
+        use rustix::event::PollFlags;
         let Some(process) = &self.process else { return false };
-        wait_ready(process, PollFlags::IN, deadline).unwrap_or(false)
+        crate::sync::wait_ready(process, PollFlags::IN, deadline).unwrap_or(false)
+    }
+
+    /// There is no telling.
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn wait_dead(&self, _deadline: Deadline) -> bool {
+        false
     }
 }
 
@@ -188,91 +197,6 @@ impl Drop for Enrolment {
         drop(state);
         if let Some(relief) = relief {
             (relief.then)();
-        }
-    }
-}
-
-/// Calls `then`, once, on the watcher thread, when the socket's other end hangs up. Dropping the
-/// returned watch forgets about it.
-pub(crate) fn on_hang_up(socket: Arc<OwnedFd>, then: impl FnOnce() + Send + 'static) -> Result<Watch> {
-    let watcher = Watcher::of_this_process()?;
-    let token = {
-        let mut calls = lock(&watcher.calls);
-        calls.next += 1;
-        let token = calls.next;
-        calls.waiting.insert(token, Box::new(then));
-        token
-    };
-    let watch = Watch { socket, token, watcher };
-    let events = epoll::EventFlags::RDHUP | epoll::EventFlags::ONESHOT;
-    epoll::add(&watcher.epoll, &watch.socket, epoll::EventData::new_u64(token), events)
-        .map_err(Error::os("watching a connection"))?;
-    Ok(watch)
-}
-
-/// Keeps a connection watched.
-pub(crate) struct Watch {
-    socket: Arc<OwnedFd>,
-    token: u64,
-    watcher: &'static Watcher,
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        lock(&self.watcher.calls).waiting.remove(&self.token);
-        // Fails only if it was never added; then there is nothing to delete.
-        let _ = epoll::delete(&self.watcher.epoll, &self.socket);
-    }
-}
-
-/// The one thread of this process that learns of hang-ups.
-struct Watcher {
-    epoll: OwnedFd,
-    calls: Mutex<Calls>,
-}
-
-#[derive(Default)]
-struct Calls {
-    next: u64,
-    waiting: HashMap<u64, Box<dyn FnOnce() + Send>>,
-}
-
-impl Watcher {
-    fn of_this_process() -> Result<&'static Watcher> {
-        static WATCHER: OnceLock<Watcher> = OnceLock::new();
-        static STARTING: Mutex<()> = Mutex::new(());
-        if let Some(watcher) = WATCHER.get() {
-            return Ok(watcher);
-        }
-        let _one_at_a_time = lock(&STARTING);
-        if let Some(watcher) = WATCHER.get() {
-            return Ok(watcher);
-        }
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
-        let watching = epoll.try_clone().map_err(Error::os("dup"))?;
-        // The thread finds the watcher in its cell: whoever can register with it has put it there.
-        thread::Builder::new()
-            .name("shmferry-watch".to_owned())
-            .spawn(move || watch(&watching, || WATCHER.get()))
-            .map_err(Error::os("starting the watcher thread"))?;
-        Ok(WATCHER.get_or_init(|| Watcher { epoll, calls: Mutex::default() }))
-    }
-}
-
-fn watch(epoll: &OwnedFd, watcher: impl Fn() -> Option<&'static Watcher>) {
-    let mut events = Vec::with_capacity(64);
-    loop {
-        events.clear();
-        match epoll::wait(epoll, spare_capacity(&mut events), None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => unreachable!("epoll_wait on an epoll of our own: {errno}"),
-        }
-        for event in &events {
-            let call = watcher().and_then(|w| lock(&w.calls).waiting.remove(&event.data.u64()));
-            // Not under the lock: the call may drop watches.
-            if let Some(call) = call {
-                call();
-            }
         }
     }
 }

@@ -282,7 +282,10 @@ const GLANCE: Duration = Duration::from_secs(1);
 
 /// Tells the peer which processor this side runs on (rule P8). A hint: nothing rests on it.
 fn publish_cpu(ours: &AtomicU32) -> u32 {
+    #[cfg(target_os = "linux")]
     let cpu = u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX);
+    #[cfg(not(target_os = "linux"))]
+    let cpu = u32::MAX; // the same as the peer's: nobody spins
     if ours.load(Relaxed) != cpu {
         ours.store(cpu, Relaxed);
     }

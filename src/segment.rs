@@ -225,6 +225,7 @@ pub(crate) mod sealed {
 }
 
 /// Bytes of memory that the system can still give, where it says so.
+#[cfg(target_os = "linux")]
 fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

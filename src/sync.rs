@@ -2,12 +2,8 @@
 //!
 //! Nothing here knows of segments or transfers.
 
-use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 
 #[cfg(not(loom))]
 mod futex;
@@ -90,6 +86,7 @@ impl Deadline {
     }
 
     /// What is left, as system calls take it.
+    #[cfg(unix)]
     pub(crate) fn timespec(self) -> Option<rustix::thread::Timespec> {
         // A wait too long for the clock's type is as good as one without end: the caller loops.
         self.remaining().and_then(|left| left.try_into().ok())
@@ -97,7 +94,14 @@ impl Deadline {
 }
 
 /// Waits until a descriptor is ready; `false` when the deadline came first.
-pub(crate) fn wait_ready(fd: impl AsFd, events: PollFlags, deadline: Deadline) -> rustix::io::Result<bool> {
+#[cfg(unix)]
+pub(crate) fn wait_ready(
+    fd: impl std::os::fd::AsFd,
+    events: rustix::event::PollFlags,
+    deadline: Deadline,
+) -> rustix::io::Result<bool> {
+    use rustix::event::{PollFd, poll};
+    use rustix::io::Errno;
     loop {
         match poll(&mut [PollFd::new(&fd, events)], deadline.timespec().as_ref()) {
             Ok(0) if deadline.has_passed() => return Ok(false),

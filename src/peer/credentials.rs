@@ -4,10 +4,22 @@
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use crate::error::{Error, Result};
+
+use super::Peer;
+
+impl Peer {
+    /// The process at the other end of a Unix socket (`SO_PEERCRED`).
+    pub(crate) fn of_socket(socket: impl AsFd) -> Result<Peer> {
+        let (pid, uid) = of_socket(socket.as_fd()).map_err(Error::os("SO_PEERCRED"))?;
+        Ok(Peer { pid: u32::try_from(pid).ok().filter(|pid| *pid != 0), uid })
+    }
+}
 
 /// The pid, zero if it has none here, and the user of the process at the other end.
-pub(super) fn of_socket(socket: BorrowedFd<'_>) -> io::Result<(libc::pid_t, libc::uid_t)> {
+fn of_socket(socket: BorrowedFd<'_>) -> io::Result<(libc::pid_t, libc::uid_t)> {
     const SIZE: libc::socklen_t = size_of::<libc::ucred>() as libc::socklen_t;
     let mut cred = MaybeUninit::<libc::ucred>::zeroed();
     let mut len = SIZE;

@@ -3,17 +3,15 @@
 use std::any::type_name;
 use std::fmt;
 use std::io;
+#[cfg(unix)]
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::PollFlags;
-
-use crate::crew;
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, Phase};
 use crate::sync::atomic::{AtomicU32, Relaxed};
-use crate::sync::{Deadline, Interrupted, Permit, Spinner, wait_ready};
+use crate::sync::{Deadline, Interrupted, Permit, Spinner};
 
 use super::{
     DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, publish_cpu,
@@ -170,6 +168,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// # Errors
     /// Those of [`next_chunk`](Self::next_chunk), and [`Error::Sink`] or [`Error::Timeout`] when
     /// the sink does not take the bytes.
+    #[cfg(unix)]
     pub fn copy_to(&mut self, sink: impl AsFd) -> Result<u64> {
         let mut copied = 0;
         // A chunk that the sink did not take whole stays open: a second call goes on where this ended.
@@ -182,7 +181,10 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 
     /// Has the kernel write the unread bytes of the open chunk.
+    #[cfg(unix)]
     fn write_open(&mut self, sink: BorrowedFd<'_>) -> Result<()> {
+        use crate::{crew, sync::wait_ready};
+        use rustix::event::PollFlags;
         let ShmTransfer { side, state } = self;
         let Some(open) = &mut state.open else { return Ok(()) };
         let len = open.chunk.len as usize;
@@ -330,6 +332,7 @@ impl Chunk<'_> {
     /// # Errors
     /// [`Error::Timeout`] when the sink takes nothing for the transfer's
     /// [patience](ShmTransfer::set_patience); [`Error::Sink`] when it fails.
+    #[cfg(unix)]
     pub fn write_to(&mut self, sink: impl AsFd) -> Result<()> {
         self.transfer.write_open(sink.as_fd())
     }

@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::io;
+#[cfg(unix)]
 use std::ops::Range;
+#[cfg(unix)]
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -173,6 +175,7 @@ impl ShmTransfer<Sender, Sending> {
     /// # Errors
     /// [`Error::SizeMismatch`] when the file ends before the announced size, [`Error::Source`]
     /// when it cannot be read, and those of [`next_slot`](Self::next_slot). All of them abort.
+    #[cfg(unix)]
     pub fn send_file(self, file: impl AsFd) -> Result<u64> {
         let len = self.state.size.known().map(|size| size - self.state.sent - self.state.pending as u64);
         self.send_from(file, 0, len)
@@ -182,6 +185,7 @@ impl ShmTransfer<Sender, Sending> {
     ///
     /// # Errors
     /// Also [`Error::Misuse`] when the range is not as long as what is still to come.
+    #[cfg(unix)]
     pub fn send_file_range(self, file: impl AsFd, range: Range<u64>) -> Result<u64> {
         let len = range.end.saturating_sub(range.start);
         let room = self.room() - self.state.pending as u64;
@@ -210,6 +214,7 @@ impl ShmTransfer<Sender, Sending> {
         Ok(self.state.sent)
     }
 
+    #[cfg(unix)]
     fn send_from(mut self, file: impl AsFd, start: u64, len: Option<u64>) -> Result<u64> {
         let mut done = 0;
         while Some(done) != len {
@@ -350,10 +355,12 @@ impl Slot<'_> {
     ///
     /// # Errors
     /// [`Error::Source`] when the file cannot be read.
+    #[cfg(unix)]
     pub fn send_from(self, file: impl AsFd, offset: u64) -> Result<usize> {
         self.fill_from(file, offset, usize::MAX)
     }
 
+    #[cfg(unix)]
     fn fill_from(self, file: impl AsFd, offset: u64, limit: usize) -> Result<usize> {
         let capacity = self.capacity().min(limit);
         let ShmTransfer { side, state } = &mut *self.transfer;

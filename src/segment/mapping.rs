@@ -12,19 +12,12 @@
 //!   rule P3 can spoil the bytes that are copied, and nothing else.
 #![allow(unsafe_code)]
 
+#[cfg(unix)]
 use std::ffi::c_void;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::time::Duration;
 
-use rustix::event::PollFlags;
-use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mprotect, munmap};
-use rustix::param::page_size;
 use shared_memory::Shmem;
-
-use crate::sync::{Deadline, wait_ready};
 
 use super::header::{HEADER_LEN, Header};
 use super::{Geometry, PAGE};
@@ -40,6 +33,7 @@ pub(crate) struct Mapping {
 /// Who ends the mapping.
 enum Keeper {
     /// Made here: unmapped when dropped.
+    #[cfg(target_os = "linux")]
     Ours,
     /// Made by crate `shared_memory`, which unmaps it, and removes its name if we made that.
     Crate(#[expect(dead_code, reason = "kept for its drop")] Shmem),
@@ -59,10 +53,12 @@ impl Mapping {
     /// so it is checked here, whatever the caller has checked for its messages.
     #[cfg(target_os = "linux")]
     pub(crate) fn sealed(
-        fd: impl AsFd,
+        fd: impl std::os::fd::AsFd,
         geometry: Geometry,
         slots_writable: bool,
     ) -> rustix::io::Result<Mapping> {
+        use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+        use rustix::mm::{MapFlags, ProtFlags, mmap};
         let long_enough = fstat(&fd)?.st_size >= geometry.mapped_len() as i64;
         if !long_enough || !fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
             return Err(rustix::io::Errno::INVAL);
@@ -95,6 +91,7 @@ impl Mapping {
     /// Makes the pages present in this process (rule L2), where the kernel knows how to (5.14).
     #[cfg(target_os = "linux")]
     fn populate(&self) -> rustix::io::Result<()> {
+        use rustix::mm::{Advice, madvise};
         let (base, len) = (self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len());
         // SAFETY: these are the mapping's own pages (M1), and making them present changes no byte.
         match unsafe { madvise(base, len, Advice::LinuxPopulateWrite) } {
@@ -107,6 +104,8 @@ impl Mapping {
     /// header does not share a page with them.
     #[cfg(unix)]
     fn protect_slots(&self) -> rustix::io::Result<()> {
+        use rustix::mm::{MprotectFlags, mprotect};
+        use rustix::param::page_size;
         if self.slots_writable || !(HEADER_LEN as usize).is_multiple_of(page_size()) {
             return Ok(());
         }
@@ -146,46 +145,6 @@ impl Mapping {
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
     }
 
-    /// Reads from a file straight into a slot, by one `pread`. Returns how many bytes came.
-    pub(crate) fn pread_slot(
-        &self,
-        slot: u32,
-        offset: usize,
-        len: usize,
-        file: BorrowedFd<'_>,
-        file_offset: u64,
-    ) -> io::Result<usize> {
-        assert!(self.slots_writable, "slots are mapped read-only");
-        let to = self.slot_range(slot, offset, len);
-        let file_offset = libc::off_t::try_from(file_offset).map_err(io::Error::other)?;
-        // SAFETY: the kernel writes at most `len` bytes to `to`, which is valid for them (M1, M3,
-        // the range check), and no reference to them exists (M4).
-        let read = unsafe { libc::pread(file.as_raw_fd(), to.cast::<c_void>(), len, file_offset) };
-        usize::try_from(read).map_err(|_| io::Error::last_os_error())
-    }
-
-    /// Sends bytes of a slot to a socket or pipe without blocking, or writes them to what is
-    /// neither. Returns how many went.
-    pub(crate) fn send_slot(
-        &self,
-        slot: u32,
-        offset: usize,
-        len: usize,
-        sink: BorrowedFd<'_>,
-    ) -> io::Result<usize> {
-        let from = self.slot_range(slot, offset, len).cast::<c_void>();
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: the kernel reads at most `len` bytes from `from`, which is valid for them (M1 and
-        // the range check).
-        let mut sent = unsafe { libc::send(sink.as_raw_fd(), from, len, flags) };
-        if sent < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOTSOCK) {
-            let len = at_once(sink, len)?;
-            // SAFETY: as above.
-            sent = unsafe { libc::write(sink.as_raw_fd(), from, len) };
-        }
-        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
-    }
-
     /// The address of `len` bytes at `offset` in a slot, all of them inside it.
     fn slot_range(&self, slot: u32, offset: usize, len: usize) -> *mut u8 {
         let end = offset.checked_add(len);
@@ -205,26 +164,92 @@ impl Mapping {
     }
 }
 
-/// How much of `len` bytes can be written to what is no socket without blocking. A pipe that polls
-/// as writable takes `PIPE_BUF` bytes; a file takes everything.
-fn at_once(sink: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
-    if FileType::from_raw_mode(fstat(sink)?.st_mode) != FileType::Fifo {
-        return Ok(len);
-    }
-    match wait_ready(sink, PollFlags::OUT, Deadline::after(Duration::ZERO))? {
-        true => Ok(len.min(libc::PIPE_BUF)),
-        false => Err(io::ErrorKind::WouldBlock.into()),
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        match self.keeper {
+            #[cfg(target_os = "linux")]
+            Keeper::Ours => {
+                let (base, len) = (self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len());
+                // SAFETY: this is the whole mapping of M1; `header` borrows from `self`, so that no
+                // reference into it is left.
+                let unmapped = unsafe { rustix::mm::munmap(base, len) };
+                debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
+            }
+            Keeper::Crate(_) => {}
+        }
     }
 }
 
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        if !matches!(self.keeper, Keeper::Ours) {
-            return;
+/// Bytes between slots and descriptors, moved by the kernel.
+#[cfg(unix)]
+mod by_kernel {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+    use std::time::Duration;
+
+    use rustix::event::PollFlags;
+    use rustix::fs::{FileType, fstat};
+
+    use crate::sync::{Deadline, wait_ready};
+
+    use super::{Mapping, c_void, io};
+
+    impl Mapping {
+        /// Reads from a file straight into a slot, by one `pread`. Returns how many bytes came.
+        pub(crate) fn pread_slot(
+            &self,
+            slot: u32,
+            offset: usize,
+            len: usize,
+            file: BorrowedFd<'_>,
+            file_offset: u64,
+        ) -> io::Result<usize> {
+            assert!(self.slots_writable, "slots are mapped read-only");
+            let to = self.slot_range(slot, offset, len);
+            let file_offset = libc::off_t::try_from(file_offset).map_err(io::Error::other)?;
+            // SAFETY: the kernel writes at most `len` bytes to `to`, which is valid for them (M1, M3,
+            // the range check), and no reference to them exists (M4).
+            let read = unsafe { libc::pread(file.as_raw_fd(), to.cast::<c_void>(), len, file_offset) };
+            usize::try_from(read).map_err(|_| io::Error::last_os_error())
         }
-        // SAFETY: this is the whole mapping of M1; `header` borrows from `self`, so that no
-        // reference into it is left.
-        let unmapped = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len()) };
-        debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
+
+        /// Sends bytes of a slot to a socket or pipe without blocking, or writes them to what is
+        /// neither. Returns how many went.
+        pub(crate) fn send_slot(
+            &self,
+            slot: u32,
+            offset: usize,
+            len: usize,
+            sink: BorrowedFd<'_>,
+        ) -> io::Result<usize> {
+            let from = self.slot_range(slot, offset, len).cast::<c_void>();
+            let flags = libc::MSG_DONTWAIT | NO_SIGNAL;
+            // SAFETY: the kernel reads at most `len` bytes from `from`, which is valid for them (M1 and
+            // the range check).
+            let mut sent = unsafe { libc::send(sink.as_raw_fd(), from, len, flags) };
+            if sent < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOTSOCK) {
+                let len = at_once(sink, len)?;
+                // SAFETY: as above.
+                sent = unsafe { libc::write(sink.as_raw_fd(), from, len) };
+            }
+            usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+        }
     }
+
+    /// How much of `len` bytes can be written to what is no socket without blocking. A pipe that polls
+    /// as writable takes `PIPE_BUF` bytes; a file takes everything.
+    fn at_once(sink: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
+        if FileType::from_raw_mode(fstat(sink)?.st_mode) != FileType::Fifo {
+            return Ok(len);
+        }
+        match wait_ready(sink, PollFlags::OUT, Deadline::after(Duration::ZERO))? {
+            true => Ok(len.min(libc::PIPE_BUF)),
+            false => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    /// Systems without the flag have a process-wide or per-socket way to be spared SIGPIPE.
+    #[cfg(target_os = "linux")]
+    const NO_SIGNAL: libc::c_int = libc::MSG_NOSIGNAL;
+    #[cfg(not(target_os = "linux"))]
+    const NO_SIGNAL: libc::c_int = 0;
 }

@@ -198,8 +198,7 @@ impl<B: Backing> SegmentPoolBuilder<B> {
         }
 
         let mut random = [0; 8];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(Error::os("getrandom"))?;
+        getrandom::fill(&mut random).map_err(Error::os("getrandom"))?;
         let id = PoolId(u64::from_ne_bytes(random));
         let shared = Shared {
             id,

@@ -1,0 +1,99 @@
+//! The one thread of a process that learns of hang-ups, and tells whoever they concern.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll;
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+use crate::sync::lock;
+
+/// Calls `then`, once, on the watcher thread, when the other end of a socket or
+/// FIFO hangs up. Dropping the
+/// returned watch forgets about it.
+pub(crate) fn on_hang_up(end: Arc<OwnedFd>, then: impl FnOnce() + Send + 'static) -> Result<Watch> {
+    let watcher = Watcher::of_this_process()?;
+    let token = {
+        let mut calls = lock(&watcher.calls);
+        calls.next += 1;
+        let token = calls.next;
+        calls.waiting.insert(token, Box::new(then));
+        token
+    };
+    let watch = Watch { end, token, watcher };
+    let events = epoll::EventFlags::RDHUP | epoll::EventFlags::ONESHOT;
+    epoll::add(&watcher.epoll, &watch.end, epoll::EventData::new_u64(token), events)
+        .map_err(Error::os("watching a connection"))?;
+    Ok(watch)
+}
+
+/// Keeps a connection watched.
+pub(crate) struct Watch {
+    end: Arc<OwnedFd>,
+    token: u64,
+    watcher: &'static Watcher,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        lock(&self.watcher.calls).waiting.remove(&self.token);
+        // Fails only if it was never added; then there is nothing to delete.
+        let _ = epoll::delete(&self.watcher.epoll, &self.end);
+    }
+}
+
+/// The thread, and what it is to do.
+struct Watcher {
+    epoll: OwnedFd,
+    calls: Mutex<Calls>,
+}
+
+#[derive(Default)]
+struct Calls {
+    next: u64,
+    waiting: HashMap<u64, Box<dyn FnOnce() + Send>>,
+}
+
+impl Watcher {
+    fn of_this_process() -> Result<&'static Watcher> {
+        static WATCHER: OnceLock<Watcher> = OnceLock::new();
+        static STARTING: Mutex<()> = Mutex::new(());
+        if let Some(watcher) = WATCHER.get() {
+            return Ok(watcher);
+        }
+        let _one_at_a_time = lock(&STARTING);
+        if let Some(watcher) = WATCHER.get() {
+            return Ok(watcher);
+        }
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
+        let watching = epoll.try_clone().map_err(Error::os("dup"))?;
+        // The thread finds the watcher in its cell: whoever can register with it has put it there.
+        thread::Builder::new()
+            .name("shmferry-watch".to_owned())
+            .spawn(move || watch(&watching, || WATCHER.get()))
+            .map_err(Error::os("starting the watcher thread"))?;
+        Ok(WATCHER.get_or_init(|| Watcher { epoll, calls: Mutex::default() }))
+    }
+}
+
+fn watch(epoll: &OwnedFd, watcher: impl Fn() -> Option<&'static Watcher>) {
+    let mut events = Vec::with_capacity(64);
+    loop {
+        events.clear();
+        match epoll::wait(epoll, spare_capacity(&mut events), None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => unreachable!("epoll_wait on an epoll of our own: {errno}"),
+        }
+        for event in &events {
+            let call = watcher().and_then(|w| lock(&w.calls).waiting.remove(&event.data.u64()));
+            // Not under the lock: the call may drop watches.
+            if let Some(call) = call {
+                call();
+            }
+        }
+    }
+}
