@@ -81,6 +81,15 @@
 //! | serve many at once without being held up by the slow ones | [`Crew`] |
 //! | attach more than a size | [`Metadata`] |
 //!
+//! | | [`Seqpacket`] with [`Memfd`] | [`PosixMq`] with [`Named`] |
+//! | --- | --- | --- |
+//! | choose it | by default | where requests must go through a POSIX queue, or no socket may be used |
+//! | processes of | any users that are allowed | one user |
+//! | a peer can make the other's memory vanish | no: it is sealed | yes: it is trusted not to |
+//! | a server turns a client away with the reason | yes | no: the client's deadline ends its wait |
+//! | requests under way | bounded for each client | 10 in the queue for all, unless the system allows more |
+//! | left after `kill -9` of both | a socket and a lock file | those of the queue, and the segments, until the next start |
+//!
 //! # Errors
 //! [`Error`] tells causes apart, and [`Error::fault`] whose they are. Every wait takes a
 //! [`Deadline`], or the transfer's patience, and ends at once when the peer's process ends:
@@ -96,15 +105,19 @@
 //! are mapped, and the receiver maps slots read-only. The socket is this user's alone unless told
 //! otherwise, and the peer's user is checked on both sides.
 //!
+//! That is the socket with [`Memfd`]. [`PosixMq`] with [`Named`] is for processes of one user that trust
+//! each other not to shrink a segment under the other's feet.
+//!
 //! A server is given all segments of a pool: have one pool for each server that you would not trust
 //! with another's bytes. A client can give memory that it handed over back to the system, and the
 //! server's next write takes it from the system anew. Not defended against: a peer of the same user
 //! that attaches a debugger, or uses up the machine.
 //!
 //! # Limits
-//! - Linux only (5.3 or later, for `pidfd_open`); one machine, one memory.
+//! - Between processes on Linux only (5.3 or later, for `pidfd_open`); one machine, one memory. Elsewhere
+//!   there are named segments, transfers, and the queue within a process; none of it has been run there.
 //! - A segment has 1 to 512 slots of up to 1 GiB; a key up to 4,096 bytes, metadata up to 1,024.
-//! - Each segment costs its owner one file descriptor.
+//! - Each segment costs its owner one file descriptor; a named one costs the server one, too.
 //! - Bytes are copied twice: by the kernel into the slot (`pread`), and out of it. Nothing is lent.
 //! - Memory pages of 4 KiB.
 //! - A process with a limit on file sizes (`ulimit -f`) below a segment gets `SIGXFSZ` when it makes
@@ -120,7 +133,7 @@
 //! The byte layout and the rules that the comments cite (L, P, S) are in `docs/protocol.md`, the
 //! decisions in `docs/design.md`, and what used to break in `docs/failure-modes.md`.
 #![deny(missing_docs)]
-// Excused in `segment/mapping.rs` and `peer/credentials.rs`, where each block carries its proof.
+// Excused in `segment/mapping.rs`, `peer/credentials.rs` and `sync/raw_sync.rs`, where each block carries its proof.
 #![deny(unsafe_code)]
 // The library returns errors; only a defect of its own may panic.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]

@@ -13,9 +13,11 @@ mod memfd;
 mod named;
 mod pool;
 
+#[cfg(target_os = "linux")]
+pub(crate) use header::LAYOUT_VERSION;
 #[cfg(test)]
 pub(crate) use header::Turn;
-pub(crate) use header::{ChunkLen, HEADER_LEN, Header, LAYOUT_VERSION, MAX_METADATA, Phase};
+pub(crate) use header::{ChunkLen, HEADER_LEN, Header, MAX_METADATA, Phase};
 pub(crate) use mapping::Mapping;
 #[cfg(target_os = "linux")]
 pub(crate) use memfd::attach as attach_memfd;

@@ -126,3 +126,136 @@ fn failed(call: &'static str) -> impl FnOnce(ShmemError) -> Error {
         Error::Os { call, source }
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::super::sealed::Backing as _;
+    use super::*;
+    use rustix::fs::{FallocateFlags, Mode, fallocate, ftruncate};
+    use rustix::shm;
+    use std::os::unix::fs::MetadataExt;
+
+    /// A pool of the test's own, so that no names meet.
+    fn owned() -> (Ownership, SegmentId, Geometry) {
+        let mut random = [0; 8];
+        getrandom::fill(&mut random).unwrap();
+        let id = SegmentId { pool: PoolId(u64::from_ne_bytes(random)), index: 3 };
+        (Named::own(id.pool).unwrap(), id, Geometry::new(2, 5000).unwrap())
+    }
+
+    fn refusal(owner: Owner, id: SegmentId, geometry: Geometry) -> LayoutMismatch {
+        match attach(owner, id, geometry) {
+            Err(Error::Layout(mismatch)) => mismatch,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Memory under the segment's name that was not made by us; removed when dropped.
+    struct Impostor(String);
+
+    impl Impostor {
+        fn new(name: String, len: u64, allocated: bool) -> Impostor {
+            let flags = shm::OFlags::RDWR | shm::OFlags::CREATE | shm::OFlags::EXCL;
+            let fd = shm::open(&*name, flags, Mode::RUSR | Mode::WUSR).unwrap();
+            ftruncate(&fd, len).unwrap();
+            if allocated {
+                fallocate(&fd, FallocateFlags::empty(), 0, len).unwrap();
+            }
+            Impostor(name)
+        }
+    }
+
+    impl Drop for Impostor {
+        fn drop(&mut self) {
+            shm::unlink(&*self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_honest_segment_is_attached_and_its_name_goes_with_it() {
+        let (own, id, geometry) = owned();
+        let path = format!("/dev/shm{}", own.owner.segment(id.index));
+        let (owned, memory) = Named::create(&own, id, geometry).unwrap();
+        let found = std::fs::metadata(&path).unwrap();
+        assert_eq!(found.mode() & 0o777, 0o600);
+        assert_eq!((found.len(), found.blocks() * 512), (20_480, 20_480), "allocated when it is made");
+        let attached = memory.attach(id, geometry).unwrap();
+        attached.writable().write_slot(1, 4990, b"0123456789");
+        let mut seen = [0; 10];
+        owned.readable().read_slot(1, 4990, &mut seen);
+        assert_eq!(&seen, b"0123456789");
+        drop(attached);
+        assert!(own.owner.has_named(id.index), "it is the owner's to remove");
+        drop(owned);
+        assert!(!own.owner.has_named(id.index));
+    }
+
+    #[test]
+    fn only_the_segment_that_was_announced() {
+        let (own, id, geometry) = owned();
+        let (_owned, _memory) = Named::create(&own, id, geometry).unwrap();
+        let recut = Geometry::new(2, 5001).unwrap();
+        let found = LayoutMismatch::Geometry { slot_count: 2, slot_len: 5000 };
+        assert_eq!(refusal(own.owner, id, recut), found);
+        let longer = Geometry::new(3, 5000).unwrap();
+        let sizes = LayoutMismatch::Size { found: 20_480, expected: 28_672 };
+        assert_eq!(refusal(own.owner, id, longer), sizes);
+        let other = SegmentId { pool: PoolId(!id.pool.0), ..id };
+        let found = LayoutMismatch::Identity { found: id, expected: other };
+        assert_eq!(refusal(own.owner, other, geometry), found);
+        let absent = attach(own.owner, SegmentId { index: 4, ..id }, geometry);
+        assert!(
+            matches!(&absent, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound),
+            "{absent:?}"
+        );
+    }
+
+    #[test]
+    fn nothing_that_could_kill_us_by_itself() {
+        let (own, id, geometry) = owned();
+        let (name, len) = (own.owner.segment(id.index), geometry.mapped_len() as u64);
+        for (found, allocated, refused) in [
+            (0, false, LayoutMismatch::Size { found: 0, expected: len }),
+            (len - 1, true, LayoutMismatch::Size { found: len - 1, expected: len }),
+            (len, false, LayoutMismatch::Sparse { present: 0, expected: len }),
+            (len, true, LayoutMismatch::NotASegment),
+        ] {
+            let _impostor = Impostor::new(name.clone(), found, allocated);
+            assert_eq!(refusal(own.owner, id, geometry), refused);
+        }
+        // Nor is a name that is taken written over.
+        let _impostor = Impostor::new(name.clone(), len, true);
+        let made = Named::create(&own, id, geometry);
+        assert!(
+            matches!(&made, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists)
+        );
+    }
+
+    #[test]
+    fn the_receiver_cannot_write_to_slots() {
+        let (own, id, geometry) = owned();
+        let (owned, _memory) = Named::create(&own, id, geometry).unwrap();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let header = std::ptr::from_ref(owned.header()).addr();
+        let line = |start: usize| maps.lines().find(|line| line.starts_with(&format!("{start:x}-"))).unwrap();
+        assert!(line(header).contains(" rw-s "));
+        assert!(line(header + 4096).contains(" r--s "));
+    }
+
+    #[test]
+    fn a_sweep_removes_the_names_of_the_dead_and_nobody_elses() {
+        let (living, id, geometry) = owned();
+        let (_owned, _memory) = Named::create(&living, id, geometry).unwrap();
+        // What is left of an owner: its lifeline, held by nobody, and a segment; or the latter alone.
+        let dead = |pool: u64| Owner { pid: living.owner.pid, pool: PoolId(pool) };
+        let (dead, ending) = (dead(id.pool.0 ^ 1), dead(id.pool.0 ^ 2));
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, dead.lifeline(), fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        for owner in [dead, ending] {
+            std::mem::forget(Impostor::new(owner.segment(7), 4096, false));
+        }
+        sweep();
+        assert!(!dead.lifeline().exists() && !dead.has_named(7) && !ending.has_named(7));
+        assert!(living.owner.lifeline().exists() && living.owner.has_named(id.index));
+    }
+}

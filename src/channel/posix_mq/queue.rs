@@ -144,6 +144,7 @@ impl PosixMqQueue {
                 link.sever(|| None);
                 let gone = clients.upgrade().and_then(|clients| lock(&clients).remove(&owner));
                 drop(gone); // unmaps, and not under the lock
+                sweep(); // its names, if it was killed
             }
         })?;
         let client = Arc::new(Client { link, mapped: Mutex::default(), _watch: watch });
