@@ -304,6 +304,7 @@ fn wall_clock_nanos() -> u32 {
 mod tests {
     use super::super::atomic::Release;
     use super::*;
+    use crate::{Memfd, SegmentPool};
     use std::io::{BufRead, BufReader};
     use std::mem;
     use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -342,13 +343,13 @@ mod tests {
             self.word.fetch_add(1, Release);
             self.parker.unpark_all(&self.word);
         }
+    }
 
-        /// Dies, as it were, with the mutex in its hands.
-        fn take_the_mutex_away(&self) {
-            // SAFETY: made by `made` (R1, R2).
-            let (mutex, _) = unsafe { Mutex::from_existing(self.parker.memory(), ptr::null_mut()) }.unwrap();
-            mem::forget(mutex.lock().unwrap());
-        }
+    /// Dies, as it were, with the mutex in its hands.
+    fn take_the_mutex_away(parker: &Parker) {
+        // SAFETY: every parker here is initialised (R1, R2).
+        let (mutex, _) = unsafe { Mutex::from_existing(parker.memory(), ptr::null_mut()) }.unwrap();
+        mem::forget(mutex.lock().unwrap());
     }
 
     /// Fails, instead of hanging, what would hang; does not wait for it then.
@@ -471,7 +472,7 @@ mod tests {
     #[test]
     fn a_mutex_that_is_never_let_go_holds_up_nobody() {
         let bed = Bed::made();
-        bed.take_the_mutex_away();
+        take_the_mutex_away(&bed.parker);
         let slept = {
             let bed = Arc::clone(&bed);
             ends(move || {
@@ -484,7 +485,7 @@ mod tests {
         assert!(!bed.parker.is_sound());
 
         let bed = Bed::made();
-        bed.take_the_mutex_away();
+        take_the_mutex_away(&bed.parker);
         ends(move || {
             bed.post();
             assert!(!bed.parker.is_sound());
@@ -514,7 +515,7 @@ mod tests {
                         assert!(posted || start.elapsed() >= HALF);
                     });
                     thread::sleep(HALF / 5);
-                    bed.take_the_mutex_away();
+                    take_the_mutex_away(&bed.parker);
                     thread::sleep(HALF * 2);
                     if posted {
                         bed.post();
@@ -523,6 +524,20 @@ mod tests {
                 assert!(!bed.parker.is_sound());
             });
         }
+    }
+
+    #[test]
+    fn a_pool_replaces_a_segment_whose_event_is_jammed() {
+        let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(4096).slots(1).create().unwrap();
+        let lease = pool.lease(Deadline::NEVER).unwrap();
+        let free = &lease.segment().header().free;
+        take_the_mutex_away(free.parker());
+        free.poison();
+        assert!(!free.is_sound());
+        drop(lease);
+        let lease = pool.lease(Deadline::NEVER).unwrap();
+        assert_eq!(pool.stats().retired, 1);
+        assert!(lease.segment().header().free.is_sound());
     }
 
     /// As one is that was right when the wall clock was set back.

@@ -60,6 +60,12 @@ impl Semaphore {
         Semaphore { word, sleepers, parker: Default::default() }
     }
 
+    #[cfg(test)]
+    #[allow(dead_code, reason = "for the tests of those parkers that can break")]
+    pub(super) fn parker(&self) -> &Parker {
+        &self.parker
+    }
+
     /// Makes what sleepers need, once, where the semaphore will stay. For the owner, before anyone
     /// else maps the segment.
     pub(crate) fn initialise(&self) {
