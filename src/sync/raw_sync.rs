@@ -41,6 +41,8 @@
 //!   second, is in sleeps of less than one only.
 //! * A peer that writes rubbish into the event can do to us whatever a broken mutex does, which
 //!   includes ending this process. The futex parker has no such weakness: it keeps nothing here.
+//! * `raw_sync` has several threads hold a `&mut` to the event at once, under its mutex or in their
+//!   sleep. The compiler sees C calls there and no more; Rust's rules are broken all the same.
 //! * A wake whose poster dies between `rung` and the signal comes up to a second late.
 //!
 //! # Orderings
