@@ -125,6 +125,11 @@
 //! - Memory that a container's limit would refuse is not foreseen: a pool is checked against what the
 //!   machine has available.
 //!
+//! # Features
+//! - `raw-sync` (off): sleep by the crate `raw_sync`, as systems without a futex would have to. For
+//!   testing that; slower, and weaker when a peer is killed. Both processes must be built alike, or
+//!   attaching fails with a mismatch of versions.
+//!
 //! # When not to use it
 //! - If the receiver can open the file itself, or be handed its descriptor, let it.
 //! - If all you move is small messages, a Unix socket does it with far less machinery.

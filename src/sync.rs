@@ -5,10 +5,6 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-#[cfg(not(loom))]
-mod futex;
-#[cfg(loom)]
-mod model;
 mod semaphore;
 mod spin;
 mod turnstile;
@@ -26,10 +22,11 @@ pub(crate) mod atomic {
 }
 
 // The one place that chooses how a thread of one process sleeps for a thread of another.
-#[cfg(not(loom))]
-pub(crate) use futex::Parker;
-#[cfg(loom)]
-pub(crate) use model::Parker;
+#[cfg_attr(loom, path = "sync/model.rs")]
+#[cfg_attr(all(not(loom), target_os = "linux", not(feature = "raw-sync")), path = "sync/futex.rs")]
+#[cfg_attr(all(not(loom), any(not(target_os = "linux"), feature = "raw-sync")), path = "sync/raw_sync.rs")]
+mod parker;
+pub(crate) use parker::Parker;
 
 /// A point in monotonic time after which a wait gives up; or never.
 ///

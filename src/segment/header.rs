@@ -1,11 +1,12 @@
 //! The first page of a segment: its layout (rules L), field by field, and the turn word.
 //!
-//! Only atomics, so that a reference to the header is sound while another process writes to it.
+//! Only atomics, and what the parker keeps in cells, so that a reference to the header is sound
+//! while another process writes to it.
 //! Groups that different sides write are 128 bytes apart, since processors fetch lines in pairs.
 
 use crate::error::{LayoutMismatch, PeerFault};
-use crate::sync::Semaphore;
 use crate::sync::atomic::{AcqRel, Acquire, AtomicU8, AtomicU32, AtomicU64, Relaxed, Release};
+use crate::sync::{Parker, Semaphore};
 
 use super::{Geometry, PoolId, SegmentId};
 
@@ -15,8 +16,9 @@ pub(crate) const HEADER_LEN: u32 = 4096;
 pub(crate) const MAX_SLOTS: u32 = 512;
 /// The most metadata an announcement carries, in bytes.
 pub(crate) const MAX_METADATA: usize = 1024;
-/// Version of this layout and of the rules that go with it.
-pub(crate) const LAYOUT_VERSION: u32 = 1;
+/// Version of this layout and of the rules that go with it. The parker is one of them: two
+/// processes that sleep differently would not hear each other.
+pub(crate) const LAYOUT_VERSION: u32 = 1 | Parker::KIND << 16;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"shmferry");
 
@@ -82,15 +84,19 @@ const _: () = {
     assert!(offset_of!(Header, turn) == 128);
     assert!(offset_of!(Header, announcement) == 256);
     assert!(offset_of!(Header, filled) == 1408);
-    assert!(offset_of!(Header, free) == 1536);
-    assert!(offset_of!(Header, receiver) == 1664);
-    assert!(offset_of!(Header, chunks) == 1792);
-    assert!(size_of::<Semaphore>() == 128);
+    let (semaphore, free, receiver, chunks) = match Parker::KIND {
+        0 => (128, 1536, 1664, 1792),
+        _ => (256, 1664, 1920, 2048),
+    };
+    assert!(size_of::<Semaphore>() == semaphore);
+    assert!(offset_of!(Header, free) == free);
+    assert!(offset_of!(Header, receiver) == receiver);
+    assert!(offset_of!(Header, chunks) == chunks);
     assert!(offset_of!(Announcement, metadata) == 24);
 };
 
 impl Header {
-    /// Writes the geometry and the first turn. The owner's, before anyone else maps the segment.
+    /// Writes the geometry and the first turn, and makes the semaphores. The owner's, before anyone else maps the segment.
     pub(crate) fn initialise(&self, id: SegmentId, geometry: Geometry) {
         let group = &self.geometry;
         group.version.store(LAYOUT_VERSION, Relaxed);
@@ -100,6 +106,8 @@ impl Header {
         group.pool.store(id.pool.0, Relaxed);
         group.index.store(id.index, Relaxed);
         self.turn.0.store(Turn::word(0, Phase::Idle), Relaxed);
+        self.filled.initialise();
+        self.free.initialise();
         // Last, and with `Release`: whoever finds the magic finds the rest.
         group.magic.store(MAGIC, Release);
     }

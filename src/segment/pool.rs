@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Link;
-use crate::sync::{Deadline, Interrupted, Turnstile, lock};
+use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile, lock};
 
 use super::{Backing, Geometry, Phase, PoolId, ReadSlots, Segment, SegmentId, WriteSlots};
 
@@ -299,9 +299,11 @@ pub(crate) struct Stock<B> {
 }
 
 impl<B: Backing> Stock<B> {
-    /// Whether the segment is really idle, as one that no sender has spoilt.
+    /// Whether the segment is really idle, and its semaphores wake, as one that no sender has spoilt.
     fn is_sound(&self) -> bool {
-        matches!(self.segment.header().turn.load(), Ok((_, Phase::Idle)))
+        let header = self.segment.header();
+        let idle = matches!(header.turn.load(), Ok((_, Phase::Idle)));
+        idle && header.filled.is_sound() && header.free.is_sound()
     }
 
     /// The segment as a sender in this same process has it.
@@ -416,7 +418,8 @@ impl<B> Lingering<B> {
                     if let Some(link) = self.link.as_ref().filter(|link| link.is_severed()) {
                         // It may be dying, or alive and about to find out that we hung up.
                         if link.wait_dead(deadline.min(Deadline::after(GLANCE))) {
-                            return turn.advance(self.generation, phase, Phase::Idle).is_ok();
+                            return Semaphore::SURVIVES_KILL
+                                && turn.advance(self.generation, phase, Phase::Idle).is_ok();
                         }
                     }
                 }

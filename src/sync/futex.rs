@@ -18,6 +18,18 @@ pub(crate) struct Parker;
 const SHARED: futex::Flags = futex::Flags::empty();
 
 impl Parker {
+    /// Part of the layout version.
+    pub(crate) const KIND: u32 = 0;
+
+    /// The kernel forgets a sleeper that dies.
+    pub(crate) const SURVIVES_KILL: bool = true;
+
+    pub(crate) fn initialise(&self) {}
+
+    pub(crate) fn is_sound(&self) -> bool {
+        true
+    }
+
     /// Sleeps while `word` holds `expected`, until a wake or the deadline. Returns early for no
     /// reason at times; the caller looks at the word again.
     pub(crate) fn park(&self, word: &AtomicU32, expected: u32, deadline: Deadline) -> io::Result<()> {

@@ -16,6 +16,15 @@ pub(crate) struct Parker {
 }
 
 impl Parker {
+    pub(crate) const KIND: u32 = 0;
+    pub(crate) const SURVIVES_KILL: bool = true;
+
+    pub(crate) fn initialise(&self) {}
+
+    pub(crate) fn is_sound(&self) -> bool {
+        true
+    }
+
     pub(crate) fn park(&self, word: &AtomicU32, expected: u32, _deadline: Deadline) -> io::Result<()> {
         let bucket = self.bucket.lock().unwrap();
         if word.load(Relaxed) == expected {

@@ -51,14 +51,35 @@ pub(crate) struct Semaphore {
 }
 
 impl Semaphore {
+    /// Whether a semaphore can be used again after a process that used it has died.
+    pub(crate) const SURVIVES_KILL: bool = Parker::SURVIVES_KILL;
+
     #[cfg(test)]
     fn with(permits: u32) -> Semaphore {
         let (word, sleepers) = (AtomicU32::new(permits), AtomicU32::new(0));
         Semaphore { word, sleepers, parker: Default::default() }
     }
 
+    #[cfg(test)]
+    #[allow(dead_code, reason = "for the tests of those parkers that can break")]
+    pub(super) fn parker(&self) -> &Parker {
+        &self.parker
+    }
+
+    /// Makes what sleepers need, once, where the semaphore will stay. For the owner, before anyone
+    /// else maps the segment.
+    pub(crate) fn initialise(&self) {
+        self.parker.initialise();
+    }
+
+    /// Whether it wakes sleepers as it should; if not, they notice later.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.parker.is_sound()
+    }
+
     /// Starts afresh with `permits`. Only while nobody else uses the semaphore: for an owner whose
-    /// segment no sender holds (rule P6).
+    /// segment no sender holds (rule P6). The parker is left alone: a late sender may be inside its
+    /// last wake, which never harms more than to wake somebody for nothing.
     pub(crate) fn reset(&self, permits: u32) {
         self.sleepers.store(0, Relaxed);
         self.word.store(permits, Relaxed);
@@ -124,7 +145,8 @@ impl Semaphore {
         self.word.fetch_or(POISON, Release); // pair 1
     }
 
-    /// The second half of `post` and `poison`. Writes nothing to shared memory.
+    /// The second half of `post` and `poison`. Writes nothing to shared memory, but what the parker
+    /// keeps there for itself.
     pub(crate) fn wake(&self) {
         fence(SeqCst); // pair 2
         if self.sleepers.load(Relaxed) != 0 {
@@ -269,6 +291,12 @@ mod tests {
     use std::thread;
     use std::time::{Duration, Instant};
 
+    fn placed(permits: u32) -> Arc<Semaphore> {
+        let semaphore = Arc::new(Semaphore::with(permits));
+        semaphore.initialise();
+        semaphore
+    }
+
     fn soon() -> Deadline {
         Deadline::after(Duration::from_secs(30))
     }
@@ -284,7 +312,7 @@ mod tests {
 
     #[test]
     fn permits_are_counted() {
-        let s = Semaphore::with(2);
+        let s = placed(2);
         let first = s.try_wait().unwrap();
         let _second = s.try_wait().unwrap();
         assert!(matches!(s.try_wait(), Err(Interrupted::TimedOut)));
@@ -294,7 +322,7 @@ mod tests {
 
     #[test]
     fn a_wait_ends_at_its_deadline_and_not_before() {
-        let s = Semaphore::with(0);
+        let s = placed(0);
         let start = Instant::now();
         let patience = Duration::from_millis(50);
         assert!(matches!(s.wait(Deadline::after(patience)), Err(Interrupted::TimedOut)));
@@ -304,7 +332,7 @@ mod tests {
 
     #[test]
     fn poison_wakes_a_sleeper_and_lets_permits_drain_first() {
-        let s = Arc::new(Semaphore::with(1));
+        let s = placed(1);
         let drained = {
             let s = Arc::clone(&s);
             thread::spawn(move || {
@@ -316,7 +344,7 @@ mod tests {
         s.poison();
         assert!(matches!(drained.join().unwrap(), Err(Interrupted::Poisoned)));
 
-        let s = Semaphore::with(1);
+        let s = placed(1);
         s.poison();
         assert!(s.wait(soon()).is_ok());
         assert!(matches!(s.wait(soon()), Err(Interrupted::Poisoned)));
@@ -326,7 +354,7 @@ mod tests {
 
     #[test]
     fn a_post_wakes_a_sleeper() {
-        let s = Arc::new(Semaphore::with(1));
+        let s = placed(1);
         let permit = s.try_wait().unwrap();
         let sleeper = {
             let s = Arc::clone(&s);
@@ -339,7 +367,7 @@ mod tests {
 
     #[test]
     fn two_threads_ping_pong_without_losing_a_wake() {
-        let pair = Arc::new((Semaphore::with(1), Semaphore::with(0)));
+        let pair = Arc::new((placed(1), placed(0)));
         let other = {
             let pair = Arc::clone(&pair);
             thread::spawn(move || {
@@ -352,5 +380,18 @@ mod tests {
             pair.1.post(pair.0.wait(soon()).unwrap());
         }
         other.join().unwrap();
+    }
+
+    #[test]
+    fn two_sleepers_both_get_a_permit() {
+        let s = placed(2);
+        let permits = [s.try_wait().unwrap(), s.try_wait().unwrap()];
+        let sleepers = [(); 2].map(|()| {
+            let s = Arc::clone(&s);
+            thread::spawn(move || s.wait(Deadline::NEVER).map(drop))
+        });
+        assert!(has_sleeper(&s));
+        permits.into_iter().for_each(|permit| s.post(permit));
+        sleepers.into_iter().for_each(|sleeper| sleeper.join().unwrap().unwrap());
     }
 }
