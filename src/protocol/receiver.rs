@@ -384,7 +384,7 @@ impl Receiver {
     fn why_poisoned(&self) -> Error {
         match (self.header().turn.phase_of(self.generation), self.offer.link()) {
             (Some(Phase::Aborted), _) => Error::Aborted,
-            (Some(Phase::Withdrawn), _) => Misuse::NeverSent.into(),
+            (Some(Phase::Withdrawn), None) => Misuse::NeverSent.into(),
             (_, Some(link)) if link.is_severed() => link.obituary(),
             // An aborting sender poisons just before its last act, which sets the phase.
             (Some(Phase::Accepted | Phase::Announced), _) => Error::Aborted,
