@@ -18,7 +18,10 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use crate::error::{Error, Rejection, Result};
 use crate::sync::{Deadline, lock, wait_ready};
 
+mod aside;
 mod credentials;
+
+pub(crate) use aside::{MOST_DESCRIPTORS, Socket, Strays, is_behind};
 
 /// The process at the other end of a connection, as the kernel vouched for it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -191,7 +194,7 @@ impl Drop for Enrolment {
 
 /// Calls `then`, once, on the watcher thread, when the socket's other end hangs up. Dropping the
 /// returned watch forgets about it.
-pub(crate) fn on_hang_up(socket: Arc<OwnedFd>, then: impl FnOnce() + Send + 'static) -> Result<Watch> {
+pub(crate) fn on_hang_up(socket: Arc<Socket>, then: impl FnOnce() + Send + 'static) -> Result<Watch> {
     let watcher = Watcher::of_this_process()?;
     let token = {
         let mut calls = lock(&watcher.calls);
@@ -209,7 +212,7 @@ pub(crate) fn on_hang_up(socket: Arc<OwnedFd>, then: impl FnOnce() + Send + 'sta
 
 /// Keeps a connection watched.
 pub(crate) struct Watch {
-    socket: Arc<OwnedFd>,
+    socket: Arc<Socket>,
     token: u64,
     watcher: &'static Watcher,
 }

@@ -8,6 +8,7 @@ use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -611,12 +612,13 @@ const TOO_MANY_BYTES: u32 = 4;
 type Deed = (&'static str, fn(&Path, &mut Vec<Box<dyn Send>>));
 
 /// What the client does, one after the other. What is to last is put aside.
-const DEEDS: [Deed; 11] = [
+const DEEDS: [Deed; 12] = [
     ("stalls", stalls),
     ("gibberish", gibberish),
     ("messages cut short", cut_short),
     ("descriptors of all kinds", descriptors_of_all_kinds),
     ("descriptors in heaps", descriptors_in_heaps),
+    ("descriptors that do not close", descriptors_that_do_not_close),
     ("memory that goes", memory_that_goes),
     ("requests for nothing", requests_for_nothing),
     ("words one by one", words_one_by_one),
@@ -697,7 +699,7 @@ fn descriptors_of_all_kinds(path: &Path, _: &mut Vec<Box<dyn Send>>) {
     let len = LEN as u64;
     let (pipe, _inlet) = std::io::pipe().unwrap();
     let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let open = |path: &str, flags| rustix::fs::open(path, flags, Mode::empty()).unwrap();
     let file = tempfile::tempfile().unwrap();
     rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len).unwrap();
@@ -787,6 +789,32 @@ fn descriptors_in_heaps(path: &Path, _: &mut Vec<Box<dyn Send>>) {
     line.say(&hello(512, 1 << 30), &[]);
     line.say(&segment(0), &[fd.as_fd()]);
     assert_eq!(line.last_words(), Some(TOO_MANY_BYTES));
+}
+
+/// A socket that lingers, whose last descriptor makes whoever closes it wait, and its other end.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while (&socket).write(&[0; 65_536]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::from_secs(120))).unwrap();
+    (socket, listener.accept().unwrap().0) // which reads nothing
+}
+
+fn descriptors_that_do_not_close(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
+    for round in 0..16 {
+        let (socket, other) = lingering();
+        let line = Line::to(path);
+        line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        match round % 3 {
+            0 => line.say(&segment(0), &[socket.as_fd()]),
+            1 => line.say(&segment(0), &[socket.as_fd(); 30]),
+            // It is hung up on before that is read.
+            _ => [&[9][..], &segment(0)].iter().for_each(|message| line.say(message, &[socket.as_fd()])),
+        }
+        thread::spawn(|| drop(socket)); // the last one is the server's, mostly
+        lasting.push(Box::new((line, other)));
+    }
 }
 
 fn memory_that_goes(path: &Path, _: &mut Vec<Box<dyn Send>>) {
@@ -1218,6 +1246,15 @@ fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> 
             deal.line.try_say(&random.bytes(60_000), &vec![proper(0).as_fd(); 253]);
             return false;
         }
+        "words that do not close, and an end" => {
+            for _ in 0..3 {
+                let (socket, other) = lingering();
+                deal.line.try_say(&[9], &[socket.as_fd(); 20]);
+                thread::spawn(|| drop(socket)); // the last one is the receiver's, mostly
+                std::mem::forget(other);
+            }
+            return false;
+        }
         "an end" => return false,
         "an end after a chunk" => {
             deal.announce(FOUND, UNKNOWN, 0);
@@ -1278,7 +1315,7 @@ fn a_hostile_server_harms_nobody() {
     whole();
 
     type Check = fn(&Result<Vec<u8>, Error>) -> bool;
-    let deeds: [(&str, Check); 20] = [
+    let deeds: [(&str, Check); 21] = [
         ("chunk too long", |r| matches!(r, Err(Error::Peer(ChunkTooLong { len: 2049, limit: 2048 })))),
         ("longest chunk", |r| matches!(r, Err(Error::Peer(ChunkTooLong { .. })))),
         ("sum too long", |r| matches!(r, Err(Error::Peer(TooLong { announced: 2049, received: 2050 })))),
@@ -1297,6 +1334,7 @@ fn a_hostile_server_harms_nobody() {
         ("babble", |r| matches!(r, Ok(bytes) if *bytes == pattern(10_000))),
         ("babble and an end", |r| matches!(r, Err(Error::Disconnected))),
         ("unknown farewell", |r| matches!(r, Err(Error::Rejected(Rejection::Protocol)))),
+        ("words that do not close, and an end", |r| matches!(r, Err(Error::Disconnected))),
         ("an end", |r| matches!(r, Err(Error::Disconnected))),
         ("an end after a chunk", |r| matches!(r, Err(Error::Disconnected))),
     ];

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::IoSliceMut;
-use std::os::fd::{AsFd, OwnedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -16,7 +17,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, SocketAddrUnix};
 use crate::channel::{Request, Requester, SendError};
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Rejection, Result};
-use crate::peer::{Link, Peer, Watch, on_hang_up};
+use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, on_hang_up};
 use crate::segment::{Memfd, SegmentPool};
 use crate::sync::atomic::{Acquire, AtomicU64, Release};
 use crate::sync::{Deadline, Turnstile, lock};
@@ -142,7 +143,7 @@ pub(super) fn pause(attempt: u32, deadline: Deadline) {
 
 /// One connection to one server process.
 pub(super) struct Connection {
-    socket: Arc<OwnedFd>,
+    socket: Arc<Socket>,
     link: Arc<Link>,
     /// The edition of the pool that the server has been given; `NONE` before the first.
     edition: AtomicU64,
@@ -164,7 +165,7 @@ impl Connection {
         pool: &SegmentPool<Memfd>,
         deadline: Deadline,
     ) -> Result<Option<Connection>> {
-        let socket = socket()?;
+        let socket = Socket::from(socket()?);
         for attempt in 0.. {
             match rustix::net::connect(&socket, address) {
                 Ok(()) => break,
@@ -263,12 +264,16 @@ impl Drop for Connection {
 }
 
 /// Why the server hung up, if it said so.
-fn last_words(socket: &OwnedFd) -> Option<Rejection> {
+fn last_words(socket: &Socket) -> Option<Rejection> {
     let mut buffer = [0; MAX_MESSAGE];
     let mut listen = || {
-        let mut nothing = RecvAncillaryBuffer::default();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut into = [IoSliceMut::new(&mut buffer)];
-        rustix::net::recvmsg(socket, &mut into, &mut nothing, RecvFlags::DONTWAIT)
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let heard = rustix::net::recvmsg(socket, &mut into, &mut control, flags);
+        drop(Strays::of(&mut control)); // words should have none
+        heard
     };
     // A server that hangs up on unread messages leaves an error before its last words.
     let heard = listen().or_else(|errno| if errno == Errno::CONNRESET { listen() } else { Err(errno) });
