@@ -289,7 +289,9 @@ mod tests {
         (0..3).for_each(|n| jobs.send(n).unwrap());
         drop(jobs);
         assert!(crew.join(soon()));
-        assert_eq!(results.iter().collect::<Vec<_>>(), [1, 2]);
+        let mut done: Vec<_> = results.iter().collect();
+        done.sort(); // two threads may take them, and either be the first in the place
+        assert_eq!(done, [1, 2]);
     }
 
     #[test]

@@ -12,6 +12,8 @@ use crate::error::{Error, Rejection};
 use crate::sync::{Deadline, lock};
 
 #[cfg(target_os = "linux")]
+mod aside;
+#[cfg(target_os = "linux")]
 mod credentials;
 #[cfg(target_os = "linux")]
 mod lifeline;
@@ -22,6 +24,9 @@ mod watcher;
 pub(crate) use lifeline::{Lifeline, is_held};
 #[cfg(target_os = "linux")]
 pub(crate) use watcher::{Watch, on_hang_up};
+
+#[cfg(target_os = "linux")]
+pub(crate) use aside::{MOST_DESCRIPTORS, Socket, Strays, is_behind};
 
 /// The process at the other end of a connection, as the kernel vouched for it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -15,7 +15,7 @@ use rustix::process::getuid;
 use crate::channel::line::pause;
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
-use crate::peer::Peer;
+use crate::peer::{Peer, Socket};
 use crate::segment::{Memfd, SegmentPool};
 use crate::sync::{Deadline, wait_ready};
 
@@ -208,7 +208,7 @@ fn socket_address(path: &Path) -> Result<SocketAddrUnix> {
 }
 
 /// Sends one message, and a descriptor with it, waiting for room until the deadline.
-fn send(socket: &OwnedFd, message: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Deadline) -> Result<()> {
+fn send(socket: &Socket, message: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Deadline) -> Result<()> {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     loop {
         let fds = fd.as_slice();

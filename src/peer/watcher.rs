@@ -1,7 +1,7 @@
 //! The one thread of a process that learns of hang-ups, and tells whoever they concern.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
@@ -12,10 +12,12 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 use crate::sync::lock;
 
-/// Calls `then`, once, on the watcher thread, when the other end of a socket or
-/// FIFO hangs up. Dropping the
-/// returned watch forgets about it.
-pub(crate) fn on_hang_up(end: Arc<OwnedFd>, then: impl FnOnce() + Send + 'static) -> Result<Watch> {
+/// Calls `then`, once, on the watcher thread, when the other end of a socket or FIFO hangs up. Dropping
+/// the returned watch forgets about it.
+pub(crate) fn on_hang_up<F: AsFd + Send + Sync + 'static>(
+    end: Arc<F>,
+    then: impl FnOnce() + Send + 'static,
+) -> Result<Watch> {
     let watcher = Watcher::of_this_process()?;
     let token = {
         let mut calls = lock(&watcher.calls);
@@ -33,7 +35,7 @@ pub(crate) fn on_hang_up(end: Arc<OwnedFd>, then: impl FnOnce() + Send + 'static
 
 /// Keeps a connection watched.
 pub(crate) struct Watch {
-    end: Arc<OwnedFd>,
+    end: Arc<dyn AsFd + Send + Sync>,
     token: u64,
     watcher: &'static Watcher,
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
-use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, Phase};
+use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::{Deadline, Interrupted, Permit, Spinner};
 
@@ -25,6 +25,9 @@ pub struct Receiver {
     spinner: Spinner,
     patience: Duration,
 }
+
+/// A generation that no turn word can name.
+const NO_GENERATION: u64 = u64::MAX;
 
 /// A request is out, or about to go out; no reply has come yet.
 #[derive(Debug)]
@@ -73,17 +76,30 @@ impl ShmTransfer<Receiver, Offered> {
     /// Opens the next generation of a leased segment. Whatever a late sender of an older one does
     /// from now on fails at its first step (rule P1).
     pub(crate) fn offer(holding: Holding) -> Result<(ShmTransfer<Receiver, Offered>, Arc<Offer>, u64)> {
-        let header = holding.segment.header();
+        match Self::open(&holding.segment) {
+            Ok(generation) => Ok(Self::offered(holding, generation)),
+            Err(fault) => {
+                // Spoilt while it was leased. It goes back nevertheless, as one to be replaced.
+                holding.give_back(NO_GENERATION, None);
+                Err(fault.into())
+            }
+        }
+    }
+
+    fn open(segment: &Segment<ReadSlots>) -> Result<u64, PeerFault> {
+        let header = segment.header();
         let (generation, _) = header.turn.load()?;
         // The segment is idle: nobody else touches what is reset here (rule P6).
         header.announcement.status.store(0, Relaxed);
         header.filled.reset(0);
-        header.free.reset(holding.segment.geometry().slot_count());
+        header.free.reset(segment.geometry().slot_count());
         header.receiver.cancelled.store(0, Relaxed);
         header.receiver.pid.store(std::process::id(), Relaxed);
         publish_cpu(&header.receiver.cpu);
-        let generation = header.turn.open_next(generation)?;
+        header.turn.open_next(generation)
+    }
 
+    fn offered(holding: Holding, generation: u64) -> (ShmTransfer<Receiver, Offered>, Arc<Offer>, u64) {
         let offer = Arc::new(Offer::new(Arc::clone(&holding.segment), generation));
         let side = Receiver {
             holding,
@@ -92,7 +108,7 @@ impl ShmTransfer<Receiver, Offered> {
             spinner: Spinner::new(),
             patience: DEFAULT_PATIENCE,
         };
-        Ok((ShmTransfer { side, state: Offered(()) }, offer, generation))
+        (ShmTransfer { side, state: Offered(()) }, offer, generation)
     }
 
     /// Waits for the sender's answer. A small file has arrived whole by then (rule P2).
@@ -371,7 +387,7 @@ impl Receiver {
     fn why_poisoned(&self) -> Error {
         match (self.header().turn.phase_of(self.generation), self.offer.link()) {
             (Some(Phase::Aborted), _) => Error::Aborted,
-            (Some(Phase::Withdrawn), _) => Misuse::NeverSent.into(),
+            (Some(Phase::Withdrawn), None) => Misuse::NeverSent.into(),
             (_, Some(link)) if link.is_severed() => link.obituary(),
             // An aborting sender poisons just before its last act, which sets the phase.
             (Some(Phase::Accepted | Phase::Announced), _) => Error::Aborted,

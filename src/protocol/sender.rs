@@ -247,9 +247,7 @@ impl ShmTransfer<Sender, Sending> {
 
     /// Has the permit for the slot at the cursor.
     fn take_slot(&mut self, deadline: Deadline) -> Result<()> {
-        if !matches!(self.side.phase, Phase::Accepted | Phase::Announced) {
-            return Err(Misuse::TransferOver.into());
-        }
+        self.side.is_on()?;
         if self.state.permit.is_none() {
             self.state.permit = Some(self.side.await_free(deadline)?);
         }
@@ -264,6 +262,7 @@ impl ShmTransfer<Sender, Sending> {
     }
 
     fn publish_chunk(&mut self, chunk: ChunkLen) -> Result<()> {
+        self.side.is_on()?; // a permit from before the end is none for the segment's next transfer
         let Some(permit) = self.state.permit.take() else { return Err(Misuse::TransferOver.into()) };
         let header = self.side.segment.header();
         header.chunks[self.state.cursor as usize].store(chunk);
@@ -407,6 +406,14 @@ impl Sender {
         header.announcement.pid.store(std::process::id(), Relaxed);
         publish_cpu(&header.announcement.cpu);
         Ok(())
+    }
+
+    /// Fails unless the segment is in our hands.
+    fn is_on(&self) -> Result<()> {
+        match self.phase {
+            Phase::Accepted | Phase::Announced => Ok(()),
+            _ => Err(Misuse::TransferOver.into()),
+        }
     }
 
     fn await_free(&mut self, deadline: Deadline) -> Result<Permit> {

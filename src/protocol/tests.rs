@@ -266,6 +266,66 @@ fn a_small_file_costs_one_post_each_way() {
     assert_eq!(bytes, "small");
 }
 
+#[test]
+fn a_segment_spoilt_while_it_is_leased_is_replaced_and_not_lost() {
+    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
+    for (round, word) in [7, 0x1ff, u64::MAX, 5 << 8 | Phase::Offered as u64].into_iter().enumerate() {
+        let lease = pool.lease(soon()).unwrap();
+        lease.segment().header().turn.spoil(word);
+        let error = lease.request("key").map(drop).unwrap_err();
+        assert!(matches!(error, Error::Peer(PeerFault::ImpossibleTurn(found)) if found == word), "{error}");
+        drop(pool.lease(soon()).expect("the pool keeps its capacity"));
+        assert_eq!(pool.stats().retired, round as u64 + 1);
+    }
+    let stats = pool.stats();
+    assert_eq!((stats.segments, stats.idle), (1, 1));
+}
+
+#[test]
+fn a_sender_that_has_given_up_touches_nothing_any_more() {
+    // Too many bytes abort; whoever goes on all the same must not reach the segment's next transfer.
+    use std::io::Write;
+    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(2).create().unwrap();
+    let queue = InProcess::bounded(1);
+    for announced in [0, 10] {
+        let request = || {
+            let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+            queue.send(request, soon()).unwrap();
+            (queue.recv(soon()).unwrap(), transfer)
+        };
+        let (starting, transfer) = request();
+        let mut old = starting.accept(announced).unwrap();
+        old.next_slot(soon()).map(|_slot| ()).unwrap();
+        old.write_all(&b"01234"[..announced as usize / 2]).unwrap();
+        old.write_all(&[0; 100]).unwrap_err();
+        drop(transfer);
+
+        let (starting, transfer) = request();
+        let mut new = starting.accept(Size::Unknown).unwrap();
+        let untouched = |result: Result<()>| {
+            assert!(
+                matches!(result, Err(Error::Misuse(Misuse::TransferOver) | Error::SizeMismatch { .. })),
+                "{result:?}"
+            );
+            assert!(only(&pool).header().filled.try_wait().is_err(), "a permit from an older transfer");
+        };
+        if announced > 0 {
+            untouched(
+                old.flush().map_err(|error| error.into_inner().unwrap().downcast().map(|e| *e).unwrap()),
+            );
+        }
+        untouched(old.next_slot(soon()).map(drop));
+        untouched(old.finish().map(drop));
+        new.write_all(b"new").unwrap();
+        new.finish().unwrap();
+        let Reply::Found(mut body) = transfer.reply(soon()).unwrap() else { panic!() };
+        let mut bytes = String::new();
+        body.read_to_string(&mut bytes).unwrap();
+        assert_eq!(bytes, "new");
+    }
+    assert_eq!(pool.stats().retired, 0);
+}
+
 impl crate::segment::Turn {
     fn spoil(&self, word: u64) {
         self.raw().store(word, Release);

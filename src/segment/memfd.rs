@@ -197,4 +197,77 @@ mod tests {
         assert!(line(header).contains(" rw-s "));
         assert!(line(header + 4096).contains(" r--s "));
     }
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    /// `PROPTEST_CASES` in the environment says how many cases to try.
+    fn config(cases: u32) -> ProptestConfig {
+        let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+        ProptestConfig { cases: asked.unwrap_or(cases), failure_persistence: None, ..Default::default() }
+    }
+
+    /// A header: an honest one with a few words of it overwritten, or any bytes.
+    fn any_header() -> impl Strategy<Value = Vec<u8>> {
+        let honest = {
+            let (owned, memory) = create().unwrap();
+            let mut bytes = vec![0; 4096];
+            rustix::io::pread(&memory, &mut bytes, 0).unwrap();
+            drop(owned);
+            bytes
+        };
+        let word = prop_oneof![any::<u32>(), 0u32..9, Just(u32::MAX), Just(1 << 31)];
+        // The geometry mostly, then the words that both sides use.
+        let place = prop_oneof![4 => 0usize..11, 4 => 32usize..80, 2 => 352usize..430, 1 => 0usize..1024];
+        let edited = vec((place, word), 0..4).prop_map(move |edits| {
+            let mut bytes = honest.clone();
+            for (place, word) in edits {
+                bytes[place * 4..][..4].copy_from_slice(&word.to_ne_bytes());
+            }
+            bytes
+        });
+        prop_oneof![6 => edited, 1 => vec(any::<u8>(), 4096)]
+    }
+
+    proptest! {
+        #![proptest_config(config(20_000))]
+
+        #[test]
+        fn any_header_is_attached_as_announced_or_refused(
+            header in any_header(),
+            index in 2u32..5,
+            (slots, slot_len) in prop_oneof![Just((2, 5000)), (0u32..4, 4990u32..5010), any::<(u32, u32)>()],
+        ) {
+            let fd = memfd(geometry().mapped_len() as u64, true, SealFlags::empty());
+            rustix::io::pwrite(&fd, &header, 0).unwrap();
+            fcntl_add_seals(&fd, SEALS).unwrap();
+            let id = SegmentId { index, ..ID };
+            let Ok(claimed) = Geometry::new(slots, slot_len) else {
+                prop_assert!(slots == 0 || slots > Geometry::MAX_SLOTS
+                    || slot_len == 0 || slot_len > Geometry::MAX_SLOT_LEN);
+                return Ok(());
+            };
+            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+            let named = [word(8), word(12), word(16), word(20), word(32)] == [1, 4096, slots, slot_len, index];
+            let honest = &header[..8] == b"shmferry" && named && header[24..32] == ID.pool.0.to_ne_bytes();
+            let fits = claimed.mapped_len() == geometry().mapped_len();
+            match attach(&fd, id, claimed) {
+                Ok(segment) => {
+                    prop_assert!(honest && fits);
+                    // Whatever the words say that both sides use, reading them is safe.
+                    let shared = segment.header();
+                    if let Ok((generation, phase)) = shared.turn.load() {
+                        prop_assert_eq!(shared.turn.phase_of(generation), Some(phase));
+                    }
+                    prop_assert!(shared.filled.try_wait().is_ok() == (word(1408) & !(1 << 31) != 0));
+                    shared.free.poison();
+                    prop_assert!(shared.free.is_poisoned());
+                    let chunk = shared.chunks[0].load();
+                    prop_assert_eq!(chunk.last, word(1792) >> 31 == 1);
+                }
+                Err(Error::Layout(_)) => prop_assert!(!honest || !fits),
+                Err(error) => prop_assert!(false, "{error}"),
+            }
+        }
+    }
 }

@@ -8,19 +8,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SocketFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SocketFlags};
 
 use crate::channel::RequestQueue;
 use crate::channel::poller::Poller;
 use crate::error::{Awaited, Error, PeerFault, Rejection, Result};
-use crate::peer::{Link, Peer, Watch, on_hang_up};
+use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, is_behind, on_hang_up};
 use crate::protocol::{Sender, ShmTransfer, Starting};
 use crate::segment::{Geometry, PoolId, Segment, SegmentId, WriteSlots, attach_memfd};
 use crate::sync::{Deadline, lock};
@@ -32,7 +31,8 @@ use super::{Policy, send};
 const LISTENER: u64 = 0;
 const FIRST_CLIENT: u64 = 1;
 
-/// How soon to try again after the process ran out of descriptors for new clients.
+/// How soon to try again after the process ran out of descriptors for new clients, or has too many of
+/// them to close.
 const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(100);
 
 /// How many control messages a worker reads from one client before it looks at the others.
@@ -43,7 +43,7 @@ const BATCH: usize = 64;
 /// Dropping it removes the socket and hangs up on every client.
 pub struct SeqpacketQueue {
     poller: Arc<Poller>,
-    listener: OwnedFd,
+    listener: Socket,
     /// The listener is not armed, for lack of descriptors.
     listener_resting: AtomicBool,
     policy: Policy,
@@ -61,7 +61,7 @@ struct Clients {
 /// One connection.
 struct Client {
     token: u64,
-    socket: Arc<OwnedFd>,
+    socket: Arc<Socket>,
     link: Arc<Link>,
     peer: Peer,
     /// Locked by whoever the epoll woke for it, and so never contended.
@@ -80,6 +80,7 @@ impl SeqpacketQueue {
     pub(super) fn bind(path: &Path, policy: Policy) -> Result<SeqpacketQueue> {
         let poller = Arc::new(Poller::new()?);
         let (address, listener) = Address::listen(path)?;
+        let listener = Socket::from(listener);
         poller.add(&listener, LISTENER)?;
         Ok(SeqpacketQueue {
             poller,
@@ -114,10 +115,14 @@ impl SeqpacketQueue {
 
     /// Accepts one client, if there still is one, and lets the next knock.
     fn admit(&self) -> Result<()> {
+        if is_behind() {
+            self.listener_resting.store(true, Ordering::Relaxed);
+            return Ok(());
+        }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => {
-                let welcome = self.welcome(socket);
+                let welcome = self.welcome(socket.into());
                 self.poller.arm(&self.listener, LISTENER)?;
                 if let Err((peer, error)) = welcome {
                     self.report(peer, &error); // last: it is the application's code
@@ -135,7 +140,7 @@ impl SeqpacketQueue {
     }
 
     /// Checks who it is (rule S3) and starts listening to it.
-    fn welcome(&self, socket: OwnedFd) -> Result<(), (Option<Peer>, Error)> {
+    fn welcome(&self, socket: Socket) -> Result<(), (Option<Peer>, Error)> {
         let peer = Peer::of_socket(&socket).map_err(|error| (None, error))?;
         let reject = |why: Rejection| {
             dismiss(&socket, why);
@@ -199,10 +204,10 @@ impl SeqpacketQueue {
         let mut state = lock(&client.state);
         for _ in 0..BATCH {
             let mut buffer = [0; MAX_MESSAGE + 1];
-            let Some((len, fds)) = receive(&client.socket, &mut buffer)? else { return Ok(None) };
+            let Some((len, mut fds)) = receive(&client.socket, &mut buffer)? else { return Ok(None) };
             let message = Message::decode(&buffer[..len])?;
             let malformed = PeerFault::MalformedMessage { len };
-            match (message, state.pool, <[OwnedFd; 1]>::try_from(fds)) {
+            match (message, state.pool, &*fds.0) {
                 (Message::Hello { version, .. }, None, _) if version != VERSION => {
                     return Err(Rejection::Version { theirs: version, ours: VERSION }.into());
                 }
@@ -210,7 +215,7 @@ impl SeqpacketQueue {
                     state.pool = Some((PoolId(pool), Geometry::new(slot_count, slot_len)?));
                     client.greeted.store(true, Ordering::Relaxed);
                 }
-                (Message::Segment { index }, Some((pool, geometry)), Ok([fd])) => {
+                (Message::Segment { index }, Some((pool, geometry)), [fd]) => {
                     if state.segments.contains_key(&index) {
                         return Err(PeerFault::RepeatedSegment(index).into());
                     }
@@ -223,6 +228,7 @@ impl SeqpacketQueue {
                     }
                     let segment = attach_memfd(fd, SegmentId { pool, index }, geometry)?;
                     state.segments.insert(index, Arc::new(segment));
+                    fds.0.clear(); // memory, which closes at once
                 }
                 (Message::Retire { index }, Some(_), _) => {
                     state.segments.remove(&index).ok_or(PeerFault::UnknownSegment(index))?;
@@ -334,13 +340,13 @@ fn hang_up(client: &Client) {
 }
 
 /// Says farewell, if the client's buffer has room for it.
-fn dismiss(socket: &OwnedFd, why: Rejection) {
+fn dismiss(socket: &Socket, why: Rejection) {
     let _ = send(socket, &Message::farewell(why).encode(), None, Deadline::after(Duration::ZERO));
 }
 
 /// Takes one message and its descriptors, if there is one.
-fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<(usize, Vec<OwnedFd>)>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, Strays)>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let received = loop {
@@ -353,19 +359,12 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<(usize, Vec<Own
         }
     };
     // Whatever came along is owned, and closed, from here on.
-    let fds: Vec<OwnedFd> = control
-        .drain()
-        .filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-            _ => None,
-        })
-        .flatten()
-        .collect();
-    if received.flags.contains(ReturnFlags::CTRUNC) && fds.is_empty() {
+    let fds = Strays::of(&mut control);
+    if received.flags.contains(ReturnFlags::CTRUNC) {
         // There was one, and we had no number left for it.
         return Err(Error::os("receiving a descriptor")(Errno::MFILE));
     }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+    if received.flags.contains(ReturnFlags::TRUNC) {
         return Err(PeerFault::MalformedMessage { len: received.bytes }.into());
     }
     match received.bytes {

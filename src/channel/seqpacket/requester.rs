@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::IoSliceMut;
-use std::os::fd::{AsFd, OwnedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -15,7 +16,7 @@ use crate::channel::line::{self, Dial, Line, pause};
 use crate::channel::{Request, Requester, SendError};
 use crate::crew;
 use crate::error::{Awaited, Error, Rejection, Result};
-use crate::peer::{Link, Peer, Watch, on_hang_up};
+use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, on_hang_up};
 use crate::segment::{Memfd, SegmentPool};
 use crate::sync::atomic::{Acquire, AtomicU64, Release};
 use crate::sync::{Deadline, Turnstile, lock};
@@ -88,7 +89,7 @@ impl fmt::Debug for SeqpacketRequester {
 
 /// One connection to one server process.
 struct Connection {
-    socket: Arc<OwnedFd>,
+    socket: Arc<Socket>,
     link: Arc<Link>,
     /// The edition of the pool that the server has been given; `NONE` before the first.
     edition: AtomicU64,
@@ -110,7 +111,7 @@ impl Connection {
         pool: &SegmentPool<Memfd>,
         deadline: Deadline,
     ) -> Result<Option<Connection>> {
-        let socket = socket()?;
+        let socket = Socket::from(socket()?);
         for attempt in 0.. {
             match rustix::net::connect(&socket, address) {
                 Ok(()) => break,
@@ -215,12 +216,16 @@ impl Drop for Connection {
 }
 
 /// Why the server hung up, if it said so.
-fn last_words(socket: &OwnedFd) -> Option<Rejection> {
+fn last_words(socket: &Socket) -> Option<Rejection> {
     let mut buffer = [0; MAX_MESSAGE];
     let mut listen = || {
-        let mut nothing = RecvAncillaryBuffer::default();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut into = [IoSliceMut::new(&mut buffer)];
-        rustix::net::recvmsg(socket, &mut into, &mut nothing, RecvFlags::DONTWAIT)
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let heard = rustix::net::recvmsg(socket, &mut into, &mut control, flags);
+        drop(Strays::of(&mut control)); // words should have none
+        heard
     };
     // A server that hangs up on unread messages leaves an error before its last words.
     let heard = listen().or_else(|errno| if errno == Errno::CONNRESET { listen() } else { Err(errno) });

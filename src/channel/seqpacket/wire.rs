@@ -219,4 +219,60 @@ mod tests {
             assert_eq!(back, Some(mirrored));
         }
     }
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    /// `PROPTEST_CASES` in the environment says how many cases to try.
+    fn config(cases: u32) -> ProptestConfig {
+        let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+        ProptestConfig { cases: asked.unwrap_or(cases), failure_persistence: None, ..Default::default() }
+    }
+
+    /// Bytes that come close to a message: of one kind or none, with the magic or not, of any length.
+    fn nearly() -> impl Strategy<Value = Vec<u8>> {
+        let magic = prop_oneof![3 => Just([&MAGIC[..], &VERSION.to_le_bytes()].concat()), 1 => Just(vec![])];
+        let rest = prop_oneof![4 => vec(any::<u8>(), 0..30), 1 => vec(any::<u8>(), 0..MAX_MESSAGE + 9)];
+        (0u8..8, magic, rest).prop_map(|(kind, magic, rest)| match kind {
+            0 => rest,
+            Message::HELLO => [&[kind], &*magic, &*rest].concat(),
+            kind => [&[kind], &*rest].concat(),
+        })
+    }
+
+    proptest! {
+        #![proptest_config(config(20_000))]
+
+        #[test]
+        fn any_bytes_decode_to_what_encodes_to_them(bytes in nearly()) {
+            match Message::decode(&bytes) {
+                // Nothing is kept of what another version says after its number.
+                Ok(Message::Hello { version, .. }) if version != VERSION => {}
+                Ok(message) => {
+                    prop_assert_eq!(&message.encode(), &bytes);
+                    let _ = message.rejection();
+                }
+                Err(fault) => prop_assert_eq!(fault, PeerFault::MalformedMessage { len: bytes.len() }),
+            }
+        }
+
+        #[test]
+        fn any_message_survives_the_trip(
+            kind in 0..5,
+            (index, small) in any::<(u32, u32)>(),
+            large in any::<u64>(),
+            key in vec(any::<u8>(), 0..=KEY_LIMIT),
+        ) {
+            let message = match kind {
+                0 => Message::Hello { version: VERSION, pool: large, slot_count: index, slot_len: small },
+                1 => Message::Segment { index },
+                2 => Message::Retire { index },
+                3 => Message::Request { index, generation: large, key: &key },
+                _ => Message::Farewell { code: small, detail: large },
+            };
+            let bytes = message.encode();
+            prop_assert!(bytes.len() <= MAX_MESSAGE);
+            prop_assert_eq!(Message::decode(&bytes), Ok(message));
+        }
+    }
 }

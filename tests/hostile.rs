@@ -1,0 +1,1400 @@
+//! Hostile peers: real processes that map the segments and do as they like, beside an honest one that is
+//! served all the while.
+//!
+//! The other processes are this test's own executable, run again with a role in its environment.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs;
+use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use shmferry::{
+    Awaited, Crew, Deadline, Error, Fault, Memfd, PeerFault, Refusal, Rejection, Reply, RequestQueue,
+    Requester, SegmentPool, Seqpacket,
+};
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(60))
+}
+
+/// Ends the whole test run if one test hangs: nothing here should come near this long.
+struct Watchdog {
+    _ended: mpsc::Sender<()>,
+}
+
+fn watchdog() -> Watchdog {
+    let (_ended, ended) = mpsc::channel();
+    let test = thread::current().name().unwrap_or("?").to_owned();
+    thread::spawn(move || {
+        if ended.recv_timeout(Duration::from_secs(240)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{test} hangs");
+            std::process::abort();
+        }
+    });
+    Watchdog { _ended }
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let limit = soon();
+    while !is_so() {
+        assert!(!limit.has_passed(), "never: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Numbers that are the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        self.next() as usize % limit
+    }
+
+    /// A word as an attacker would choose it: an extreme one, or any.
+    fn word(&mut self) -> u32 {
+        let any = self.next() as u32;
+        [any, 0, 1, 2, u32::MAX, 1 << 31, (1 << 31) - 1, any % 5000][self.below(8)]
+    }
+
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len).map(|_| self.next() as u8).collect()
+    }
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i % 251) as u8).collect()
+}
+
+fn place() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("queue.sock");
+    (dir, path)
+}
+
+// ---------------------------------------------------------------- other processes
+
+/// Another process in a role; killed at the latest when dropped.
+struct Other {
+    child: Child,
+    stdin: ChildStdin,
+    says: BufReader<ChildStdout>,
+}
+
+const ROLE: &str = "SHMFERRY_TEST_ROLE";
+const PATH: &str = "SHMFERRY_TEST_PATH";
+
+impl Other {
+    fn start(role: &str, path: &Path) -> Other {
+        Other::start_as(role, path, None)
+    }
+
+    fn start_as(role: &str, path: &Path, uid: Option<u32>) -> Other {
+        let mut command = Command::new(env::current_exe().unwrap());
+        command.args(["--exact", "other_process", "--nocapture", "--test-threads=1"]);
+        command.env(ROLE, role).env(PATH, path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        if let Some(uid) = uid {
+            command.uid(uid).gid(uid);
+        }
+        let mut child = command.spawn().unwrap();
+        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        Other { child, stdin, says: BufReader::new(stdout) }
+    }
+
+    /// The next thing that it says; `None` once it has ended.
+    fn hear(&mut self) -> Option<String> {
+        loop {
+            let mut line = String::new();
+            if self.says.read_line(&mut line).unwrap() == 0 {
+                return None;
+            }
+            if let Some((_, said)) = line.split_once("says ") {
+                return Some(said.trim().to_owned());
+            }
+        }
+    }
+
+    #[track_caller]
+    fn wait_for(&mut self, word: &str) {
+        while self.hear().expect("it goes on") != word {}
+    }
+
+    /// Tells it to go on.
+    fn nudge(&mut self) {
+        self.stdin.write_all(b"\n").unwrap();
+    }
+
+    // ------------------------------------------------------------ /proc
+
+    fn of_proc(&self, file: &str) -> String {
+        fs::read_to_string(format!("/proc/{}/{file}", self.child.id())).unwrap()
+    }
+
+    fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    /// How many mappings of memfds there are.
+    fn mappings(&self) -> usize {
+        self.of_proc("maps").lines().filter(|line| line.contains("/memfd:")).count()
+    }
+
+    /// Bytes of its own that are resident.
+    fn memory(&self) -> u64 {
+        let status = self.of_proc("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn say(what: &str) {
+    println!("says {what}");
+}
+
+/// Waits until the parent nudges us.
+fn be_nudged() {
+    assert_eq!(std::io::stdin().read(&mut [0]).unwrap(), 1, "the parent has ended");
+}
+
+/// Not a test of its own: what the other process runs.
+#[test]
+fn other_process() {
+    let Ok(role) = env::var(ROLE) else { return };
+    let path = PathBuf::from(env::var_os(PATH).unwrap());
+    // A panic in any thread, caught or not, is seen.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+    match role.as_str() {
+        "server" => serve(Seqpacket::new(&path)),
+        "server of another user's, too" => serve(Seqpacket::new(&path).allow_user(NOBODY)),
+        "hostile client" => hostile_client(&path),
+        "hostile server" => hostile_server(&path),
+        "deaf server" => {
+            let _listener = Door::at(&path);
+            say("ready");
+            be_nudged();
+        }
+        role => panic!("unknown role {role:?}"),
+    }
+}
+
+// ---------------------------------------------------------------- honest peers
+
+/// Another user than root.
+const NOBODY: u32 = 65_534;
+
+/// The most clients that our server has: fewer than come at once.
+const MAX_CLIENTS: usize = 128;
+
+/// An honest server: answers keys that are lengths, two at a time, until it is told to end.
+fn serve(server: Seqpacket) {
+    let server = server.max_segments(8).max_bytes(8 << 20).max_clients(MAX_CLIENTS as u32);
+    let queue = Arc::new(server.bind().unwrap());
+    let taking = Arc::clone(&queue);
+    let next = move || match taking.recv(Deadline::NEVER) {
+        Ok(transfer) => Some(transfer),
+        Err(Error::Closed) => None,
+        Err(error) => panic!("{error}"), // a client's misbehaviour is never an error here
+    };
+    let crew = Crew::start("server", 2, next, |transfer| {
+        let len = std::str::from_utf8(transfer.key()).ok().and_then(|key| key.parse().ok());
+        let outcome = match len.filter(|len| *len <= 1 << 20) {
+            None => transfer.refuse(Refusal::Invalid),
+            Some(len) => transfer.accept(len as u64).and_then(|mut sending| {
+                let sent = sending.write_all(&pattern(len));
+                sent.map_err(|error| *error.into_inner().unwrap().downcast::<Error>().unwrap())?;
+                sending.finish().map(drop)
+            }),
+        };
+        match outcome {
+            Ok(()) => {}
+            Err(
+                Error::Peer(_) | Error::Stale | Error::Cancelled | Error::Disconnected | Error::Timeout(_),
+            ) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    });
+    say("ready");
+    be_nudged();
+    queue.close();
+    assert!(crew.unwrap().join(soon()), "a worker hangs");
+    say("ended");
+}
+
+fn pool() -> SegmentPool<Memfd> {
+    SegmentPool::builder().segments(2).segment_len(4096).slots(2).create().unwrap()
+}
+
+/// Asks for so many bytes, and compares all of them.
+#[track_caller]
+fn ask(requester: &impl Requester<Memfd>, pool: &SegmentPool<Memfd>, len: usize) {
+    let (request, transfer) = pool.lease(soon()).unwrap().request(len.to_string()).unwrap();
+    requester.send(request, soon()).unwrap();
+    let Reply::Found(mut body) = transfer.reply(soon()).unwrap() else { panic!("refused") };
+    let mut bytes = Vec::new();
+    body.read_to_end(&mut bytes).unwrap();
+    assert!(bytes == pattern(len), "wrong bytes");
+}
+
+/// Somebody who is served well all the while.
+struct Bystander {
+    served: Arc<AtomicUsize>,
+    over: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Bystander {
+    fn of(path: &Path) -> Bystander {
+        let (served, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let (path, count, end) = (path.to_owned(), Arc::clone(&served), Arc::clone(&over));
+        let thread = thread::spawn(move || {
+            let pool = pool();
+            let requester = Seqpacket::new(&path).requester(&pool).unwrap();
+            while !end.load(SeqCst) {
+                let round = count.fetch_add(1, SeqCst);
+                ask(&requester, &pool, round * 37 % 20_000);
+            }
+            assert_eq!(pool.stats().retired, 0, "an honest server was late");
+        });
+        Bystander { served, over, thread: Some(thread) }
+    }
+
+    /// Waits until some more transfers have come through.
+    #[track_caller]
+    fn is_served(&self) {
+        let before = self.served.load(SeqCst);
+        wait_until("the bystander was served", || {
+            self.served.load(SeqCst) > before + 2 || self.thread.as_ref().unwrap().is_finished()
+        });
+        assert!(!self.thread.as_ref().unwrap().is_finished(), "the bystander failed");
+    }
+
+    fn leave(mut self) -> usize {
+        self.over.store(true, SeqCst);
+        self.thread.take().unwrap().join().unwrap();
+        self.served.load(SeqCst)
+    }
+}
+
+// ---------------------------------------------------------------- raw access
+
+/// Where the words are, as `docs/protocol.md` has them.
+const TURN: usize = 128;
+const STATUS: usize = 256;
+const METADATA_LEN: usize = 260;
+const SIZE: usize = 264;
+const SENDER_CPU: usize = 276;
+const FILLED: usize = 1408;
+const FREE: usize = 1536;
+const SLEEPERS: usize = 4; // after either
+const CANCELLED: usize = 1664;
+const RECEIVER_CPU: usize = 1672;
+const CHUNKS: usize = 1792;
+const HEADER: usize = 4096;
+
+const OFFERED: u64 = 1;
+const ACCEPTED: u64 = 2;
+const ANNOUNCED: u64 = 3;
+const FINISHED: u64 = 4;
+const LAST: u32 = 1 << 31;
+
+/// A segment mapped by hand, with no rules.
+#[derive(Clone, Copy)]
+struct Memory {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the mapping is never unmapped, and it is reached through atomics only.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn map(fd: impl AsFd, len: usize) -> Memory {
+        use rustix::mm::{MapFlags, ProtFlags, mmap};
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the kernel chooses fresh addresses.
+        let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) }.unwrap();
+        Memory { base: base.cast(), len }
+    }
+
+    fn word(&self, at: usize) -> &AtomicU32 {
+        assert!(at.is_multiple_of(4) && at + 4 <= self.len);
+        // SAFETY: inside the mapping, which lives for ever, and aligned.
+        unsafe { AtomicU32::from_ptr(self.base.add(at).cast()) }
+    }
+
+    fn long(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= self.len);
+        // SAFETY: inside the mapping, which lives for ever, and aligned.
+        unsafe { AtomicU64::from_ptr(self.base.add(at).cast()) }
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= self.len);
+        for (i, byte) in bytes.iter().enumerate() {
+            // SAFETY: inside the mapping, which lives for ever.
+            unsafe { AtomicU8::from_ptr(self.base.add(at + i)) }.store(*byte, SeqCst);
+        }
+    }
+
+    fn wake(&self, at: usize) {
+        let _ = rustix::thread::futex::wake(
+            self.word(at),
+            rustix::thread::futex::Flags::empty(),
+            i32::MAX as u32,
+        );
+    }
+
+    fn post(&self, at: usize) {
+        self.word(at).fetch_add(1, SeqCst);
+        self.wake(at);
+    }
+
+    /// Writes to a shared word of its choice, and wakes whoever sleeps there.
+    fn spoil(&self, random: &mut Random) {
+        match random.below(8) {
+            0 => {
+                let generation = [self.long(TURN).load(SeqCst) >> 8, random.next()][random.below(2)];
+                let phase = [random.next() % 8, random.next() % 256][random.below(2)];
+                self.long(TURN).store(generation << 8 | phase, SeqCst);
+            }
+            1 => self.word(FILLED).store(random.word(), SeqCst),
+            2 => self.word(FREE).store(random.word(), SeqCst),
+            3 => self.word([FREE, FILLED][random.below(2)] + SLEEPERS).store(random.word(), SeqCst),
+            4 => self.word(CANCELLED).store(random.word() % 2, SeqCst),
+            5 => self.word([RECEIVER_CPU, SENDER_CPU][random.below(2)]).store(random.word(), SeqCst),
+            6 => self.word(CHUNKS + 4 * random.below(512)).store(random.word(), SeqCst),
+            _ => {
+                self.word([STATUS, METADATA_LEN][random.below(2)]).store(random.word(), SeqCst);
+                self.long(SIZE).store([random.next(), u64::MAX, 9][random.below(3)], SeqCst);
+            }
+        }
+        self.wake([FREE, FILLED][random.below(2)]);
+    }
+}
+
+/// One end of a connection, without rules.
+struct Line(OwnedFd);
+
+impl Line {
+    /// Connects, waiting for room at the door.
+    fn to(path: &Path) -> Line {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let address = SocketAddrUnix::new(path).unwrap();
+        wait_until("there was room at the door", || match rustix::net::connect(&socket, &address) {
+            Ok(()) => true,
+            Err(Errno::AGAIN) => false,
+            Err(errno) => panic!("{errno}"),
+        });
+        Line(socket)
+    }
+
+    /// Sends if there is room, and somebody to hear it; whether it was sent.
+    fn try_say(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(fds)));
+        }
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        match rustix::net::sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags) {
+            Ok(_) => true,
+            Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET | Errno::TOOMANYREFS | Errno::MSGSIZE) => false,
+            Err(errno) => panic!("{errno}"),
+        }
+    }
+
+    /// Sends, waiting for room; nobody there is as good.
+    fn say(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        wait_until("there was room", || {
+            self.try_say(bytes, fds) || self.poll(PollFlags::empty(), Duration::ZERO)
+        });
+    }
+
+    fn poll(&self, events: PollFlags, patience: Duration) -> bool {
+        let patience = patience.try_into().unwrap();
+        poll(&mut [PollFd::new(&self.0, events)], Some(&patience)).unwrap() > 0
+    }
+
+    /// The next message, and a descriptor with it; `None` at the end.
+    fn hear(&self) -> Option<(Vec<u8>, Option<OwnedFd>)> {
+        loop {
+            assert!(
+                self.poll(PollFlags::IN, Duration::from_secs(60)),
+                "nothing was said, and nobody hung up"
+            );
+            let mut buffer = vec![0; 8192];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = rustix::net::RecvAncillaryBuffer::new(&mut space);
+            let mut into = [IoSliceMut::new(&mut buffer)];
+            match rustix::net::recvmsg(&self.0, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Ok(heard) if heard.bytes == 0 => return None,
+                Ok(heard) => {
+                    let fd = control.drain().find_map(|message| match message {
+                        rustix::net::RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+                        _ => None,
+                    });
+                    buffer.truncate(heard.bytes);
+                    return Some((buffer, fd));
+                }
+                Err(Errno::CONNRESET | Errno::INTR | Errno::AGAIN) => {}
+                Err(errno) => panic!("{errno}"),
+            }
+        }
+    }
+
+    /// Waits until the other side hangs up; the code of its farewell.
+    fn last_words(&self) -> Option<u32> {
+        let mut code = None;
+        while let Some((bytes, _)) = self.hear() {
+            assert_eq!((bytes.len(), bytes[0]), (13, 5));
+            code = Some(u32_at(&bytes, 1));
+        }
+        code
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+const POOL: u64 = 77;
+
+fn hello(slots: u32, slot_len: u32) -> Vec<u8> {
+    let numbers =
+        [&1u32.to_le_bytes()[..], &POOL.to_le_bytes(), &slots.to_le_bytes(), &slot_len.to_le_bytes()];
+    [&[1][..], b"shmferry", &numbers.concat()].concat()
+}
+
+fn segment(index: u32) -> Vec<u8> {
+    [&[2][..], &index.to_le_bytes()].concat()
+}
+
+fn retire(index: u32) -> Vec<u8> {
+    [&[3][..], &index.to_le_bytes()].concat()
+}
+
+fn request(index: u32, generation: u64, key: &str) -> Vec<u8> {
+    [&[4][..], &index.to_le_bytes(), &generation.to_le_bytes(), key.as_bytes()].concat()
+}
+
+/// The geometry that the hostile client has.
+const SLOTS: u32 = 2;
+const SLOT_LEN: u32 = 2048;
+const LEN: usize = HEADER + 2 * 4096;
+const SEALS: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK).union(SealFlags::SEAL);
+
+fn memfd(len: u64, flags: MemfdFlags) -> OwnedFd {
+    let flags = flags | MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC;
+    let fd = rustix::fs::memfd_create("hostile", flags).unwrap();
+    rustix::fs::ftruncate(&fd, len).unwrap();
+    fd
+}
+
+/// A segment as it should be, but not sealed.
+fn unsealed(index: u32) -> OwnedFd {
+    let fd = memfd(LEN as u64, MemfdFlags::empty());
+    rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, LEN as u64).unwrap();
+    let numbers = [1, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
+    let header = [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &index.to_ne_bytes()].concat();
+    rustix::io::pwrite(&fd, &header, 0).unwrap();
+    fd
+}
+
+fn sealed(fd: OwnedFd, seals: SealFlags) -> OwnedFd {
+    rustix::fs::fcntl_add_seals(&fd, seals).unwrap();
+    fd
+}
+
+/// A segment as it should be.
+fn proper(index: u32) -> OwnedFd {
+    sealed(unsealed(index), SEALS)
+}
+
+// ---------------------------------------------------------------- the hostile client
+
+/// A client that has introduced itself with one segment.
+struct Client {
+    line: Line,
+    fd: OwnedFd,
+    memory: Memory,
+    generation: u64,
+}
+
+impl Client {
+    fn of(path: &Path) -> Client {
+        let line = Line::to(path);
+        let fd = proper(0);
+        line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        line.say(&segment(0), &[fd.as_fd()]);
+        let memory = Memory::map(&fd, LEN);
+        Client { line, fd, memory, generation: 0 }
+    }
+
+    /// Opens a generation as an honest receiver does.
+    fn offer(&mut self) {
+        self.generation += 1;
+        self.memory.word(STATUS).store(0, SeqCst);
+        self.memory.word(FILLED).store(0, SeqCst);
+        self.memory.word(FREE).store(SLOTS, SeqCst);
+        self.memory.word(CANCELLED).store(0, SeqCst);
+        self.memory.long(TURN).store(self.generation << 8 | OFFERED, SeqCst);
+    }
+
+    /// Asks, if the server still listens to us.
+    fn try_ask(&mut self, key: &str) -> bool {
+        self.offer();
+        self.line.try_say(&request(0, self.generation, key), &[])
+    }
+
+    /// Asks and receives as it should be.
+    fn behave(&mut self, len: usize) {
+        self.offer();
+        self.line.say(&request(0, self.generation, &len.to_string()), &[]);
+        let mut received = 0;
+        for slot in (0..SLOTS as usize).cycle() {
+            wait_until("a slot was filled", || self.memory.word(FILLED).load(SeqCst) > 0);
+            self.memory.word(FILLED).fetch_sub(1, SeqCst);
+            let chunk = self.memory.word(CHUNKS + 4 * slot).load(SeqCst);
+            received += (chunk & !LAST) as usize;
+            if chunk & LAST != 0 {
+                break;
+            }
+            self.memory.post(FREE);
+        }
+        assert_eq!(received, len);
+        let finished = self.generation << 8 | FINISHED;
+        wait_until("the sender left", || self.memory.long(TURN).load(SeqCst) == finished);
+    }
+}
+
+const PROTOCOL: u32 = 6;
+const RESOURCES: u32 = 7;
+const TOO_MANY_SEGMENTS: u32 = 3;
+const TOO_MANY_BYTES: u32 = 4;
+
+type Deed = (&'static str, fn(&Path, &mut Vec<Box<dyn Send>>));
+
+/// What the client does, one after the other. What is to last is put aside.
+const DEEDS: [Deed; 12] = [
+    ("stalls", stalls),
+    ("gibberish", gibberish),
+    ("messages cut short", cut_short),
+    ("descriptors of all kinds", descriptors_of_all_kinds),
+    ("descriptors in heaps", descriptors_in_heaps),
+    ("descriptors that do not close", descriptors_that_do_not_close),
+    ("memory that goes", memory_that_goes),
+    ("requests for nothing", requests_for_nothing),
+    ("words one by one", words_one_by_one),
+    ("words all the time", words_all_the_time),
+    ("segments in and out", segments_in_and_out),
+    ("connections", connections),
+];
+
+fn hostile_client(path: &Path) {
+    let mut lasting = Vec::new();
+    for (name, deed) in DEEDS {
+        deed(path, &mut lasting);
+        say(name);
+        be_nudged();
+    }
+    say("all done");
+    be_nudged();
+}
+
+/// Asks for more than the slots hold, on many connections, and frees nothing, for the rest of the test.
+fn stalls(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
+    for _ in 0..40 {
+        let mut client = Client::of(path);
+        assert!(client.try_ask("100000"));
+        wait_until("it was served", || client.memory.word(FILLED).load(SeqCst) == SLOTS);
+        // It may still be read from: but no more than a few of these are taken up.
+        while client.generation < 1000 && client.line.try_say(&request(0, client.generation, "9"), &[]) {
+            client.generation += 1;
+        }
+        lasting.push(Box::new(client));
+    }
+}
+
+fn gibberish(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    let mut random = Random(11);
+    for _ in 0..300 {
+        let line = Line::to(path);
+        if random.below(2) == 0 {
+            line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        }
+        for _ in 0..random.below(5) {
+            let len = [random.below(40), random.below(5000), random.below(60_000)][random.below(3)];
+            let mut bytes = random.bytes(len.max(1));
+            bytes[0] = random.below(8) as u8;
+            line.try_say(&bytes, &[]);
+        }
+        line.try_say(&[[9][..].to_vec(), vec![]][random.below(2)], &[]); // unknown, or empty
+        line.last_words();
+    }
+}
+
+fn cut_short(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    let fd = proper(0);
+    let messages = [hello(SLOTS, SLOT_LEN), segment(0), retire(0), request(0, 1, "")];
+    for (i, message) in messages.iter().enumerate() {
+        for len in 1..message.len() {
+            let line = Line::to(path);
+            if i > 0 {
+                line.say(&hello(SLOTS, SLOT_LEN), &[]);
+            }
+            line.say(&message[..len], &[fd.as_fd()][..i % 2]);
+            assert_eq!(line.last_words(), Some(PROTOCOL), "{len} of message {i}");
+        }
+    }
+}
+
+/// What is told of the segment that this descriptor is handed over for.
+fn hand_over(path: &Path, fd: &impl AsFd) -> Option<u32> {
+    let line = Line::to(path);
+    line.say(&hello(SLOTS, SLOT_LEN), &[]);
+    line.say(&segment(0), &[fd.as_fd()]);
+    line.try_say(&[9], &[]); // so that it ends even if that was taken
+    line.last_words()
+}
+
+fn descriptors_of_all_kinds(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    use rustix::event::{EventfdFlags, epoll, eventfd};
+    let len = LEN as u64;
+    let (pipe, _inlet) = std::io::pipe().unwrap();
+    let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let open = |path: &str, flags| rustix::fs::open(path, flags, Mode::empty()).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len).unwrap();
+    let again = proper(0);
+    let read_only = open(&format!("/proc/self/fd/{}", again.as_raw_fd()), OFlags::RDONLY);
+    let wrong: Vec<(&str, OwnedFd)> = vec![
+        ("a pipe", pipe.into()),
+        ("a socket", socket.into()),
+        ("a listening socket", listener.into()),
+        ("an eventfd", eventfd(0, EventfdFlags::empty()).unwrap()),
+        ("an epoll", epoll::create(epoll::CreateFlags::empty()).unwrap()),
+        ("a directory", open("/", OFlags::RDONLY)),
+        ("a path", open("/", OFlags::PATH)),
+        ("a device", open("/dev/null", OFlags::RDWR)),
+        ("a device of memory", open("/dev/zero", OFlags::RDWR)),
+        ("a process's memory", open("/proc/self/mem", OFlags::RDONLY)),
+        ("a file", file.into()),
+        ("a memfd that is not sealed", unsealed(0)),
+        ("a memfd that could shrink", sealed(unsealed(0), SealFlags::GROW | SealFlags::SEAL)),
+        ("an empty memfd", sealed(memfd(0, MemfdFlags::empty()), SEALS)),
+        ("a short memfd", sealed(memfd(len - 1, MemfdFlags::empty()), SEALS)),
+        ("a long memfd", sealed(memfd(1 << 50, MemfdFlags::empty()), SEALS)),
+        ("a hollow memfd", sealed(memfd(len, MemfdFlags::empty()), SEALS)),
+        ("another's segment", proper(1)),
+        ("a memfd sealed against writing", sealed(unsealed(0), SEALS | SealFlags::WRITE)),
+        ("a memfd sealed against further writing", sealed(unsealed(0), SEALS | SealFlags::FUTURE_WRITE)),
+        ("a memfd to be read only", read_only),
+    ];
+    for (what, fd) in &wrong {
+        let told = hand_over(path, fd);
+        assert!(matches!(told, Some(PROTOCOL | RESOURCES)), "{what}: {told:?}");
+    }
+    // Without huge pages to be had, their memfds can at least be made, and sealed.
+    let flags = MemfdFlags::HUGETLB | MemfdFlags::ALLOW_SEALING;
+    match rustix::fs::memfd_create("huge", flags) {
+        Ok(huge) => {
+            rustix::fs::ftruncate(&huge, 2 << 20).unwrap();
+            assert_eq!(hand_over(path, &sealed(huge, SEALS)), Some(PROTOCOL));
+        }
+        Err(errno) => eprintln!("not tried: a memfd of huge pages ({errno})"),
+    }
+    // The connection itself, and an end of another connection to the same server.
+    let (line, second) = (Line::to(path), Line::to(path));
+    line.say(&hello(SLOTS, SLOT_LEN), &[]);
+    line.say(&segment(0), &[line.0.as_fd()]);
+    assert_eq!(line.last_words(), Some(PROTOCOL));
+    assert_eq!(hand_over(path, &second.0), Some(PROTOCOL));
+}
+
+fn descriptors_in_heaps(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    // Several in one message.
+    let fd = proper(0);
+    for count in [2, 3, 100, 253] {
+        let line = Line::to(path);
+        line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        line.say(&segment(0), &vec![fd.as_fd(); count]);
+        assert_eq!(line.last_words(), Some(PROTOCOL), "{count} descriptors");
+    }
+    // Beside messages that need none.
+    for message in [hello(SLOTS, SLOT_LEN), request(0, 1, "1"), retire(5), vec![9]] {
+        for _ in 0..20 {
+            let line = Line::to(path);
+            if message[0] != 1 {
+                line.say(&hello(SLOTS, SLOT_LEN), &[]);
+            }
+            line.say(&message, &[fd.as_fd()]);
+            line.try_say(&[9], &vec![fd.as_fd(); 253]);
+            line.last_words();
+        }
+    }
+    // Hundreds, one a message, as fast as it goes.
+    for _ in 0..5 {
+        let line = Line::to(path);
+        line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        for index in 0..300 {
+            line.say(&segment(index), &[proper(index).as_fd()]);
+        }
+        assert_eq!(line.last_words(), Some(TOO_MANY_SEGMENTS));
+    }
+    // The same one, again and again.
+    let line = Line::to(path);
+    line.say(&hello(SLOTS, SLOT_LEN), &[]);
+    (0..2).for_each(|_| line.say(&segment(0), &[fd.as_fd()]));
+    assert_eq!(line.last_words(), Some(PROTOCOL));
+    // Claims beyond the policy cost nothing: they are turned away before anything is mapped.
+    let line = Line::to(path);
+    line.say(&hello(512, 1 << 30), &[]);
+    line.say(&segment(0), &[fd.as_fd()]);
+    assert_eq!(line.last_words(), Some(TOO_MANY_BYTES));
+}
+
+/// A socket that lingers, whose last descriptor makes whoever closes it wait, and its other end.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while (&socket).write(&[0; 65_536]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::from_secs(120))).unwrap();
+    (socket, listener.accept().unwrap().0) // which reads nothing
+}
+
+fn descriptors_that_do_not_close(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
+    for round in 0..16 {
+        let (socket, other) = lingering();
+        let line = Line::to(path);
+        line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        match round % 3 {
+            0 => line.say(&segment(0), &[socket.as_fd()]),
+            1 => line.say(&segment(0), &[socket.as_fd(); 30]),
+            // It is hung up on before that is read.
+            _ => [&[9][..], &segment(0)].iter().for_each(|message| line.say(message, &[socket.as_fd()])),
+        }
+        thread::spawn(|| drop(socket)); // the last one is the server's, mostly
+        lasting.push(Box::new((line, other)));
+    }
+}
+
+fn memory_that_goes(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    // We leave at every point: before, while and after the bytes come.
+    for round in 0..100 {
+        let mut client = Client::of(path);
+        if round % 4 > 0 {
+            client.try_ask("50000");
+        }
+        if round % 4 == 2 {
+            wait_until("it began", || client.memory.word(FILLED).load(SeqCst) > 0);
+        }
+    }
+    // It cannot be shortened, but its pages can be given back, the header's too.
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    for _ in 0..50 {
+        let mut client = Client::of(path);
+        client.behave(1000);
+        assert_eq!(rustix::fs::ftruncate(&client.fd, 0), Err(Errno::PERM));
+        rustix::fs::fallocate(&client.fd, punch, 0, LEN as u64).unwrap();
+        client.behave(10_000);
+        client.try_ask("50000");
+        wait_until("it began", || client.memory.word(FILLED).load(SeqCst) > 0);
+        rustix::fs::fallocate(&client.fd, punch, 0, LEN as u64).unwrap();
+        client.memory.word(FREE).store(1000, SeqCst);
+        client.memory.wake(FREE);
+    }
+}
+
+fn requests_for_nothing(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    let mut client = Client::of(path);
+    for round in 0..300u64 {
+        client.line.say(&request(round as u32 + 1, round, "10"), &[]); // no such segment
+    }
+    client.offer();
+    for generation in [0, client.generation - 1, client.generation + 1, u64::MAX, 1 << 56, (1 << 56) - 1] {
+        client.line.say(&request(0, generation, "10"), &[]); // no such generation
+    }
+    for phase in [0, ACCEPTED, ANNOUNCED, FINISHED, 7, 8, 255] {
+        client.generation += 1;
+        client.memory.long(TURN).store(client.generation << 8 | phase, SeqCst);
+        client.line.say(&request(0, client.generation, "10"), &[]); // nothing is offered
+    }
+    // All of that was passed over, and the connection lives.
+    client.behave(10_000);
+    for key in ["", "x", "99999999999999999999", "\0", &"k".repeat(4096)] {
+        client.offer();
+        client.line.say(&request(0, client.generation, key), &[]);
+        let refused = client.generation << 8 | 5;
+        wait_until("it was refused", || client.memory.long(TURN).load(SeqCst) == refused);
+    }
+    // The same request many times: one is taken up.
+    client.offer();
+    (0..8).for_each(|_| client.line.say(&request(0, client.generation, "0"), &[]));
+    let finished = client.generation << 8 | FINISHED;
+    wait_until("one was answered", || client.memory.long(TURN).load(SeqCst) == finished);
+    assert_eq!(client.memory.word(FILLED).load(SeqCst), 1);
+    client.behave(1);
+}
+
+/// Each word once, with each value that could hurt, in the middle of a transfer.
+fn words_one_by_one(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    let words = [FREE, FREE + SLEEPERS, FILLED, FILLED + SLEEPERS, CANCELLED, RECEIVER_CPU, STATUS, CHUNKS];
+    let values = [0, 1, SLOTS + 1, u32::MAX, 1 << 31, (1 << 31) - 1, (1 << 31) + 1];
+    for (word, value) in words.iter().flat_map(|word| values.map(|value| (*word, value))) {
+        let mut client = Client::of(path);
+        assert!(client.try_ask("50000"));
+        wait_until("it began", || client.memory.word(FILLED).load(SeqCst) != 0);
+        client.memory.word(word).store(value, SeqCst);
+        [FREE, FILLED].iter().for_each(|at| client.memory.wake(*at));
+        // Let go, so that it ends in one way or the other, or hang up.
+        if value % 2 == 0 {
+            client.memory.word(FREE).store(u32::MAX >> 1, SeqCst);
+            client.memory.wake(FREE);
+        }
+    }
+}
+
+/// All words at random, by two threads, while requests come and go.
+fn words_all_the_time(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    for seed in 1..=10 {
+        let mut client = Client::of(path);
+        let (memory, over) = (client.memory, AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut random = Random(seed);
+                while !over.load(SeqCst) {
+                    memory.spoil(&mut random);
+                }
+            });
+            let mut unheard = 0;
+            let mut random = Random(seed + 100);
+            while client.generation < 500 && unheard < 20 {
+                unheard = if client.try_ask("20000") { 0 } else { unheard + 1 };
+                (0..random.below(200)).for_each(|_| memory.spoil(&mut random));
+            }
+            over.store(true, SeqCst);
+        });
+    }
+}
+
+/// Segments handed over and taken back, with requests on them, as fast as it goes.
+fn segments_in_and_out(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    let mut client = Client::of(path);
+    let fds: Vec<OwnedFd> = (1..5).map(proper).collect();
+    for _ in 0..300 {
+        for (index, fd) in (1..).zip(&fds) {
+            client.line.say(&segment(index), &[fd.as_fd()]);
+            rustix::io::pwrite(fd, &(1u64 << 8 | OFFERED).to_ne_bytes(), TURN as u64).unwrap();
+            rustix::io::pwrite(fd, &SLOTS.to_ne_bytes(), FREE as u64).unwrap();
+            client.line.say(&request(index, 1, "100"), &[]);
+        }
+        (1..5).for_each(|index| client.line.say(&retire(index), &[]));
+    }
+    client.behave(10_000);
+}
+
+fn connections(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
+    // Come and gone.
+    for round in 0..1000 {
+        let line = Line::to(path);
+        if round % 3 == 0 {
+            let _ = rustix::net::shutdown(&line.0, rustix::net::Shutdown::Write);
+        }
+    }
+    // Come to stay, and silent.
+    for _ in 0..300 {
+        lasting.push(Box::new(Line::to(path)));
+    }
+    // Come to stay, having said a little.
+    for _ in 0..20 {
+        let line = Line::to(path);
+        line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        lasting.push(Box::new(line));
+    }
+}
+
+/// Lets a client of this user loose on a server, and looks after everybody else.
+fn withstands(uid: Option<u32>) {
+    let _watchdog = watchdog();
+    let (dir, path) = place();
+    let role = if uid.is_some() { "server of another user's, too" } else { "server" };
+    let mut server = Other::start(role, &path);
+    server.wait_for("ready");
+    if uid.is_some() {
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+    }
+    let bystander = Bystander::of(&path);
+    bystander.is_served();
+    let (descriptors, mappings, memory) = (server.descriptors(), server.mappings(), server.memory());
+
+    let mut hostile = Other::start_as("hostile client", &path, uid);
+    for (deed, _) in DEEDS {
+        assert_eq!(hostile.hear().as_deref(), Some(deed), "it did not end as it should");
+        bystander.is_served();
+        // Newcomers are let in, too.
+        let newcomer = pool();
+        ask(&Seqpacket::new(&path).requester(&newcomer).unwrap(), &newcomer, 10_000);
+        let now = server.descriptors();
+        assert!(now <= descriptors + MAX_CLIENTS + 50, "{now} descriptors after {deed}");
+        assert!(server.mappings() <= mappings + MAX_CLIENTS * 8);
+        hostile.nudge();
+    }
+    hostile.wait_for("all done");
+    let grown = server.memory().saturating_sub(memory);
+    assert!(grown < 64 << 20, "{grown} bytes more");
+    drop(hostile);
+    // All that it held is let go.
+    bystander.is_served();
+    wait_until("its descriptors were closed", || server.descriptors() <= descriptors);
+    wait_until("its segments were unmapped", || server.mappings() <= mappings);
+    println!("{} transfers meanwhile, {} KiB more memory", bystander.leave(), grown >> 10);
+    server.nudge();
+    server.wait_for("ended");
+}
+
+#[test]
+fn a_hostile_client_harms_nobody() {
+    withstands(None);
+}
+
+#[test]
+fn a_hostile_client_of_another_user_harms_nobody() {
+    if !rustix::process::getuid().is_root() {
+        eprintln!("not run: only root can start a process of another user");
+        return;
+    }
+    withstands(Some(NOBODY));
+}
+
+// ---------------------------------------------------------------- the hostile server
+
+/// A listening socket of our own.
+struct Door(OwnedFd);
+
+impl Door {
+    fn at(path: &Path) -> Door {
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        rustix::net::listen(&socket, 16).unwrap();
+        Door(socket)
+    }
+}
+
+/// A request that has come in, and its segment.
+struct Deal<'h> {
+    line: &'h Line,
+    memory: Memory,
+    generation: u64,
+    slots: usize,
+    slot_len: usize,
+}
+
+impl Deal<'_> {
+    fn enter(&self, phase: u64) {
+        self.memory.long(TURN).store(self.generation << 8 | phase, SeqCst);
+    }
+
+    /// Does what an honest sender does before its first post.
+    fn announce(&self, status: u32, size: u64, metadata_len: u32) {
+        self.enter(ACCEPTED);
+        self.memory.word(STATUS).store(status, SeqCst);
+        self.memory.long(SIZE).store(size, SeqCst);
+        self.memory.word(METADATA_LEN).store(metadata_len, SeqCst);
+        self.enter(ANNOUNCED);
+    }
+
+    /// Hands over the slot with this in its length.
+    fn chunk(&self, slot: usize, word: u32) {
+        self.memory.word(CHUNKS + 4 * slot).store(word, SeqCst);
+        self.memory.word(FREE).fetch_sub(1, SeqCst);
+        self.memory.post(FILLED);
+    }
+
+    /// Sends these bytes, calling `between` before each chunk; `false` if the receiver cancelled.
+    fn send(&self, bytes: &[u8], mut between: impl FnMut()) -> bool {
+        let pieces = bytes.chunks(self.slot_len);
+        let count = pieces.len();
+        for (i, piece) in pieces.enumerate() {
+            let slot = i % self.slots;
+            wait_until("a slot was free", || self.memory.word(FREE).load(SeqCst) != 0);
+            if self.memory.word(FREE).load(SeqCst) & LAST != 0 {
+                self.enter(ABORTED);
+                return false;
+            }
+            between();
+            self.memory.write(HEADER + slot * self.slot_len.next_multiple_of(4096), piece);
+            let last = if i + 1 == count { LAST } else { 0 };
+            self.memory.word(CHUNKS + 4 * slot).store(piece.len() as u32 | last, SeqCst);
+            self.memory.word(FREE).fetch_sub(1, SeqCst);
+            self.memory.word(FILLED).fetch_add(1, SeqCst);
+            if last != 0 {
+                self.enter(FINISHED);
+            }
+            self.memory.wake(FILLED);
+        }
+        true
+    }
+}
+
+const FOUND: u32 = 1;
+const ABORTED: u64 = 6;
+const UNKNOWN: u64 = u64::MAX;
+
+/// Answers as the key says, one request after the other. Whoever is hung up on may connect again.
+fn hostile_server(path: &Path) {
+    let door = Door::at(path);
+    let mut random = Random(5);
+    say("ready");
+    loop {
+        let line = Line(rustix::net::accept(&door.0).unwrap());
+        let (mut slots, mut slot_len) = (0, 0);
+        let mut known = BTreeMap::new();
+        while let Some((message, fd)) = line.hear() {
+            match message[0] {
+                1 => (slots, slot_len) = (u32_at(&message, 21) as usize, u32_at(&message, 25) as usize),
+                2 => {
+                    let len = HEADER + slots * slot_len.next_multiple_of(4096);
+                    known.insert(u32_at(&message, 1), Memory::map(fd.unwrap(), len));
+                }
+                3 => drop(known.remove(&u32_at(&message, 1)).unwrap()),
+                4 => {
+                    let generation = u64::from_le_bytes(message[5..13].try_into().unwrap());
+                    let memory = known[&u32_at(&message, 1)];
+                    let deal = Deal { line: &line, memory, generation, slots, slot_len };
+                    let all: Vec<Memory> = known.values().copied().collect();
+                    if !answer(std::str::from_utf8(&message[13..]).unwrap(), &deal, all, &mut random) {
+                        break;
+                    }
+                }
+                kind => panic!("a message of kind {kind}"),
+            }
+        }
+    }
+}
+
+/// `false` to hang up.
+fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> bool {
+    let limit = deal.slot_len as u32;
+    match key {
+        "honest" => {
+            deal.announce(FOUND, 10_000, 0);
+            deal.send(&pattern(10_000), || {});
+        }
+        "chunk too long" => {
+            deal.announce(FOUND, UNKNOWN, 0);
+            deal.chunk(0, limit + 1);
+        }
+        "longest chunk" => {
+            deal.announce(FOUND, UNKNOWN, 0);
+            deal.chunk(0, u32::MAX);
+        }
+        "sum too long" => {
+            deal.announce(FOUND, u64::from(limit) + 1, 0);
+            deal.chunk(0, limit);
+            deal.chunk(1, 2 | LAST);
+        }
+        "early end" => {
+            deal.announce(FOUND, 10_000, 0);
+            deal.chunk(0, limit);
+            deal.chunk(1, limit | LAST);
+        }
+        "no end" => {
+            deal.announce(FOUND, 10, 0);
+            deal.chunk(0, 10);
+        }
+        "empty chunks without end" => {
+            deal.announce(FOUND, UNKNOWN, 0);
+            deal.memory.word(CHUNKS).store(0, SeqCst);
+            deal.memory.word(CHUNKS + 4).store(0, SeqCst);
+            deal.memory.word(FILLED).store(u32::MAX >> 1, SeqCst);
+            deal.memory.wake(FILLED);
+        }
+        "bytes without end" => {
+            deal.announce(FOUND, UNKNOWN, 0);
+            // Slots that were never freed are filled again.
+            while deal.memory.word(FREE).load(SeqCst) & LAST == 0 {
+                (0..deal.slots).for_each(|slot| deal.memory.word(CHUNKS + 4 * slot).store(limit, SeqCst));
+                deal.memory.post(FILLED);
+            }
+            deal.enter(ABORTED);
+        }
+        "unknown status" => {
+            deal.announce(77, 10, 0);
+            deal.chunk(0, 10 | LAST);
+        }
+        "metadata too long" => {
+            deal.announce(FOUND, 10, u32::MAX);
+            deal.chunk(0, 10 | LAST);
+        }
+        "poison" => {
+            deal.memory.word(FILLED).fetch_or(LAST, SeqCst);
+            deal.memory.wake(FILLED);
+        }
+        "poison and a withdrawal" => {
+            deal.enter(7);
+            deal.memory.word(FILLED).fetch_or(LAST, SeqCst);
+            deal.memory.wake(FILLED);
+        }
+        "permits and poison" => {
+            deal.announce(FOUND, UNKNOWN, 0);
+            (0..deal.slots).for_each(|slot| deal.memory.word(CHUNKS + 4 * slot).store(1, SeqCst));
+            deal.memory.word(FILLED).store(LAST | 5, SeqCst);
+            deal.memory.wake(FILLED);
+        }
+        "silence" => deal.enter(ACCEPTED),
+        "impossible turn" => {
+            deal.memory.long(TURN).store(random.next() | 8, SeqCst);
+            deal.memory.word(FREE).store(random.word(), SeqCst);
+        }
+        "words of the announcement rewritten" => {
+            deal.announce(FOUND, 50_000, 5);
+            deal.memory.write(280, b"right");
+            let over = AtomicBool::new(false);
+            thread::scope(|scope| {
+                let mut begun = 0;
+                let (over, memory) = (&over, deal.memory);
+                deal.send(&pattern(50_000), || {
+                    begun += 1;
+                    // By the third chunk, at least one slot was freed, and so the reply was read.
+                    if begun == deal.slots + 1 {
+                        scope.spawn(move || {
+                            let mut random = Random(3);
+                            while !over.load(SeqCst) {
+                                memory.word(STATUS).store(random.word(), SeqCst);
+                                memory.long(SIZE).store(random.next(), SeqCst);
+                                memory.word(METADATA_LEN).store(random.word(), SeqCst);
+                                memory.word(SENDER_CPU).store(random.word(), SeqCst);
+                                memory.write(280, b"wrong");
+                            }
+                        });
+                    }
+                });
+                over.store(true, SeqCst);
+            });
+        }
+        "words at random" => {
+            deal.announce(FOUND, [UNKNOWN, 100, 100_000][random.below(3)], 0);
+            for _ in 0..random.below(3000) {
+                deal.memory.spoil(random);
+            }
+        }
+        "turns of idle segments" => {
+            let idle: Vec<_> = all.iter().filter(|memory| memory.base != deal.memory.base).collect();
+            for memory in idle {
+                let generation = memory.long(TURN).load(SeqCst) >> 8;
+                let phase = 1 + random.next() % 9;
+                memory.long(TURN).store(((generation + random.next() % 3) << 8) | phase, SeqCst);
+            }
+            deal.announce(2, 0, 0);
+            deal.memory.word(FILLED).fetch_add(1, SeqCst);
+            deal.enter(5);
+            deal.memory.wake(FILLED);
+        }
+        "babble" => {
+            let fd = proper(0);
+            for len in 1..50 {
+                deal.line.try_say(&random.bytes(len * 40), &vec![fd.as_fd(); len]);
+            }
+            deal.announce(FOUND, 10_000, 0);
+            deal.send(&pattern(10_000), || {});
+        }
+        "unknown farewell" => {
+            deal.line.try_say(&[&[5][..], &250u32.to_le_bytes(), &[0; 8]].concat(), &[]);
+            return false;
+        }
+        "babble and an end" => {
+            deal.line.try_say(&random.bytes(60_000), &vec![proper(0).as_fd(); 253]);
+            return false;
+        }
+        "words that do not close, and an end" => {
+            for _ in 0..3 {
+                let (socket, other) = lingering();
+                deal.line.try_say(&[9], &[socket.as_fd(); 20]);
+                thread::spawn(|| drop(socket)); // the last one is the receiver's, mostly
+                std::mem::forget(other);
+            }
+            return false;
+        }
+        "an end" => return false,
+        "an end after a chunk" => {
+            deal.announce(FOUND, UNKNOWN, 0);
+            deal.chunk(0, 10);
+            return false;
+        }
+        key => panic!("no such deed: {key}"),
+    }
+    true
+}
+
+/// What the receiver makes of an answer. A refusal is no bytes.
+fn outcome(
+    requester: &impl Requester<Memfd>,
+    pool: &SegmentPool<Memfd>,
+    key: &str,
+) -> Result<Vec<u8>, Error> {
+    /// More than any body here has.
+    const ENOUGH: usize = 1 << 20;
+    let patience = Duration::from_millis(200);
+    let lease = pool.lease(soon()).expect("the pool keeps its capacity");
+    let (request, transfer) = lease.request(key)?;
+    requester.send(request, soon())?;
+    let Reply::Found(mut body) = transfer.reply(Deadline::after(patience))? else { return Ok(Vec::new()) };
+    let (size, metadata) = (body.size(), body.metadata::<Vec<u8>>().unwrap());
+    body.set_patience(patience);
+    let mut bytes = Vec::new();
+    let read = (&mut body).take(ENOUGH as u64).read_to_end(&mut bytes);
+    assert_eq!((size, metadata), (body.size(), body.metadata::<Vec<u8>>().unwrap()), "read once, and kept");
+    match read {
+        Ok(_) => Ok(bytes),
+        Err(error) => Err(*error.into_inner().unwrap().downcast::<Error>().unwrap()),
+    }
+}
+
+#[test]
+fn a_hostile_server_harms_nobody() {
+    use PeerFault::*;
+    let _watchdog = watchdog();
+    let (dir, path) = place();
+    let other = dir.path().join("other.sock");
+    let mut honest = Other::start("server", &other);
+    honest.wait_for("ready");
+    let bystander = Bystander::of(&other);
+    let mut server = Other::start("hostile server", &path);
+    server.wait_for("ready");
+    let pool = pool();
+    let requester = Seqpacket::new(&path).requester(&pool).unwrap();
+    let get = |key: &str| outcome(&requester, &pool, key);
+    // Both segments can be had, and bytes go through.
+    let whole = || {
+        let leases = [pool.lease(soon()).unwrap(), pool.lease(soon()).unwrap()];
+        drop(leases);
+        (0..2).for_each(|_| assert!(get("honest").unwrap() == pattern(10_000)));
+        let stats = pool.stats();
+        assert_eq!((stats.segments, stats.idle + stats.lingering), (2, 2));
+    };
+    whole();
+
+    type Check = fn(&Result<Vec<u8>, Error>) -> bool;
+    let deeds: [(&str, Check); 21] = [
+        ("chunk too long", |r| matches!(r, Err(Error::Peer(ChunkTooLong { len: 2049, limit: 2048 })))),
+        ("longest chunk", |r| matches!(r, Err(Error::Peer(ChunkTooLong { .. })))),
+        ("sum too long", |r| matches!(r, Err(Error::Peer(TooLong { announced: 2049, received: 2050 })))),
+        ("early end", |r| matches!(r, Err(Error::Peer(WrongEnd { announced: 10_000, received: 4096 })))),
+        ("no end", |r| matches!(r, Err(Error::Peer(WrongEnd { announced: 10, received: 10 })))),
+        ("empty chunks without end", |r| matches!(r, Err(Error::Peer(EmptyChunk)))),
+        ("bytes without end", |r| matches!(r, Ok(bytes) if bytes.len() == 1 << 20)),
+        ("unknown status", |r| matches!(r, Err(Error::Peer(UnknownStatus(77))))),
+        ("metadata too long", |r| matches!(r, Err(Error::Peer(MetadataTooLong { .. })))),
+        ("poison", |r| matches!(r, Err(Error::Peer(BaselessPoison)))),
+        ("poison and a withdrawal", |r| matches!(r, Err(Error::Peer(BaselessPoison)))),
+        ("permits and poison", |r| matches!(r, Err(Error::Aborted))),
+        ("silence", |r| matches!(r, Err(Error::Timeout(Awaited::Reply)))),
+        ("impossible turn", |r| matches!(r, Err(Error::Timeout(Awaited::Reply)))),
+        ("words of the announcement rewritten", |r| matches!(r, Ok(bytes) if *bytes == pattern(50_000))),
+        ("babble", |r| matches!(r, Ok(bytes) if *bytes == pattern(10_000))),
+        ("babble and an end", |r| matches!(r, Err(Error::Disconnected))),
+        ("unknown farewell", |r| matches!(r, Err(Error::Rejected(Rejection::Protocol)))),
+        ("words that do not close, and an end", |r| matches!(r, Err(Error::Disconnected))),
+        ("an end", |r| matches!(r, Err(Error::Disconnected))),
+        ("an end after a chunk", |r| matches!(r, Err(Error::Disconnected))),
+    ];
+    for (deed, is_right) in deeds {
+        for _ in 0..3 {
+            let outcome = get(deed);
+            assert!(is_right(&outcome), "{deed}: {:?}", outcome.map(|bytes| bytes.len()));
+            whole();
+        }
+        bystander.is_served();
+    }
+
+    let mut outcomes = BTreeMap::new();
+    let mut note = |outcome: Result<Vec<u8>, Error>| {
+        if let Err(error) = &outcome {
+            assert!(matches!(error.fault(), Fault::Peer | Fault::Time), "{error:?}");
+        }
+        let kind = outcome.map_or_else(|error| format!("{error:?}"), |_| "bytes".to_owned());
+        let kind = kind.split(|c: char| !c.is_alphabetic() && c != '(').next().unwrap();
+        *outcomes.entry(kind.to_owned()).or_insert(0) += 1;
+    };
+    for _ in 0..100 {
+        note(get("words at random"));
+    }
+    whole();
+    // The turn of a segment is spoilt while it is leased: it cannot be used, and is not lost.
+    for _ in 0..20 {
+        let leased = pool.lease(soon()).unwrap();
+        assert!(get("turns of idle segments").unwrap().is_empty());
+        let error = leased.request("honest").map(drop).unwrap_err();
+        assert!(matches!(error, Error::Peer(ImpossibleTurn(_))), "{error:?}");
+        assert!(get("honest").unwrap() == pattern(10_000));
+    }
+    whole();
+    bystander.is_served();
+    println!(
+        "{outcomes:?}; {} segments retired; {} transfers meanwhile",
+        pool.stats().retired,
+        bystander.leave()
+    );
+}
+
+#[test]
+fn a_server_that_never_listens_costs_deadlines_only() {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let mut deaf = Other::start("deaf server", &path);
+    deaf.wait_for("ready");
+    let pool = pool();
+    let requester = Seqpacket::new(&path).requester(&pool).unwrap();
+    // It takes what fits into the connection, and then no more.
+    let failed = (0..100_000).find_map(|_| {
+        let (request, _transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
+        requester.send(request, Deadline::after(Duration::from_millis(50))).err()
+    });
+    let error = failed.expect("a connection has a limit").error;
+    assert!(matches!(error, Error::Timeout(Awaited::QueueRoom)), "{error:?}");
+    assert_eq!((pool.stats().idle, pool.stats().retired), (2, 0));
+    drop(deaf);
+    let mut honest = Other::start("server", &path);
+    honest.wait_for("ready");
+    ask(&requester, &pool, 10_000);
+}
