@@ -350,11 +350,11 @@ fn the_cache_may_be_restarted_or_killed() {
         match round % 2 {
             0 => {
                 cache.kill();
-                assert!(place.cache_socket().exists(), "leftovers for the next one to take over");
+                assert!(!place.is_swept(), "leftovers for the next one to take over");
             }
             _ => {
                 cache.terminate();
-                assert!(!place.path("run").exists(), "the directory that the killed one made, included");
+                assert!(place.is_swept(), "the directory that the killed one made, included");
             }
         }
     }

@@ -1,11 +1,16 @@
 //! A lot of everything at once through the real programs: whole files, misses, malformed requests, clients
 //! that leave and clients that dawdle. Alone in its file, so that nothing else runs beside it.
 
+#[macro_use]
 mod support;
 
 use std::thread;
 
-use support::{Answer, Dice, Place, Program, noise, ok, wait_until};
+use support::{Answer, Dice, Place, Program, Transport, noise, ok, wait_until};
+
+over_both! {
+    a_hundred_thousand_requests_at_random_cost_no_byte_no_descriptor_and_no_thread,
+}
 
 /// One request of some kind or other.
 fn at_random(proxy: &Program, files: &[Vec<u8>], dice: &mut Dice) {
@@ -37,12 +42,11 @@ fn at_random(proxy: &Program, files: &[Vec<u8>], dice: &mut Dice) {
     }
 }
 
-#[test]
-fn a_hundred_thousand_requests_at_random_cost_no_byte_no_descriptor_and_no_thread() {
+fn a_hundred_thousand_requests_at_random_cost_no_byte_no_descriptor_and_no_thread(over: Transport) {
     const CLIENTS: usize = 10;
     const REQUESTS: usize = 10_000;
     const WORKERS: usize = 4;
-    let place = Place::new();
+    let place = Place::over(over);
     let files: Vec<Vec<u8>> = (0..30)
         .map(|i| noise(i, i * 97))
         .chain([65_536, 65_537, 300_000, 500_001].into_iter().map(|len| noise(len, len)))
