@@ -1,16 +1,28 @@
 //! Clients of the real programs that stall, vanish, dawdle or say nothing, and what the others notice of
 //! it.
 
+#[macro_use]
 mod support;
 
 use std::io::{Read, Write};
 use std::thread;
 
-use support::{Answer, Client, LARGE, Place, Program, Stalled, noise, ok, wait_until};
+use support::{Answer, Client, LARGE, Place, Program, Stalled, Transport, noise, ok, wait_until};
+
+over_both! {
+    clients_that_stall_do_not_slow_down_those_that_read,
+    clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_order,
+    clients_that_reset_mid_body_leave_the_only_segment_usable,
+    clients_that_close_mid_body_leave_the_only_segment_usable,
+    clients_that_leave_before_their_reply_leave_the_only_segment_usable,
+    a_client_that_has_closed_its_half_gets_its_whole_reply,
+    clients_that_send_and_read_byte_by_byte_hold_up_nobody,
+    clients_that_say_nothing_hold_up_nobody_and_may_still_ask,
+}
 
 /// A place with a large file, and small ones that are named by their numbers.
-fn furnished() -> (Place, Vec<u8>, Vec<Vec<u8>>) {
-    let place = Place::new();
+fn furnished(over: Transport) -> (Place, Vec<u8>, Vec<Vec<u8>>) {
+    let place = Place::over(over);
     let large = noise(1000, LARGE);
     place.write("files/large", &large);
     let files: Vec<Vec<u8>> = (0..20).map(|i| noise(i, i * i * 1009)).collect();
@@ -36,9 +48,8 @@ fn fetch_all(proxy: &Program, files: &[Vec<u8>]) {
 
 // ---------------------------------------------------------------- stalled
 
-#[test]
-fn clients_that_stall_do_not_slow_down_those_that_read() {
-    let (place, large, files) = furnished();
+fn clients_that_stall_do_not_slow_down_those_that_read(over: Transport) {
+    let (place, large, files) = furnished(over);
     let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
     let proxy = place.webproxy(["-t", "2", "-n", "8", "--timeout", "600"]).listening();
     let stalled: Vec<Stalled> = (0..4).map(|_| proxy.stall("/large")).collect();
@@ -54,9 +65,8 @@ fn clients_that_stall_do_not_slow_down_those_that_read() {
     assert_eq!((proxy.count("errors"), proxy.count("retired")), (0, 0));
 }
 
-#[test]
-fn clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_order() {
-    let (place, large, files) = furnished();
+fn clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_order(over: Transport) {
+    let (place, large, files) = furnished(over);
     let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
     let proxy = place.webproxy(["-t", "2", "-n", "2", "--timeout", "10"]).listening();
     let holding = [proxy.stall("/large"), proxy.stall("/large")];
@@ -91,8 +101,8 @@ fn clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_ord
 // ---------------------------------------------------------------- gone
 
 /// Clients that leave in this way in the middle of their bodies, again and again, cost nothing.
-fn clients_that_leave(leave: impl Fn(Client)) {
-    let (place, large, files) = furnished();
+fn clients_that_leave(over: Transport, leave: impl Fn(Client)) {
+    let (place, large, files) = furnished(over);
     let cache = place.simplecached(["-c", "files", "-t", "1"]).listening();
     let proxy = place.webproxy(["-t", "1", "-n", "1", "--timeout", "600"]).listening();
     assert_eq!(proxy.get("/0"), ok(""));
@@ -111,19 +121,16 @@ fn clients_that_leave(leave: impl Fn(Client)) {
     }
 }
 
-#[test]
-fn clients_that_reset_mid_body_leave_the_only_segment_usable() {
-    clients_that_leave(Client::reset);
+fn clients_that_reset_mid_body_leave_the_only_segment_usable(over: Transport) {
+    clients_that_leave(over, Client::reset);
 }
 
-#[test]
-fn clients_that_close_mid_body_leave_the_only_segment_usable() {
-    clients_that_leave(drop);
+fn clients_that_close_mid_body_leave_the_only_segment_usable(over: Transport) {
+    clients_that_leave(over, drop);
 }
 
-#[test]
-fn clients_that_leave_before_their_reply_leave_the_only_segment_usable() {
-    let (place, _, files) = furnished();
+fn clients_that_leave_before_their_reply_leave_the_only_segment_usable(over: Transport) {
+    let (place, _, files) = furnished(over);
     let cache = place.simplecached(["-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "1", "--timeout", "600"]).listening();
     for round in 0..200 {
@@ -144,9 +151,8 @@ fn clients_that_leave_before_their_reply_leave_the_only_segment_usable() {
 
 // ---------------------------------------------------------------- slow
 
-#[test]
-fn a_client_that_has_closed_its_half_gets_its_whole_reply() {
-    let (place, large, files) = furnished();
+fn a_client_that_has_closed_its_half_gets_its_whole_reply(over: Transport) {
+    let (place, large, files) = furnished(over);
     let cache = place.simplecached(["-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "1"]).listening();
     let ask = |path: &str| {
@@ -164,9 +170,8 @@ fn a_client_that_has_closed_its_half_gets_its_whole_reply() {
     place.wind_up([proxy, cache]);
 }
 
-#[test]
-fn clients_that_send_and_read_byte_by_byte_hold_up_nobody() {
-    let (place, _, files) = furnished();
+fn clients_that_send_and_read_byte_by_byte_hold_up_nobody(over: Transport) {
+    let (place, _, files) = furnished(over);
     let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
     let proxy = place.webproxy(["-t", "2", "-n", "2", "--timeout", "600"]).listening();
     let mut slow: Vec<Client> = (0..30).map(|_| proxy.connect()).collect();
@@ -192,9 +197,8 @@ fn clients_that_send_and_read_byte_by_byte_hold_up_nobody() {
     place.wind_up([proxy, cache]);
 }
 
-#[test]
-fn clients_that_say_nothing_hold_up_nobody_and_may_still_ask() {
-    let (place, _, files) = furnished();
+fn clients_that_say_nothing_hold_up_nobody_and_may_still_ask(over: Transport) {
+    let (place, _, files) = furnished(over);
     let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
     let proxy = place.webproxy(["-t", "2", "-n", "2", "--timeout", "600"]).listening();
     let mut silent: Vec<Client> = (0..50).map(|_| proxy.connect()).collect();

@@ -2,15 +2,24 @@
 //!
 //! `--timeout 600` is ten times the watchdog: whoever waited for it would not live to see it.
 
+#[macro_use]
 mod support;
 
 use std::net::TcpStream;
 
-use support::{Answer, LARGE, Place, Program, Signal, noise, wait_until};
+use support::{Answer, LARGE, Place, Program, Signal, Transport, noise, wait_until};
+
+over_both! {
+    sigint_lets_a_transfer_end_and_leaves_a_stalled_one,
+    sigterm_lets_a_transfer_end_and_leaves_a_stalled_one,
+    a_stopped_cache_does_not_keep_a_proxy_from_ending,
+    a_stopped_proxy_does_not_keep_a_cache_from_ending,
+    a_second_signal_ends_a_program_while_another_still_waits,
+}
 
 /// Both programs get a signal while one client reads, one stalls, and one has not even asked.
-fn a_signal_in_the_middle(signal: Signal) {
-    let place = Place::new();
+fn a_signal_in_the_middle(over: Transport, signal: Signal) {
+    let place = Place::over(over);
     let large = noise(1, LARGE);
     place.write("files/large", &large);
     let cache = place.simplecached(["-c", "files", "--timeout", "600"]).listening();
@@ -33,19 +42,16 @@ fn a_signal_in_the_middle(signal: Signal) {
     place.assert_nothing_left();
 }
 
-#[test]
-fn sigint_lets_a_transfer_end_and_leaves_a_stalled_one() {
-    a_signal_in_the_middle(Signal::INT);
+fn sigint_lets_a_transfer_end_and_leaves_a_stalled_one(over: Transport) {
+    a_signal_in_the_middle(over, Signal::INT);
 }
 
-#[test]
-fn sigterm_lets_a_transfer_end_and_leaves_a_stalled_one() {
-    a_signal_in_the_middle(Signal::TERM);
+fn sigterm_lets_a_transfer_end_and_leaves_a_stalled_one(over: Transport) {
+    a_signal_in_the_middle(over, Signal::TERM);
 }
 
-#[test]
-fn a_stopped_cache_does_not_keep_a_proxy_from_ending() {
-    let place = Place::new();
+fn a_stopped_cache_does_not_keep_a_proxy_from_ending(over: Transport) {
+    let place = Place::over(over);
     let large = noise(1, LARGE);
     place.write("files/large", &large);
     let cache = place.simplecached(["-c", "files"]).listening();
@@ -62,9 +68,8 @@ fn a_stopped_cache_does_not_keep_a_proxy_from_ending() {
     place.wind_up([cache]);
 }
 
-#[test]
-fn a_stopped_proxy_does_not_keep_a_cache_from_ending() {
-    let place = Place::new();
+fn a_stopped_proxy_does_not_keep_a_cache_from_ending(over: Transport) {
+    let place = Place::over(over);
     let large = noise(1, LARGE);
     place.write("files/large", &large);
     let cache = place.simplecached(["-c", "files", "--timeout", "600"]).listening();
@@ -79,18 +84,18 @@ fn a_stopped_proxy_does_not_keep_a_cache_from_ending() {
     place.wind_up([proxy, cache]);
 }
 
-#[test]
-fn a_second_signal_ends_a_program_while_another_still_waits() {
+fn a_second_signal_ends_a_program_while_another_still_waits(over: Transport) {
     for (first, second) in [(Signal::TERM, Signal::TERM), (Signal::INT, Signal::INT)] {
-        let place = Place::new();
+        let place = Place::over(over);
         let large = noise(1, LARGE);
         place.write("files/large", &large);
         let debug = |name: &str, args: &[&str]| {
             let mut command = place.command(name);
             Program::spawn(command.env("RUST_LOG", "debug").args(args)).listening()
         };
-        let cache = debug("simplecached", &["-c", "files"]);
-        let [waiting, hurried] = [0, 1].map(|_| debug("webproxy", &["-p", "0"]));
+        let address = place.cache_address();
+        let cache = debug("simplecached", &["-c", "files", "--listen", &address]);
+        let [waiting, hurried] = [0, 1].map(|_| debug("webproxy", &["-p", "0", "--cache", &address]));
         let stalled = [waiting.stall("/large"), hurried.stall("/large")];
         // The one that is asked first, and once, is given its time; that of the other would end later.
         for program in [&waiting, &hurried] {

@@ -1,4 +1,5 @@
-//! Two real processes and what befalls them: killed, stopped, restarted, misbehaving, foreign.
+//! Two real processes and what befalls them, over both transports: killed, stopped, restarted,
+//! misbehaving, foreign.
 //!
 //! The other process is this test's own executable, run again with a role in its environment.
 
@@ -18,9 +19,138 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{Pid, Signal, kill_process};
 use shmferry::{
-    Awaited, Crew, Deadline, Error, Memfd, Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue,
-    Requester, SegmentPool, Seqpacket, SeqpacketRequester, ShmTransfer, Size,
+    Awaited, Backing, Crew, Deadline, Error, Memfd, Named, Peer, PosixMq, PosixMqQueue, PosixMqRequester,
+    Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
+    SeqpacketQueue, SeqpacketRequester, ShmTransfer, Size,
 };
+use support::{Place, Transport};
+
+#[path = "processes/queues.rs"]
+mod queues;
+mod support;
+
+/// The library's types for one transport. Addresses are as the programs have them.
+trait Carrier: 'static {
+    type Backing: Backing;
+    type Queue: RequestQueue + 'static;
+    type Requester: Requester<Self::Backing>;
+    const TRANSPORT: Transport;
+
+    fn bind(address: &str) -> Result<Self::Queue, Error>;
+    fn requester(address: &str, pool: &Pool<Self>) -> Self::Requester;
+    /// One that does not wait for a server.
+    fn hasty(address: &str, pool: &Pool<Self>) -> Self::Requester;
+    fn connect(address: &str, pool: &Pool<Self>, deadline: Deadline) -> Result<Self::Requester, Error>;
+    fn clients(queue: &Self::Queue) -> Vec<Peer>;
+    fn server(requester: &Self::Requester) -> Option<Peer>;
+}
+
+type Pool<C> = SegmentPool<<C as Carrier>::Backing>;
+
+/// Memfds over a Unix socket.
+struct Unix;
+
+impl Unix {
+    fn at(address: &str) -> Seqpacket {
+        Seqpacket::new(address.strip_prefix("unix:").unwrap())
+    }
+}
+
+impl Carrier for Unix {
+    type Backing = Memfd;
+    type Queue = SeqpacketQueue;
+    type Requester = SeqpacketRequester;
+    const TRANSPORT: Transport = Transport::Unix;
+
+    fn bind(address: &str) -> Result<SeqpacketQueue, Error> {
+        Unix::at(address).bind()
+    }
+
+    fn requester(address: &str, pool: &SegmentPool<Memfd>) -> SeqpacketRequester {
+        Unix::at(address).requester(pool).unwrap()
+    }
+
+    fn hasty(address: &str, pool: &SegmentPool<Memfd>) -> SeqpacketRequester {
+        Unix::at(address).absence(Duration::ZERO).requester(pool).unwrap()
+    }
+
+    fn connect(address: &str, pool: &Pool<Unix>, deadline: Deadline) -> Result<SeqpacketRequester, Error> {
+        Unix::at(address).connect(pool, deadline)
+    }
+
+    fn clients(queue: &SeqpacketQueue) -> Vec<Peer> {
+        queue.clients()
+    }
+
+    fn server(requester: &SeqpacketRequester) -> Option<Peer> {
+        requester.server()
+    }
+}
+
+/// Named segments over a POSIX message queue.
+struct Mq;
+
+impl Mq {
+    fn at(address: &str) -> PosixMq {
+        PosixMq::new(address.strip_prefix("mq:").unwrap()).unwrap()
+    }
+}
+
+impl Carrier for Mq {
+    type Backing = Named;
+    type Queue = PosixMqQueue;
+    type Requester = PosixMqRequester;
+    const TRANSPORT: Transport = Transport::Mq;
+
+    fn bind(address: &str) -> Result<PosixMqQueue, Error> {
+        Mq::at(address).bind()
+    }
+
+    fn requester(address: &str, pool: &SegmentPool<Named>) -> PosixMqRequester {
+        Mq::at(address).requester(pool)
+    }
+
+    fn hasty(address: &str, pool: &SegmentPool<Named>) -> PosixMqRequester {
+        Mq::at(address).absence(Duration::ZERO).requester(pool)
+    }
+
+    fn connect(address: &str, pool: &Pool<Mq>, deadline: Deadline) -> Result<PosixMqRequester, Error> {
+        Mq::at(address).connect(pool, deadline)
+    }
+
+    fn clients(queue: &PosixMqQueue) -> Vec<Peer> {
+        queue.clients()
+    }
+
+    fn server(requester: &PosixMqRequester) -> Option<Peer> {
+        requester.server()
+    }
+}
+
+/// Every test that is not about one transport, over either.
+macro_rules! over_both {
+    ($($test:ident,)*) => {
+        mod unix {
+            $(#[test] fn $test() { super::$test::<super::Unix>() })*
+        }
+        mod mq {
+            $(#[test] fn $test() { super::$test::<super::Mq>() })*
+        }
+    };
+}
+over_both! {
+    bytes_cross_and_either_side_starts_first,
+    an_absent_server_is_waited_for_as_long_as_told,
+    a_server_killed_before_its_reply,
+    a_server_killed_between_chunks,
+    a_server_killed_while_idle,
+    a_receiver_killed_between_chunks,
+    a_receiver_killed_before_its_request_is_taken_up,
+    a_request_whose_transfer_is_gone_is_stale_and_harms_nobody,
+    a_queue_that_is_dropped_hangs_up_and_aborts_nothing,
+    a_stopped_sender_writes_to_nobody_afterwards,
+    a_hundred_thousand_transfers_at_random,
+}
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
@@ -50,20 +180,29 @@ struct Other {
 }
 
 const ROLE: &str = "SHMFERRY_TEST_ROLE";
-const PATH: &str = "SHMFERRY_TEST_PATH";
+const ADDRESS: &str = "SHMFERRY_TEST_ADDRESS";
+
+/// Has this executable play a role.
+const THE_OTHER: [&str; 4] = ["--exact", "other_process", "--nocapture", "--test-threads=1"];
 
 impl Other {
-    fn start(role: &str, path: &Path) -> Other {
-        Other::start_as(role, path, None)
+    fn start(role: &str, place: &Place) -> Other {
+        let other = Other::start_as(role, &place.cache_address(), None);
+        place.is_run_in_by(other.child.id());
+        other
     }
 
-    fn start_as(role: &str, path: &Path, uid: Option<u32>) -> Other {
+    fn start_as(role: &str, address: &str, uid: Option<u32>) -> Other {
         let mut command = Command::new(env::current_exe().unwrap());
-        command.args(["--exact", "other_process", "--nocapture", "--test-threads=1"]);
-        command.env(ROLE, role).env(PATH, path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(THE_OTHER);
         if let Some(uid) = uid {
             command.uid(uid).gid(uid);
         }
+        Other::spawn(role, address, &mut command)
+    }
+
+    fn spawn(role: &str, address: &str, command: &mut Command) -> Other {
+        command.env(ROLE, role).env(ADDRESS, address).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let says = BufReader::new(child.stdout.take().unwrap());
         Other { child, says }
@@ -78,6 +217,11 @@ impl Other {
                 return said.trim().to_owned();
             }
         }
+    }
+
+    /// Lets it go on.
+    fn nudge(&mut self) {
+        self.child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
     }
 
     fn signal(&self, signal: Signal) {
@@ -102,6 +246,11 @@ fn say(what: &str) {
     println!("says {what}");
 }
 
+/// Waits for the parent's word; `false` when it has ended.
+fn is_nudged() -> bool {
+    matches!(std::io::stdin().read(&mut [0]), Ok(1))
+}
+
 /// Waits for the parent to end, or to kill us.
 fn linger() -> ! {
     let _ = std::io::stdin().read(&mut [0]);
@@ -112,33 +261,37 @@ fn linger() -> ! {
 #[test]
 fn other_process() {
     let Ok(role) = env::var(ROLE) else { return };
-    let path = PathBuf::from(env::var_os(PATH).unwrap());
-    match role.as_str() {
-        "serve" => serve(&path, |sending, len| {
+    let address = env::var(ADDRESS).unwrap();
+    if address.starts_with("mq:") { play::<Mq>(&role, &address) } else { play::<Unix>(&role, &address) }
+}
+
+fn play<C: Carrier>(role: &str, address: &str) {
+    match role {
+        "serve" => serve::<C>(address, |sending, len| {
             let mut sending = sending;
             sending.write_all(&pattern(len)).unwrap();
             assert_eq!(sending.finish().unwrap(), len as u64);
         }),
         "take and halt" => {
-            let queue = Seqpacket::new(&path).bind().unwrap();
+            let queue = C::bind(address).unwrap();
             say("ready");
             let _taken = queue.recv(Deadline::NEVER).unwrap();
             say("taken");
             linger()
         }
-        "send one chunk and halt" => serve(&path, |mut sending, len| {
+        "send one chunk and halt" => serve::<C>(address, |mut sending, len| {
             sending.next_slot(soon()).unwrap().send(&pattern(len)[..10]).unwrap();
             say("sent");
             linger()
         }),
         "send when told" => {
             // One transfer in two steps, so that it can be stopped in between; then an honest server.
-            let queue = Seqpacket::new(&path).bind().unwrap();
+            let queue = C::bind(address).unwrap();
             say("ready");
             let mut old = queue.recv(Deadline::NEVER).unwrap().accept(Size::Unknown).unwrap();
             old.next_slot(soon()).unwrap().send(&[0xee; 10]).unwrap();
             say("sent");
-            let _ = std::io::stdin().read(&mut [0]).unwrap();
+            is_nudged();
             let error = loop {
                 if let Err(error) = old.next_slot(soon()).and_then(|slot| slot.send(&[0xee; 10])) {
                     break error;
@@ -149,53 +302,62 @@ fn other_process() {
             answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap());
         }
         "ask and halt" => {
-            let pool = pool(1, 2);
-            let requester = requester(&path, &pool);
-            let mut body = ask(&requester, &pool, 1 << 20).unwrap();
+            let pool = pool::<C>(1, 2);
+            let requester = C::requester(address, &pool);
+            let mut body = ask::<C>(&requester, &pool, 1 << 20).unwrap();
             let _chunk = body.next_chunk(soon()).unwrap();
             say("holding");
             linger()
         }
+        "ask whenever told" => {
+            let pool = pool::<C>(2, 2);
+            let requester = C::requester(address, &pool);
+            while is_nudged() {
+                assert!(read_all(ask::<C>(&requester, &pool, 9000).unwrap()) == pattern(9000));
+                say("served");
+            }
+        }
         "connect" => {
-            let pool = pool(1, 1);
-            let requester = requester(&path, &pool);
-            match ask(&requester, &pool, 10) {
+            let pool = pool::<C>(1, 1);
+            let requester = C::requester(address, &pool);
+            match ask::<C>(&requester, &pool, 10) {
                 Ok(_) => say("served"),
                 Err(error) => say(&format!("error: {error}")),
             }
             linger()
         }
         "serve at random" => {
-            let queue = Arc::new(Seqpacket::new(&path).bind().unwrap());
+            let queue = Arc::new(C::bind(address).unwrap());
             let taking = Arc::clone(&queue);
             let next = move || taking.recv(Deadline::NEVER).ok();
             let crew =
                 Crew::start("server", 4, next, |transfer| Errand::read(transfer.key()).serve(transfer));
             say("ready");
-            let _ = std::io::stdin().read(&mut [0]).unwrap();
+            is_nudged();
             queue.close();
             assert!(crew.unwrap().join(soon()));
+            drop(queue);
             say("ended");
         }
         "connect to any" => {
             // The server is root's; whether it takes us is what is asked.
-            let pool = pool(1, 1);
-            let requester = Seqpacket::new(&path).allow_user(0).requester(&pool).unwrap();
-            match ask(&requester, &pool, 10) {
+            let pool = pool::<Unix>(1, 1);
+            let requester = Unix::at(address).allow_user(0).requester(&pool).unwrap();
+            match ask::<Unix>(&requester, &pool, 10) {
                 Ok(_) => say("served"),
                 Err(error) => say(&format!("error: {error}")),
             }
             linger()
         }
-        other => panic!("unknown role {other:?}"),
+        other => queues::play(other, address),
     }
 }
 
 type Sending = ShmTransfer<shmferry::Sender, shmferry::Sending>;
 
 /// Answers requests, whose keys are lengths, for ever.
-fn serve(path: &Path, send: impl Fn(Sending, usize)) {
-    let queue = Seqpacket::new(path).bind().unwrap();
+fn serve<C: Carrier>(address: &str, send: impl Fn(Sending, usize)) {
+    let queue = C::bind(address).unwrap();
     say("ready");
     answer(&queue, send);
 }
@@ -213,17 +375,13 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i % 251) as u8).collect()
 }
 
-fn pool(segments: u32, slots: u32) -> SegmentPool<Memfd> {
+fn pool<C: Carrier>(segments: u32, slots: u32) -> Pool<C> {
     SegmentPool::builder().segments(segments).segment_len(4096).slots(slots).create().unwrap()
-}
-
-fn requester(path: &Path, pool: &SegmentPool<Memfd>) -> SeqpacketRequester {
-    Seqpacket::new(path).requester(pool).unwrap()
 }
 
 type Body = ShmTransfer<Receiver, Receiving>;
 
-fn ask(requester: &SeqpacketRequester, pool: &SegmentPool<Memfd>, len: usize) -> Result<Body, Error> {
+fn ask<C: Carrier>(requester: &C::Requester, pool: &Pool<C>, len: usize) -> Result<Body, Error> {
     let (request, transfer) = pool.lease(soon())?.request(len.to_string())?;
     requester.send(request, soon())?;
     match transfer.reply(Deadline::NEVER)? {
@@ -238,77 +396,78 @@ fn read_all(mut body: Body) -> Vec<u8> {
     bytes
 }
 
-fn place() -> (tempfile::TempDir, PathBuf) {
+/// For tests that are about the socket as a file.
+fn socket() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("queue.sock");
     (dir, path)
 }
 
-#[test]
-fn bytes_cross_and_either_side_starts_first() {
+fn bytes_cross_and_either_side_starts_first<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let pool = pool(2, 4);
-    let requester = requester(&path, &pool);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(2, 4);
+    let requester = C::requester(address, &pool);
     let mut server = None;
     thread::scope(|scope| {
         // The request is out before there is anybody to take it.
-        let early = scope.spawn(|| read_all(ask(&requester, &pool, 100_000).unwrap()));
-        server = Some(Other::start("serve", &path));
+        let early = scope.spawn(|| read_all(ask::<C>(&requester, &pool, 100_000).unwrap()));
+        server = Some(Other::start("serve", &place));
         assert!(early.join().unwrap() == pattern(100_000));
     });
     for len in [0, 1, 4095, 4096, 4097, 1 << 20] {
-        assert!(read_all(ask(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
+        assert!(read_all(ask::<C>(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
     }
-    assert_eq!(requester.server().unwrap().pid, Some(server.unwrap().child.id()));
+    assert_eq!(C::server(&requester).unwrap().pid, Some(server.unwrap().child.id()));
 }
 
-#[test]
-fn an_absent_server_is_waited_for_as_long_as_told() {
+fn an_absent_server_is_waited_for_as_long_as_told<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let pool = pool(1, 1);
-    let hasty = Seqpacket::new(&path).absence(Duration::ZERO).requester(&pool).unwrap();
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(1, 1);
+    let hasty = C::hasty(address, &pool);
     let (request, _transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
     let failed = hasty.send(request, Deadline::NEVER).unwrap_err();
     assert!(matches!(failed.error, Error::Timeout(Awaited::Server)), "{failed:?}");
-    let connected = Seqpacket::new(&path).connect(&pool, Deadline::after(Duration::from_millis(5)));
+    let connected = C::connect(address, &pool, Deadline::after(Duration::from_millis(5)));
     assert!(matches!(connected, Err(Error::Timeout(Awaited::Server))));
-    let _server = Other::start("serve", &path);
-    drop(Seqpacket::new(&path).connect(&pool, soon()).unwrap());
+    let _server = Other::start("serve", &place);
+    drop(C::connect(address, &pool, soon()).unwrap());
     drop(_transfer);
-    assert!(read_all(ask(&hasty, &pool, 10).unwrap()) == pattern(10));
+    assert!(read_all(ask::<C>(&hasty, &pool, 10).unwrap()) == pattern(10));
 }
 
-#[test]
-fn a_server_killed_before_its_reply() {
+fn a_server_killed_before_its_reply<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let pool = pool(1, 2);
-    let requester = requester(&path, &pool);
-    let mut server = Other::start("take and halt", &path);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(1, 2);
+    let requester = C::requester(address, &pool);
+    let mut server = Other::start("take and halt", &place);
     server.wait_for("ready");
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| ask(&requester, &pool, 10));
+        let waiting = scope.spawn(|| ask::<C>(&requester, &pool, 10));
         server.wait_for("taken");
         server.kill();
         // The wait has no deadline: only the death can end it (rule P7).
         assert!(matches!(waiting.join().unwrap(), Err(Error::Disconnected)));
     });
     // Nobody had accepted, so the segment itself is back; the next server finds the same client.
-    let _server = Other::start("serve", &path);
-    assert!(read_all(ask(&requester, &pool, 5000).unwrap()) == pattern(5000));
+    let _server = Other::start("serve", &place);
+    assert!(read_all(ask::<C>(&requester, &pool, 5000).unwrap()) == pattern(5000));
     assert_eq!(pool.stats().retired, 0);
 }
 
-#[test]
-fn a_server_killed_between_chunks() {
+fn a_server_killed_between_chunks<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let pool = pool(1, 2);
-    let requester = requester(&path, &pool);
-    let mut server = Other::start("send one chunk and halt", &path);
-    let mut body = ask(&requester, &pool, 5000).unwrap();
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(1, 2);
+    let requester = C::requester(address, &pool);
+    let mut server = Other::start("send one chunk and halt", &place);
+    let mut body = ask::<C>(&requester, &pool, 5000).unwrap();
     server.wait_for("sent");
     server.kill();
     // What was filled stays readable; then the death is told, and not as an end.
@@ -320,32 +479,32 @@ fn a_server_killed_between_chunks() {
     drop(body);
     // The sender is dead for certain: its segment can be used again as it is (rule P6). But not if
     // its semaphores may have been left in any state, as raw_sync's.
-    let _server = Other::start("serve", &path);
-    assert!(read_all(ask(&requester, &pool, 5000).unwrap()) == pattern(5000));
+    let _server = Other::start("serve", &place);
+    assert!(read_all(ask::<C>(&requester, &pool, 5000).unwrap()) == pattern(5000));
     assert_eq!(pool.stats().retired, u64::from(cfg!(feature = "raw-sync")));
 }
 
-#[test]
-fn a_server_killed_while_idle() {
+fn a_server_killed_while_idle<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let pool = pool(1, 2);
-    let requester = requester(&path, &pool);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(1, 2);
+    let requester = C::requester(address, &pool);
     for round in 0..5 {
-        let server = Other::start("serve", &path);
-        assert!(read_all(ask(&requester, &pool, round).unwrap()) == pattern(round));
-        assert_eq!(requester.server().unwrap().pid, Some(server.child.id()));
+        let server = Other::start("serve", &place);
+        assert!(read_all(ask::<C>(&requester, &pool, round).unwrap()) == pattern(round));
+        assert_eq!(C::server(&requester).unwrap().pid, Some(server.child.id()));
         server.kill();
     }
     assert_eq!(pool.stats().retired, 0);
 }
 
-#[test]
-fn a_receiver_killed_between_chunks() {
+fn a_receiver_killed_between_chunks<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let queue = Seqpacket::new(&path).bind().unwrap();
-    let mut receiver = Other::start("ask and halt", &path);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let queue = C::bind(address).unwrap();
+    let mut receiver = Other::start("ask and halt", &place);
     let mut sending = queue.recv(soon()).unwrap().accept(Size::Unknown).unwrap();
     sending.next_slot(soon()).unwrap().send(b"first").unwrap();
     receiver.wait_for("holding");
@@ -356,15 +515,15 @@ fn a_receiver_killed_between_chunks() {
     assert!(matches!(error, Error::Disconnected), "{error}");
     // The worker finds that out by itself too, and forgets the client.
     assert!(matches!(queue.recv(Deadline::after(Duration::ZERO)), Err(Error::Timeout(_))));
-    assert_eq!(queue.clients(), []);
+    assert_eq!(C::clients(&queue), []);
 }
 
-#[test]
-fn a_receiver_killed_before_its_request_is_taken_up() {
+fn a_receiver_killed_before_its_request_is_taken_up<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let queue = Seqpacket::new(&path).bind().unwrap();
-    let receiver = Other::start("ask and halt", &path);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let queue = C::bind(address).unwrap();
+    let receiver = Other::start("ask and halt", &place);
     let taken = queue.recv(soon()).unwrap();
     let peer = taken.peer().unwrap();
     assert_eq!((peer.pid, peer.uid), (Some(receiver.child.id()), rustix::process::getuid().as_raw()));
@@ -379,28 +538,28 @@ fn a_receiver_killed_before_its_request_is_taken_up() {
     assert!(matches!(error, Error::Disconnected), "{error}");
 }
 
-#[test]
-fn a_request_whose_transfer_is_gone_is_stale_and_harms_nobody() {
+fn a_request_whose_transfer_is_gone_is_stale_and_harms_nobody<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let _server = Other::start("serve", &path);
-    let pool = pool(1, 1);
-    let requester = requester(&path, &pool);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let _server = Other::start("serve", &place);
+    let pool = pool::<C>(1, 1);
+    let requester = C::requester(address, &pool);
     let (request, transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
     drop(transfer);
     let failed = requester.send(request, soon()).unwrap_err();
     assert!(matches!(failed.error, Error::Stale), "{failed:?}");
-    assert!(read_all(ask(&requester, &pool, 10).unwrap()) == pattern(10));
+    assert!(read_all(ask::<C>(&requester, &pool, 10).unwrap()) == pattern(10));
 }
 
-#[test]
-fn a_queue_that_is_dropped_hangs_up_and_aborts_nothing() {
+fn a_queue_that_is_dropped_hangs_up_and_aborts_nothing<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let pool = pool(1, 1);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(1, 1);
     for _ in 0..50 {
-        let queue = Seqpacket::new(&path).bind().unwrap();
-        let requester = requester(&path, &pool);
+        let queue = C::bind(address).unwrap();
+        let requester = C::requester(address, &pool);
         let (request, transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
         requester.send(request, soon()).unwrap();
         let mut held = queue.recv(soon()).unwrap().accept(Size::Unknown).unwrap();
@@ -413,21 +572,21 @@ fn a_queue_that_is_dropped_hangs_up_and_aborts_nothing() {
     assert_eq!(pool.stats().retired, 0, "each sender left in time");
 }
 
-#[test]
-fn a_stopped_sender_writes_to_nobody_afterwards() {
+fn a_stopped_sender_writes_to_nobody_afterwards<C: Carrier>() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let pool = pool(1, 2);
-    let requester = requester(&path, &pool);
-    let mut server = Other::start("send when told", &path);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(1, 2);
+    let requester = C::requester(address, &pool);
+    let mut server = Other::start("send when told", &place);
     server.wait_for("ready");
-    let mut old = ask(&requester, &pool, 0).unwrap();
+    let mut old = ask::<C>(&requester, &pool, 0).unwrap();
     server.wait_for("sent");
     server.signal(Signal::STOP);
     drop(old.next_chunk(soon()).unwrap());
     let late = old.next_chunk(Deadline::after(Duration::from_millis(50))).map(drop);
     assert!(matches!(late, Err(Error::Timeout(_))), "alive, but late: {late:?}");
-    let id_of = |pool: &SegmentPool<Memfd>| pool.lease(soon()).unwrap().segment().id();
+    let id_of = |pool: &Pool<C>| pool.lease(soon()).unwrap().segment().id();
     drop(old);
 
     // It may still write: so the pool's only segment is replaced (rule P6), and the next transfer
@@ -435,10 +594,10 @@ fn a_stopped_sender_writes_to_nobody_afterwards() {
     let fresh = id_of(&pool);
     assert_eq!((fresh.index(), pool.stats().retired), (1, 1));
     server.signal(Signal::CONT);
-    server.child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    server.nudge();
     assert_eq!(server.wait_for("old"), "old: the receiver cancelled the transfer");
     for len in [1, 5000, 100_000] {
-        assert!(read_all(ask(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
+        assert!(read_all(ask::<C>(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
     }
     assert_eq!((id_of(&pool), pool.stats().retired), (fresh, 1));
 }
@@ -446,8 +605,8 @@ fn a_stopped_sender_writes_to_nobody_afterwards() {
 #[test]
 fn one_server_at_an_address_and_leftovers_taken_over() {
     let _watchdog = watchdog();
-    let (dir, path) = place();
-    let mut first = Other::start("serve", &path);
+    let (dir, path) = socket();
+    let mut first = Other::start_as("serve", &address(&path), None);
     first.wait_for("ready");
     let error = Seqpacket::new(&path).bind().map(drop).unwrap_err();
     let told = format!("{} is being served by process {}", path.display(), first.child.id());
@@ -467,7 +626,7 @@ fn one_server_at_an_address_and_leftovers_taken_over() {
     assert!(!deeper.parent().unwrap().exists());
 
     // So is one that a killed server made.
-    let mut third = Other::start("serve", &deeper);
+    let mut third = Other::start_as("serve", &address(&deeper), None);
     third.wait_for("ready");
     third.kill();
     drop(Seqpacket::new(&deeper).bind().unwrap());
@@ -491,7 +650,7 @@ fn another_user_is_turned_away_unless_allowed() {
         return;
     }
     const NOBODY: u32 = 65_534;
-    let (dir, path) = place();
+    let (dir, path) = socket();
     let open_up = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     let reports = Arc::new(Mutex::new(Vec::new()));
     let queue = Seqpacket::new(&path)
@@ -504,7 +663,7 @@ fn another_user_is_turned_away_unless_allowed() {
 
     // The file itself keeps others out.
     open_up(dir.path(), 0o755);
-    let mut other = Other::start_as("connect", &path, Some(NOBODY));
+    let mut other = Other::start_as("connect", &address(&path), Some(NOBODY));
     assert_eq!(other.wait_for("error"), "error: connect: Permission denied (os error 13)");
 
     // If it does not, the server does.
@@ -514,7 +673,7 @@ fn another_user_is_turned_away_unless_allowed() {
         let queue = Arc::clone(&stop);
         move || answer(&*queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap())
     });
-    let mut other = Other::start_as("connect to any", &path, Some(NOBODY));
+    let mut other = Other::start_as("connect to any", &address(&path), Some(NOBODY));
     assert_eq!(other.wait_for("error"), "error: the server turned us away: user 65534 may not connect");
     assert_eq!(reports.lock().unwrap()[0].0, NOBODY);
     stop.close();
@@ -527,10 +686,15 @@ fn another_user_is_turned_away_unless_allowed() {
         let queue = Arc::clone(&queue);
         move || answer(&*queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap())
     });
-    let mut other = Other::start_as("connect to any", &path, Some(NOBODY));
+    let mut other = Other::start_as("connect to any", &address(&path), Some(NOBODY));
     other.wait_for("served");
     queue.close();
     serving.join().unwrap();
+}
+
+/// As the programs have it.
+fn address(path: &Path) -> String {
+    format!("unix:{}", path.display())
 }
 
 /// A client of our own making, which says what it likes.
@@ -593,7 +757,7 @@ fn hello(version: u32, slots: u32, slot_len: u32) -> Vec<u8> {
 #[test]
 fn nonsense_costs_its_own_connection_only() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
+    let (_dir, path) = socket();
     let queue = Seqpacket::new(&path).max_segments(4).max_clients(6).bind().unwrap();
     thread::scope(|scope| {
         // However this ends, the workers do.
@@ -603,9 +767,10 @@ fn nonsense_costs_its_own_connection_only() {
                 scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()))
             })
             .collect();
-        let honest_pool = pool(2, 2);
-        let honest = requester(&path, &honest_pool);
-        let honestly = || assert!(read_all(ask(&honest, &honest_pool, 9000).unwrap()) == pattern(9000));
+        let honest_pool = pool::<Unix>(2, 2);
+        let honest = Seqpacket::new(&path).requester(&honest_pool).unwrap();
+        let honestly =
+            || assert!(read_all(ask::<Unix>(&honest, &honest_pool, 9000).unwrap()) == pattern(9000));
         honestly();
 
         const PROTOCOL: Option<u32> = Some(6);
@@ -637,17 +802,17 @@ fn nonsense_costs_its_own_connection_only() {
         // Those who say nothing make room for those who do.
         let silent: Vec<_> = (0..20).map(|_| Stranger::connect(&path)).collect();
         honestly();
-        let newcomers: Vec<_> = (0..3).map(|_| (pool(1, 1), 1000)).collect();
+        let newcomers: Vec<_> = (0..3).map(|_| (pool::<Unix>(1, 1), 1000)).collect();
         for (pool, len) in &newcomers {
-            let requester = requester(&path, pool);
-            assert!(read_all(ask(&requester, pool, *len).unwrap()) == pattern(*len));
+            let requester = Seqpacket::new(&path).requester(pool).unwrap();
+            assert!(read_all(ask::<Unix>(&requester, pool, *len).unwrap()) == pattern(*len));
         }
         drop(silent);
 
         // A pool beyond the policy is refused with the number that works.
-        let greedy_pool = pool(5, 1);
-        let greedy = requester(&path, &greedy_pool);
-        let error = ask(&greedy, &greedy_pool, 10).map(drop).unwrap_err();
+        let greedy_pool = pool::<Unix>(5, 1);
+        let greedy = Seqpacket::new(&path).requester(&greedy_pool).unwrap();
+        let error = ask::<Unix>(&greedy, &greedy_pool, 10).map(drop).unwrap_err();
         assert!(matches!(error, Error::Rejected(Rejection::TooManySegments(4))), "{error}");
 
         honestly();
@@ -667,10 +832,10 @@ impl<Q: RequestQueue> Drop for Closing<'_, Q> {
 #[test]
 fn a_client_that_frees_nothing_ties_up_a_bounded_number_of_transfers() {
     let _watchdog = watchdog();
-    let (_dir, path) = place();
+    let (_dir, path) = socket();
     let queue = Seqpacket::new(&path).bind().unwrap();
-    let pool = pool(1, 1);
-    let requester = requester(&path, &pool);
+    let pool = pool::<Unix>(1, 1);
+    let requester = Seqpacket::new(&path).requester(&pool).unwrap();
     // Withdrawn one after the other, each leaves a request behind that a worker may still take.
     let taken: Vec<_> = thread::scope(|scope| {
         let asking = scope.spawn(|| {
@@ -764,7 +929,7 @@ impl Errand {
     }
 
     /// Takes the transfer and compares all that comes; `true` for one that came whole.
-    fn run(self, requester: &SeqpacketRequester, pool: &SegmentPool<Memfd>) -> bool {
+    fn run<C: Carrier>(self, requester: &C::Requester, pool: &Pool<C>) -> bool {
         let (request, transfer) = pool.lease(soon()).unwrap().request(self.word.to_string()).unwrap();
         requester.send(request, soon()).unwrap();
         let mut body = match (transfer.reply(soon()), self.refusal()) {
@@ -801,16 +966,16 @@ impl Errand {
     }
 }
 
-#[test]
-fn a_hundred_thousand_transfers_at_random() {
+fn a_hundred_thousand_transfers_at_random<C: Carrier>() {
     const THREADS: u64 = 16;
     const EACH: u64 = 100_000 / THREADS;
     let _watchdog = watchdog();
-    let (_dir, path) = place();
-    let mut server = Other::start("serve at random", &path);
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let mut server = Other::start("serve at random", &place);
     server.wait_for("ready");
-    let pool = pool(3, 4);
-    let requester = requester(&path, &pool);
+    let pool = pool::<C>(3, 4);
+    let requester = C::requester(address, &pool);
     let whole: u64 = thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS)
             .map(|thread| {
@@ -823,7 +988,7 @@ fn a_hundred_thousand_transfers_at_random() {
                         state ^= state << 17;
                         state
                     };
-                    (0..EACH).filter(|_| Errand { word: random() }.run(requester, pool)).count() as u64
+                    (0..EACH).filter(|_| Errand { word: random() }.run::<C>(requester, pool)).count() as u64
                 })
             })
             .collect();
@@ -838,6 +1003,6 @@ fn a_hundred_thousand_transfers_at_random() {
     assert_eq!((stats.segments, stats.idle), (3, 3));
     println!("{whole} of 100,000 came whole; {} segments were retired", stats.retired);
     drop(requester);
-    server.child.stdin.take().unwrap().write_all(b"x").unwrap();
+    server.nudge();
     server.wait_for("ended");
 }

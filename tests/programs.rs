@@ -1,17 +1,32 @@
 //! `simplecached` and `webproxy`, run for real: what they serve, refuse, and leave behind.
 
+#[macro_use]
 mod support;
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use support::{Answer, Client, Place, Program, Signal, WATCHDOG, names_in, pattern, wait_until};
+use support::{Answer, Client, Place, Program, Signal, Transport, WATCHDOG, names_in, pattern, wait_until};
+
+over_both! {
+    either_starts_first,
+    without_a_cache_there_is_an_error_in_the_end,
+    the_cache_may_be_restarted_or_killed,
+    a_second_cache_at_the_same_address_is_refused,
+    stalled_clients_starve_nobody_and_are_cut,
+    a_client_that_leaves_is_nobodys_error,
+    idle_programs_end_at_once_and_leave_nothing,
+    a_running_transfer_is_let_finish,
+    a_transfer_that_stalls_is_left_when_the_grace_is_over,
+    a_second_signal_ends_it_at_once,
+}
 
 /// No arguments.
 const PLAIN: [&str; 0] = [];
@@ -309,9 +324,8 @@ fn both_address_families_reach_it() {
 
 // ---------------------------------------------------------------- two processes
 
-#[test]
-fn either_starts_first() {
-    let place = Place::new();
+fn either_starts_first(over: Transport) {
+    let place = Place::over(over);
     place.write("files/a", "hello");
     let proxy = place.webproxy(PLAIN).listening();
     // Asked before the cache is there: it is waited for, though not for long.
@@ -328,18 +342,16 @@ fn either_starts_first() {
     assert_eq!(second.get("/a"), ok("hello"));
 }
 
-#[test]
-fn without_a_cache_there_is_an_error_in_the_end() {
-    let place = Place::new();
+fn without_a_cache_there_is_an_error_in_the_end(over: Transport) {
+    let place = Place::over(over);
     let proxy = place.webproxy(PLAIN).listening();
     assert_eq!(proxy.get("/a"), Answer::Error);
     let exit = proxy.terminate();
     exit.assert_said(&["WARN", "the cache failed for /a: timed out waiting for a server", "errors=1"]);
 }
 
-#[test]
-fn the_cache_may_be_restarted_or_killed() {
-    let place = Place::new();
+fn the_cache_may_be_restarted_or_killed(over: Transport) {
+    let place = Place::over(over);
     place.write("files/a", pattern(100_000));
     let proxy = place.webproxy(PLAIN).listening();
     for round in 0..4 {
@@ -350,26 +362,40 @@ fn the_cache_may_be_restarted_or_killed() {
         match round % 2 {
             0 => {
                 cache.kill();
-                assert!(place.cache_socket().exists(), "leftovers for the next one to take over");
+                assert!(!place.is_swept(), "leftovers for the next one to take over");
             }
             _ => {
                 cache.terminate();
-                assert!(!place.path("run").exists(), "the directory that the killed one made, included");
+                assert!(place.is_swept(), "the directory that the killed one made, included");
             }
         }
     }
 }
 
-#[test]
-fn a_second_cache_at_the_same_address_is_refused() {
-    let place = Place::new();
+fn a_second_cache_at_the_same_address_is_refused(over: Transport) {
+    let place = Place::over(over);
     place.write("files/a", "hello");
     let cache = place.simplecached(["-c", "files"]).listening();
     let pid = cache.pid().to_string();
     let second = place.simplecached(["-c", "files"]).finish();
-    second.assert_failure(&["cannot listen on unix:", "is being served by process", &pid]);
+    second.assert_failure(&["cannot listen on ", &place.cache_address(), "is being served by process", &pid]);
     let proxy = place.webproxy(PLAIN).listening();
     assert_eq!(proxy.get("/a"), ok("hello"));
+}
+
+/// Over mq, a segment is mapped when it is used, and the limit is on what stays mapped.
+#[test]
+fn a_proxy_with_many_segments_has_few_of_them_mapped_by_the_cache() {
+    let place = Place::over(Transport::Mq);
+    let large = pattern(LARGE);
+    place.write("files/large", &large);
+    let cache = place.simplecached(["-c", "files", "--max-segments", "3"]).listening();
+    let proxy = place.webproxy(["-n", "8"]).listening();
+    for _ in 0..3 {
+        proxy.assert_pool_is_whole(8, "/large", &large);
+        assert!((1..=3).contains(&cache.segments()), "{}", cache.segments());
+    }
+    place.wind_up([proxy, cache]);
 }
 
 #[test]
@@ -385,9 +411,8 @@ fn a_proxy_with_too_many_segments_is_turned_away() {
     cache.terminate().assert_said(&["a pool of more than 3 segments"]);
 }
 
-#[test]
-fn stalled_clients_starve_nobody_and_are_cut() {
-    let place = Place::new();
+fn stalled_clients_starve_nobody_and_are_cut(over: Transport) {
+    let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
     place.write("files/a", "hello");
     let _cache = place.simplecached(["-c", "files", "-t", "1"]).listening();
@@ -414,9 +439,8 @@ fn stalled_clients_starve_nobody_and_are_cut() {
     exit.assert_said(&["errors=0"]);
 }
 
-#[test]
-fn a_client_that_leaves_is_nobodys_error() {
-    let place = Place::new();
+fn a_client_that_leaves_is_nobodys_error(over: Transport) {
+    let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
     let cache = place.simplecached(["-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "2"]).listening();
@@ -434,13 +458,12 @@ fn a_client_that_leaves_is_nobodys_error() {
 
 // ---------------------------------------------------------------- the end
 
-#[test]
-fn idle_programs_end_at_once_and_leave_nothing() {
+fn idle_programs_end_at_once_and_leave_nothing(over: Transport) {
     for signal in [Signal::INT, Signal::TERM] {
-        let place = Place::new();
+        let place = Place::over(over);
         place.write("files/a", "hello");
-        let cache = place.run("simplecached", ["-c", "files"]).listening();
-        let proxy = place.bare_webproxy(["-n", "4"]).listening();
+        let cache = place.simplecached(["-c", "files"]).listening();
+        let proxy = place.webproxy(["-n", "4"]).listening();
         assert_eq!(proxy.get("/a"), ok("hello"));
         let address = proxy.address();
         for program in [proxy, cache] {
@@ -451,13 +474,12 @@ fn idle_programs_end_at_once_and_leave_nothing() {
             assert_eq!(exit.stderr.lines().count(), 2, "{}", exit.stderr);
         }
         assert!(TcpStream::connect(address).is_err());
-        assert_eq!(names_in(&place.path("")), ["files"]);
+        place.assert_nothing_left();
     }
 }
 
-#[test]
-fn a_running_transfer_is_let_finish() {
-    let place = Place::new();
+fn a_running_transfer_is_let_finish(over: Transport) {
+    let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
     let cache = place.simplecached(["-c", "files"]).listening();
     let proxy = place.webproxy(PLAIN).listening();
@@ -478,9 +500,8 @@ fn a_running_transfer_is_let_finish() {
     assert!(place.is_swept());
 }
 
-#[test]
-fn a_transfer_that_stalls_is_left_when_the_grace_is_over() {
-    let place = Place::new();
+fn a_transfer_that_stalls_is_left_when_the_grace_is_over(over: Transport) {
+    let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
     let cache = place.simplecached(["-c", "files"]).listening();
     let proxy = place.webproxy(PLAIN).listening();
@@ -493,17 +514,16 @@ fn a_transfer_that_stalls_is_left_when_the_grace_is_over() {
     assert!(client.read_all().len() < LARGE);
 }
 
-#[test]
-fn a_second_signal_ends_it_at_once() {
-    let place = Place::new();
+fn a_second_signal_ends_it_at_once(over: Transport) {
+    let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
-    let debug = |name: &str| {
+    let address = place.cache_address();
+    let debug = |name: &str, args: &[&str]| {
         let mut command = place.command(name);
-        command.env("RUST_LOG", "debug");
-        command
+        Program::spawn(command.env("RUST_LOG", "debug").args(args)).listening()
     };
-    let cache = Program::spawn(debug("simplecached").args(["-c", "files"])).listening();
-    let proxy = Program::spawn(debug("webproxy").args(["-p", "0"])).listening();
+    let cache = debug("simplecached", &["-c", "files", "--listen", &address]);
+    let proxy = debug("webproxy", &["-p", "0", "--cache", &address]);
     let mut client = proxy.connect();
     client.request("/large");
     client.read_exactly(100);
@@ -515,7 +535,33 @@ fn a_second_signal_ends_it_at_once() {
         exit.assert_code(0);
         exit.assert_said(&["stopped: "]);
     }
-    assert_eq!(names_in(&place.path("")), ["files"]);
+    place.assert_nothing_left();
+}
+
+#[test]
+fn names_in_shared_memory_are_for_this_user_only_and_the_successors_clear_up() {
+    let place = Place::over(Transport::Mq);
+    place.write("files/a", "hello");
+    let mut ends: Vec<(bool, bool)> = vec![(true, false), (false, true), (true, true)];
+    ends.extend(ends.clone());
+    for (kill_cache, kill_proxy) in ends {
+        let cache = place.simplecached(["-c", "files"]).listening();
+        let proxy = place.webproxy(["-n", "3"]).listening();
+        assert_eq!(proxy.get("/a"), ok("hello"));
+        // The lock and the lifeline of the queue; the lifeline and the segments of the pool.
+        wait_until("those of the killed were swept", || place.names_left().len() == 4);
+        let (files, names) = (place.queue_files(), place.names_left());
+        assert_eq!(files.len(), 2, "{files:?}");
+        let paths = files.into_iter().chain(names.iter().map(|name| Path::new("/dev/shm").join(name)));
+        for path in paths {
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{path:?}");
+        }
+        let end = |program: Program, kill| if kill { program.kill() } else { drop(program.terminate()) };
+        end(cache, kill_cache);
+        assert_eq!(place.queue_files().len(), if kill_cache { 2 } else { 0 });
+        end(proxy, kill_proxy);
+    }
+    place.wind_up([place.simplecached(["-c", "files"]).listening()]);
 }
 
 // ---------------------------------------------------------------- the origin

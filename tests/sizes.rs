@@ -1,6 +1,7 @@
 //! Files of every size through the real programs, and memory: how little a transfer takes, and what
 //! happens when there is not enough.
 
+#[macro_use]
 mod support;
 
 use std::fs::File;
@@ -9,7 +10,19 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 
 use image::{ImageFormat, Rgb, RgbImage};
-use support::{Answer, Client, Dice, PLAIN, Place, Program, noise, ok};
+use support::{Answer, Client, Dice, PLAIN, Place, Program, Transport, noise, ok};
+
+over_both! {
+    files_of_every_size_arrive_whole_through_one_slot,
+    files_of_every_size_arrive_whole_through_four_slots,
+    one_segment_serves_many_workers_and_many_clients,
+    two_gigabytes_pass_through_four_megabytes,
+    a_pool_beyond_all_memory_says_how_much_it_asked_for,
+    a_pool_beyond_the_limit_on_addresses_says_how_much_it_asked_for,
+    a_pool_beyond_the_limit_on_descriptors_is_a_failure_to_start,
+    a_pool_beyond_the_limit_on_file_sizes_is_a_failure_to_start,
+    more_clients_than_descriptors_wait_and_are_served,
+}
 
 /// The sizes at which chunks, segments and the end of a file meet, and one of many segments.
 fn critical_sizes(segment: usize, slots: usize) -> Vec<usize> {
@@ -30,8 +43,8 @@ fn critical_sizes(segment: usize, slots: usize) -> Vec<usize> {
     ]
 }
 
-fn every_size_arrives(slots: usize) {
-    let place = Place::new();
+fn every_size_arrives(over: Transport, slots: usize) {
+    let place = Place::over(over);
     // A size of pages, one that leaves the slots uneven, the least.
     for segment in [64 << 10, 10_007, 824] {
         let sizes = critical_sizes(segment, slots);
@@ -53,21 +66,18 @@ fn every_size_arrives(slots: usize) {
     }
 }
 
-#[test]
-fn files_of_every_size_arrive_whole_through_one_slot() {
-    every_size_arrives(1);
+fn files_of_every_size_arrive_whole_through_one_slot(over: Transport) {
+    every_size_arrives(over, 1);
 }
 
-#[test]
-fn files_of_every_size_arrive_whole_through_four_slots() {
-    every_size_arrives(4);
+fn files_of_every_size_arrive_whole_through_four_slots(over: Transport) {
+    every_size_arrives(over, 4);
 }
 
-#[test]
-fn one_segment_serves_many_workers_and_many_clients() {
+fn one_segment_serves_many_workers_and_many_clients(over: Transport) {
     let segment = 16 << 10;
     for slots in ["1", "4"] {
-        let place = Place::new();
+        let place = Place::over(over);
         let sizes = [0, 1, 4095, 4096, 4097, segment - 1, segment, segment + 1, 300_000, 2_000_003];
         let files: Vec<Vec<u8>> = sizes.iter().enumerate().map(|(seed, &size)| noise(seed, size)).collect();
         for (i, file) in files.iter().enumerate() {
@@ -128,11 +138,10 @@ fn pictures_decode_after_the_trip() {
 /// debug build: about 4 MiB.
 const BESIDE_THE_POOL: u64 = 24 << 20;
 
-#[test]
-fn two_gigabytes_pass_through_four_megabytes() {
+fn two_gigabytes_pass_through_four_megabytes(over: Transport) {
     const LEN: u64 = (2 << 30) + 12_345;
     const POOL: u64 = 8 * (512 << 10);
-    let place = Place::new();
+    let place = Place::over(over);
     // Nothing but zeros, with marks at both ends, around what a 31-bit number counts, and in between.
     let marks: Vec<(u64, Vec<u8>)> = [0, 524_287, (1 << 30) + 77, (1 << 31) - 50, LEN - 100]
         .into_iter()
@@ -185,9 +194,8 @@ fn two_gigabytes_pass_through_four_megabytes() {
 
 // ---------------------------------------------------------------- too little
 
-#[test]
-fn a_pool_beyond_all_memory_says_how_much_it_asked_for() {
-    let place = Place::new();
+fn a_pool_beyond_all_memory_says_how_much_it_asked_for(over: Transport) {
+    let place = Place::over(over);
     let exit = place.webproxy(["-n", "60000", "-z", "1073741824"]).finish();
     // The header's page beside each gigabyte.
     let asked = 60_000 * ((1u64 << 30) + 4096);
@@ -195,34 +203,35 @@ fn a_pool_beyond_all_memory_says_how_much_it_asked_for() {
     place.assert_nothing_left();
 }
 
-#[test]
-fn a_pool_beyond_the_limit_on_addresses_says_how_much_it_asked_for() {
-    let place = Place::new();
-    let args = ["-p", "0", "-n", "64", "-z", "16777216"]; // a gigabyte
+fn a_pool_beyond_the_limit_on_addresses_says_how_much_it_asked_for(over: Transport) {
+    let place = Place::over(over);
+    let address = place.cache_address();
+    let args = ["--cache", &address, "-p", "0", "-n", "64", "-z", "16777216"]; // a gigabyte
     let exit = Program::spawn(place.command_limited("-v 500000", "webproxy").args(args)).finish();
     let asked = 64 * ((16 << 20) + 4096);
     exit.assert_failure(&["webproxy: cannot make the pool", &format!("{asked} bytes")]);
     place.assert_nothing_left();
 }
 
-#[test]
-fn a_pool_beyond_the_limit_on_descriptors_is_a_failure_to_start() {
-    let place = Place::new();
-    let args = ["-p", "0", "-n", "64"];
+fn a_pool_beyond_the_limit_on_descriptors_is_a_failure_to_start(over: Transport) {
+    let place = Place::over(over);
+    let address = place.cache_address();
+    let args = ["--cache", &address, "-p", "0", "-n", "64"];
     let exit = Program::spawn(place.command_limited("-n 40", "webproxy").args(args)).finish();
     exit.assert_failure(&["webproxy: cannot make the pool", "Too many open files"]);
     place.assert_nothing_left();
 }
 
-#[test]
-fn a_pool_beyond_the_limit_on_file_sizes_is_a_failure_to_start() {
-    let place = Place::new();
-    let args = ["-p", "0", "-n", "1", "-z", "1048576"];
+fn a_pool_beyond_the_limit_on_file_sizes_is_a_failure_to_start(over: Transport) {
+    let place = Place::over(over);
+    let address = place.cache_address();
+    let args = ["--cache", &address, "-p", "0", "-n", "1", "-z", "1048576"];
     let exit = Program::spawn(place.command_limited("-f 100", "webproxy").args(args)).finish();
     exit.assert_failure(&["webproxy: cannot make the pool", "File too large"]);
     place.assert_nothing_left();
 }
 
+/// Over a socket only: over mq, the cache maps what it fills, and not the pool.
 #[test]
 fn a_cache_without_room_for_a_pool_turns_it_away_and_serves_the_others() {
     let place = Place::new();
@@ -240,9 +249,8 @@ fn a_cache_without_room_for_a_pool_turns_it_away_and_serves_the_others() {
     place.wind_up([modest, cache]);
 }
 
-#[test]
-fn more_clients_than_descriptors_wait_and_are_served() {
-    let place = Place::new();
+fn more_clients_than_descriptors_wait_and_are_served(over: Transport) {
+    let place = Place::over(over);
     place.write("files/a", "hello");
     let cache = place.simplecached(["-c", "files"]).listening();
     let mut limited = place.command_limited("-n 40", "webproxy");

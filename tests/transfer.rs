@@ -1,4 +1,4 @@
-//! Transfers over every shape of segment and size; pools; what the API refuses.
+//! Transfers over every shape of segment and size, and over both backings; pools; what the API refuses.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -10,15 +10,45 @@ use std::thread;
 use std::time::Duration;
 
 use shmferry::{
-    Awaited, Deadline, Error, Fault, InProcess, Memfd, Misuse, Receiver, Receiving, Reply, RequestQueue,
-    Requester, SegmentPool, Sender, ShmTransfer, Size, Starting,
+    Awaited, Backing, Deadline, Error, Fault, InProcess, Memfd, Misuse, Named, PosixMq, Receiver, Receiving,
+    Reply, RequestQueue, Requester, SegmentPool, Sender, Seqpacket, ShmTransfer, Size, Starting,
 };
+
+/// Every test, over either backing.
+macro_rules! over_both {
+    ($($test:ident,)*) => {
+        mod memfd {
+            $(#[test] fn $test() { super::$test::<super::Memfd>() })*
+        }
+        mod named {
+            $(#[test] fn $test() { super::$test::<super::Named>() })*
+        }
+    };
+}
+over_both! {
+    every_size_through_every_geometry,
+    a_range_of_a_file,
+    bytes_written_before_a_file_go_out_first,
+    the_files_own_position_neither_matters_nor_moves,
+    a_file_that_shrinks_is_an_error_on_both_sides,
+    a_source_longer_than_announced_is_an_error_on_both_sides,
+    finishing_short_is_an_error_on_both_sides,
+    chunks_are_copied_in_parts_or_passed_over,
+    bytes_go_to_sockets_pipes_and_files,
+    a_sink_that_takes_nothing_costs_its_deadline_and_cancels,
+    a_copy_goes_on_where_its_sink_gave_up,
+    a_receiver_that_stalls_costs_the_sender_its_deadline,
+    a_timeout_can_be_tried_again,
+    leases_come_in_order_of_arrival,
+    impossible_pools_are_refused_with_the_numbers_that_work,
+    a_pool_beyond_the_memory_says_how_much_was_asked_for,
+}
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
 }
 
-fn pool(segments: u32, segment_len: u64, slots: u32) -> SegmentPool<Memfd> {
+fn pool<B: Backing>(segments: u32, segment_len: u64, slots: u32) -> SegmentPool<B> {
     SegmentPool::builder().segments(segments).segment_len(segment_len).slots(slots).create().unwrap()
 }
 
@@ -34,8 +64,8 @@ fn file_of(bytes: &[u8]) -> File {
 }
 
 /// Runs one transfer: `send` on a thread of its own, `receive` here.
-fn ferry<T: Send + 'static, R>(
-    pool: &SegmentPool<Memfd>,
+fn ferry<B: Backing, T: Send + 'static, R>(
+    pool: &SegmentPool<B>,
     send: impl FnOnce(ShmTransfer<Sender, Starting>) -> T + Send + 'static,
     receive: impl FnOnce(ShmTransfer<Receiver, Receiving>) -> R,
 ) -> (T, R) {
@@ -54,12 +84,11 @@ fn read_all(mut body: ShmTransfer<Receiver, Receiving>) -> Vec<u8> {
     bytes
 }
 
-#[test]
-fn every_size_through_every_geometry() {
+fn every_size_through_every_geometry<B: Backing>() {
     for slots in [1, 2, 3, 8] {
         for slot_len in [1u64, 7, 4096, 5000] {
             let segment = slot_len * u64::from(slots);
-            let pool = pool(1, segment, slots);
+            let pool = pool::<B>(1, segment, slots);
             let sizes = [
                 0,
                 1,
@@ -92,9 +121,8 @@ fn every_size_through_every_geometry() {
     }
 }
 
-#[test]
-fn a_range_of_a_file() {
-    let pool = pool(1, 4096, 2);
+fn a_range_of_a_file<B: Backing>() {
+    let pool = pool::<B>(1, 4096, 2);
     let bytes = pattern(20_000);
     for size in [Size::Known(9_000), Size::Unknown] {
         let file = file_of(&bytes);
@@ -119,9 +147,8 @@ fn a_range_of_a_file() {
     }
 }
 
-#[test]
-fn bytes_written_before_a_file_go_out_first() {
-    let pool = pool(1, 64, 2);
+fn bytes_written_before_a_file_go_out_first<B: Backing>() {
+    let pool = pool::<B>(1, 64, 2);
     let (sent, received) = ferry(
         &pool,
         |t| {
@@ -135,9 +162,8 @@ fn bytes_written_before_a_file_go_out_first() {
     assert_eq!((sent, &received[..]), (18, &b"first and the file"[..]));
 }
 
-#[test]
-fn the_files_own_position_neither_matters_nor_moves() {
-    let pool = pool(1, 64, 2);
+fn the_files_own_position_neither_matters_nor_moves<B: Backing>() {
+    let pool = pool::<B>(1, 64, 2);
     let mut file = file_of(&pattern(100));
     file.seek(SeekFrom::Start(42)).unwrap();
     let same = file.try_clone().unwrap();
@@ -146,9 +172,8 @@ fn the_files_own_position_neither_matters_nor_moves() {
     assert_eq!(file.stream_position().unwrap(), 42);
 }
 
-#[test]
-fn a_file_that_shrinks_is_an_error_on_both_sides() {
-    let pool = pool(1, 4096, 4);
+fn a_file_that_shrinks_is_an_error_on_both_sides<B: Backing>() {
+    let pool = pool::<B>(1, 4096, 4);
     let file = file_of(&pattern(50_000));
     let shrinking = file.try_clone().unwrap();
     let (sent, received) = ferry(
@@ -168,9 +193,8 @@ fn a_file_that_shrinks_is_an_error_on_both_sides() {
     assert!(matches!(error.get_ref().unwrap().downcast_ref(), Some(Error::Aborted)), "{error}");
 }
 
-#[test]
-fn a_source_longer_than_announced_is_an_error_on_both_sides() {
-    let pool = pool(1, 4096, 4);
+fn a_source_longer_than_announced_is_an_error_on_both_sides<B: Backing>() {
+    let pool = pool::<B>(1, 4096, 4);
     let (sent, received) = ferry(
         &pool,
         |t| {
@@ -186,9 +210,8 @@ fn a_source_longer_than_announced_is_an_error_on_both_sides() {
     assert!(received.is_err());
 }
 
-#[test]
-fn finishing_short_is_an_error_on_both_sides() {
-    let pool = pool(1, 4096, 4);
+fn finishing_short_is_an_error_on_both_sides<B: Backing>() {
+    let pool = pool::<B>(1, 4096, 4);
     let (sent, received) = ferry(
         &pool,
         |t| {
@@ -203,9 +226,8 @@ fn finishing_short_is_an_error_on_both_sides() {
     assert!(received.is_err());
 }
 
-#[test]
-fn chunks_are_copied_in_parts_or_passed_over() {
-    let pool = pool(1, 40, 4);
+fn chunks_are_copied_in_parts_or_passed_over<B: Backing>() {
+    let pool = pool::<B>(1, 40, 4);
     let (_, ()) = ferry(
         &pool,
         |t| t.accept(30).unwrap().send_file(file_of(b"aaaaaaaaaabbbbbbbbbbcccccccccc")).unwrap(),
@@ -227,9 +249,8 @@ fn chunks_are_copied_in_parts_or_passed_over() {
     );
 }
 
-#[test]
-fn bytes_go_to_sockets_pipes_and_files() {
-    let pool = pool(1, 64 << 10, 4);
+fn bytes_go_to_sockets_pipes_and_files<B: Backing>() {
+    let pool = pool::<B>(1, 64 << 10, 4);
     let bytes = pattern(300_000);
     let file = file_of(&bytes);
     let mut target = tempfile::tempfile().unwrap();
@@ -260,9 +281,8 @@ fn bytes_go_to_sockets_pipes_and_files() {
     assert!(reader.join().unwrap().unwrap() == bytes);
 }
 
-#[test]
-fn a_sink_that_takes_nothing_costs_its_deadline_and_cancels() {
-    let pool = pool(1, 64 << 10, 4);
+fn a_sink_that_takes_nothing_costs_its_deadline_and_cancels<B: Backing>() {
+    let pool = pool::<B>(1, 64 << 10, 4);
     let (sink, source) = UnixStream::pair().unwrap();
     let (sent, copied) = ferry(
         &pool,
@@ -287,11 +307,10 @@ fn a_sink_that_takes_nothing_costs_its_deadline_and_cancels() {
     assert!(matches!(sent, Err(Error::Cancelled)), "{sent:?}");
 }
 
-#[test]
-fn a_copy_goes_on_where_its_sink_gave_up() {
+fn a_copy_goes_on_where_its_sink_gave_up<B: Backing>() {
     let bytes = pattern(1 << 20);
     for through_a_pipe in [false, true] {
-        let pool = pool(1, 64 << 10, 4);
+        let pool = pool::<B>(1, 64 << 10, 4);
         let (sink, source): (OwnedFd, OwnedFd) = if through_a_pipe {
             let (reader, writer) = std::io::pipe().unwrap();
             (writer.into(), reader.into())
@@ -320,9 +339,8 @@ fn a_copy_goes_on_where_its_sink_gave_up() {
     }
 }
 
-#[test]
-fn a_receiver_that_stalls_costs_the_sender_its_deadline() {
-    let pool = pool(1, 64, 2);
+fn a_receiver_that_stalls_costs_the_sender_its_deadline<B: Backing>() {
+    let pool = pool::<B>(1, 64, 2);
     let (told, timed_out) = mpsc::channel();
     let (sent, received) = ferry(
         &pool,
@@ -342,9 +360,8 @@ fn a_receiver_that_stalls_costs_the_sender_its_deadline() {
     assert_eq!(received.kind(), std::io::ErrorKind::ConnectionAborted);
 }
 
-#[test]
-fn a_timeout_can_be_tried_again() {
-    let pool = pool(1, 64, 2);
+fn a_timeout_can_be_tried_again<B: Backing>() {
+    let pool = pool::<B>(1, 64, 2);
     let meet = Arc::new(Barrier::new(2));
     let (_, ()) = ferry(
         &pool,
@@ -367,16 +384,18 @@ fn a_timeout_can_be_tried_again() {
     );
 }
 
-#[test]
-fn leases_come_in_order_of_arrival() {
-    let pool = pool(1, 64, 1);
+fn leases_come_in_order_of_arrival<B: Backing>() {
+    let pool = pool::<B>(1, 64, 1);
     let first = pool.lease(soon()).unwrap();
     let next = Arc::new(AtomicUsize::new(0));
+    // The same test runs over the other backing meanwhile.
+    let backing = std::any::type_name::<B>().rsplit("::").next().unwrap();
+    let name = |i| format!("{backing}-{i}");
     let (arrived, arrivals) = mpsc::channel();
     let waiters: Vec<_> = (0..6)
         .map(|i| {
             let (pool, next, arrived) = (pool.clone(), Arc::clone(&next), arrived.clone());
-            let waiter = thread::Builder::new().name(format!("waiter-{i}"));
+            let waiter = thread::Builder::new().name(name(i));
             let waiter = waiter
                 .spawn(move || {
                     arrived.send(()).unwrap();
@@ -385,7 +404,7 @@ fn leases_come_in_order_of_arrival() {
                 })
                 .unwrap();
             arrivals.recv().unwrap();
-            wait_asleep(&format!("waiter-{i}"));
+            wait_asleep(&name(i));
             waiter
         })
         .collect();
@@ -410,10 +429,9 @@ fn wait_asleep(name: &str) {
     }
 }
 
-#[test]
-fn impossible_pools_are_refused_with_the_numbers_that_work() {
+fn impossible_pools_are_refused_with_the_numbers_that_work<B: Backing>() {
     let refused = |segments, len, slots| {
-        let error = SegmentPool::<Memfd>::builder().segments(segments).segment_len(len).slots(slots).create();
+        let error = SegmentPool::<B>::builder().segments(segments).segment_len(len).slots(slots).create();
         error.map(drop).unwrap_err().to_string()
     };
     assert_eq!(refused(0, 4096, 1), "the number of segments is 0; it must be from 1 to 65536");
@@ -424,9 +442,8 @@ fn impossible_pools_are_refused_with_the_numbers_that_work() {
     assert_eq!(too_long, "the segment's length in bytes is 1099511627776; it must be from 1 to 1073741824");
 }
 
-#[test]
-fn a_pool_beyond_the_memory_says_how_much_was_asked_for() {
-    let error = SegmentPool::<Memfd>::builder().segments(65_536).segment_len(1 << 30).slots(1).create();
+fn a_pool_beyond_the_memory_says_how_much_was_asked_for<B: Backing>() {
+    let error = SegmentPool::<B>::builder().segments(65_536).segment_len(1 << 30).slots(1).create();
     let error = error.map(drop).unwrap_err();
     assert_eq!(error.fault(), Fault::System);
     assert!(error.to_string().starts_with("no memory for a pool of 70369012613120 bytes: only "), "{error}");
@@ -435,9 +452,13 @@ fn a_pool_beyond_the_memory_says_how_much_was_asked_for() {
 #[test]
 fn a_request_goes_only_where_its_pool_is_known() {
     let dir = tempfile::tempdir().unwrap();
+    turns_a_stranger_away(|ours| Seqpacket::new(dir.path().join("s")).requester(ours).unwrap());
+    turns_a_stranger_away(|ours| PosixMq::new("/shmferry-test-nowhere").unwrap().requester(ours));
+}
+
+fn turns_a_stranger_away<B: Backing, R: Requester<B>>(requester: impl FnOnce(&SegmentPool<B>) -> R) {
     let (ours, other) = (pool(1, 64, 1), pool(1, 64, 1));
-    let requester = shmferry::Seqpacket::new(dir.path().join("s")).requester(&ours).unwrap();
     let (request, _transfer) = other.lease(soon()).unwrap().request("a").unwrap();
-    let failed = requester.send(request, soon()).unwrap_err();
+    let failed = requester(&ours).send(request, soon()).unwrap_err();
     assert!(matches!(failed.error, Error::Misuse(Misuse::ForeignPool)));
 }

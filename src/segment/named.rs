@@ -14,6 +14,8 @@ use super::mapping::Mapping;
 use super::{Backing, Geometry, PoolId, ReadSlots, Segment, SegmentId, WriteSlots};
 
 #[cfg(target_os = "linux")]
+mod ending;
+#[cfg(target_os = "linux")]
 mod names;
 #[cfg(target_os = "linux")]
 pub(crate) use names::sweep;
@@ -59,6 +61,13 @@ impl Owner {
     }
 }
 
+impl Drop for Ownership {
+    fn drop(&mut self) {
+        #[cfg(target_os = "linux")]
+        ending::is_over(self.owner);
+    }
+}
+
 impl Backing for Named {}
 
 impl super::sealed::Backing for Named {
@@ -68,10 +77,14 @@ impl super::sealed::Backing for Named {
         let owner = Owner { pid: std::process::id(), pool };
         #[cfg(target_os = "linux")]
         sweep();
+        #[cfg(target_os = "linux")]
+        let lifeline = crate::peer::Lifeline::hold(owner.lifeline())?;
+        #[cfg(target_os = "linux")]
+        ending::outlived_by(owner);
         Ok(Ownership {
             owner,
             #[cfg(target_os = "linux")]
-            _lifeline: crate::peer::Lifeline::hold(owner.lifeline())?,
+            _lifeline: lifeline,
         })
     }
 

@@ -25,11 +25,16 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, kill_process};
+use nix::errno::Errno;
+use nix::mqueue::{MQ_OFlag, mq_close, mq_open};
+use nix::sys::stat::Mode;
+use rustix::process::{Pid, geteuid, kill_process};
+use shmferry::PosixMq;
 use tempfile::TempDir;
 
 pub use rustix::process::Signal;
@@ -45,16 +50,55 @@ pub const LARGE: usize = 32 << 20;
 
 // ---------------------------------------------------------------- places
 
+/// How the two sides reach each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// A Unix socket and memfds.
+    Unix,
+    /// A POSIX message queue and named segments.
+    Mq,
+}
+
+/// Makes each of these functions, which take a [`Transport`], a test over either: `unix::NAME` and
+/// `mq::NAME`.
+#[allow(unused_macros, reason = "each test file needs other parts of this one")]
+macro_rules! over_both {
+    ($($test:ident,)*) => {
+        mod unix {
+            $(#[test] fn $test() { super::$test(super::Transport::Unix) })*
+        }
+        mod mq {
+            $(#[test] fn $test() { super::$test(super::Transport::Mq) })*
+        }
+    };
+}
+
 /// A temporary directory of one test: its files, its sockets, the working directory of its programs.
+/// When it goes, nothing may be left of a queue either.
 pub struct Place {
+    transport: Transport,
+    /// Of the queue, with its slash.
+    queue: String,
     dir: TempDir,
     /// What the test itself put in here.
     ours: Mutex<BTreeSet<String>>,
 }
 
 impl Place {
+    /// A place whose programs meet at a Unix socket.
     pub fn new() -> Place {
-        Place { dir: TempDir::new().unwrap(), ours: Mutex::default() }
+        Place::over(Transport::Unix)
+    }
+
+    pub fn over(transport: Transport) -> Place {
+        static PLACES: AtomicUsize = AtomicUsize::new(0);
+        let number = PLACES.fetch_add(1, Ordering::Relaxed);
+        let queue = format!("/shmferry-test-{}-{number}", std::process::id());
+        Place { transport, queue, dir: TempDir::new().unwrap(), ours: Mutex::default() }
+    }
+
+    pub fn transport(&self) -> Transport {
+        self.transport
     }
 
     /// The path of something in here.
@@ -71,18 +115,52 @@ impl Place {
         path
     }
 
-    /// Where the two programs meet: a socket in a directory of its own, which the cache makes.
+    /// Where the two programs meet: a socket in a directory of its own, which the cache makes, or a
+    /// queue with a name of its own.
     pub fn cache_address(&self) -> String {
-        format!("unix:{}", self.cache_socket().display())
+        match self.transport {
+            Transport::Unix => format!("unix:{}", self.path("run/cache.sock").display()),
+            Transport::Mq => format!("mq:{}", self.queue),
+        }
     }
 
-    pub fn cache_socket(&self) -> PathBuf {
-        self.path("run/cache.sock")
+    /// The name of the queue, when it is one.
+    pub fn queue(&self) -> &str {
+        assert_eq!(self.transport, Transport::Mq);
+        &self.queue
     }
 
-    /// Whether a cache has left anything behind at [`cache_address`](Self::cache_address).
+    /// Whether a cache has left nothing at [`cache_address`](Self::cache_address).
     pub fn is_swept(&self) -> bool {
-        !self.path("run").exists()
+        match self.transport {
+            Transport::Unix => !self.path("run").exists(),
+            Transport::Mq => self.queue_files().is_empty() && !queue_exists(&self.queue),
+        }
+    }
+
+    /// Counts a process among those that are run in here.
+    pub fn is_run_in_by(&self, pid: u32) {
+        lock(&SPAWNED).push((self.dir.path().to_owned(), pid as i32));
+    }
+
+    /// The names in shared memory of all pools whose owners were run in here.
+    pub fn names_left(&self) -> Vec<String> {
+        let stems: Vec<String> = lock(&SPAWNED)
+            .iter()
+            .filter(|(place, _)| *place == self.dir.path())
+            .map(|(_, pid)| format!("shmferry-{pid}-"))
+            .collect();
+        let mut names = names_in(SHARED_MEMORY.as_ref());
+        names.retain(|name| stems.iter().any(|stem| name.starts_with(stem)));
+        names
+    }
+
+    /// What stands in `/dev/shm` for the queue.
+    pub fn queue_files(&self) -> Vec<PathBuf> {
+        let stem = format!("shmferry-queue-{}-{}.", geteuid().as_raw(), &self.queue[1..]);
+        let mut names = names_in(SHARED_MEMORY.as_ref());
+        names.retain(|name| name.starts_with(&stem));
+        names.into_iter().map(|name| Path::new(SHARED_MEMORY).join(name)).collect()
     }
 
     /// Runs a program in here, with this directory as its runtime directory, and nothing of the
@@ -141,7 +219,7 @@ impl Place {
     }
 
     /// Asserts that nothing is left of the programs run in here: no process, nothing in shared memory,
-    /// no file and no directory. What killed ones left is for their successors to remove.
+    /// no queue, no file and no directory. What killed ones left is for their successors to remove.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         let here = self.dir.path().canonicalize().unwrap();
@@ -149,15 +227,48 @@ impl Place {
             let at = fs::read_link(process.path().join("cwd"));
             assert!(at.is_err() || at.unwrap() != here, "a process is left: {:?}", process.path());
         }
-        // Programs that others run at this moment may have names there; those go with their owners.
-        wait_until("nothing was left in /dev/shm", || {
-            !names_in(Path::new("/dev/shm")).iter().any(|name| name.contains("shmferry"))
-        });
+        assert!(self.is_swept(), "left of {}: {:?}", self.cache_address(), self.queue_files());
+        // Somebody else's program that starts may be the one that clears up, at this moment.
+        wait_until("nothing of these programs was left in /dev/shm", || self.names_left().is_empty());
         let mut names = names_in(&here);
         names.retain(|name| !lock(&self.ours).contains(name));
         assert!(names.is_empty(), "left behind: {names:?}");
     }
 }
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.transport == Transport::Mq {
+            // What the last ones left that were killed is taken over, and goes with the successor.
+            let successor = PosixMq::new(&self.queue).and_then(PosixMq::bind).map(drop);
+            if !thread::panicking() {
+                successor.unwrap();
+                assert!(self.is_swept(), "left of {}: {:?}", self.cache_address(), self.queue_files());
+                wait_until("the names of the killed were swept", || self.names_left().is_empty());
+            }
+        }
+    }
+}
+
+/// Where named segments are, and what stands beside queues.
+pub const SHARED_MEMORY: &str = "/dev/shm";
+
+/// Whether there is a queue of this name.
+pub fn queue_exists(name: &str) -> bool {
+    match mq_open(name, MQ_OFlag::O_RDONLY, Mode::empty(), None) {
+        Ok(queue) => {
+            mq_close(queue).unwrap();
+            true
+        }
+        Err(errno) => {
+            assert_eq!(errno, Errno::ENOENT, "{name}");
+            false
+        }
+    }
+}
+
+/// All programs ever spawned: where, and as which process.
+static SPAWNED: Mutex<Vec<(PathBuf, i32)>> = Mutex::new(Vec::new());
 
 const LOOPBACK: [&str; 4] = ["-p", "0", "--listen", "127.0.0.1"];
 
@@ -201,6 +312,9 @@ impl Program {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let pid = Pid::from_child(&child);
+        if let Some(place) = command.get_current_dir() {
+            lock(&SPAWNED).push((place.to_owned(), pid.as_raw_nonzero().get()));
+        }
         let said = Arc::new(Said::default());
         thread::spawn({
             let (said, stderr) = (Arc::clone(&said), child.stderr.take().unwrap());
@@ -317,7 +431,8 @@ impl Program {
     /// How many segments are mapped.
     pub fn segments(&self) -> usize {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
-        let names = maps.lines().filter_map(|line| line.split_once("/memfd:shmferry"));
+        let kinds = ["/memfd:shmferry", "/dev/shm/shmferry-"];
+        let names = maps.lines().filter_map(|line| kinds.iter().find_map(|kind| line.split_once(kind)));
         names.map(|(_, name)| name).collect::<BTreeSet<_>>().len()
     }
 

@@ -124,10 +124,16 @@ impl Dial for Dialler {
             return Err(Misuse::KeyTooLong { len: request.key.len(), limit }.into());
         }
         let message = message.encode();
-        while !over.queue.try_send(&message)? {
+        loop {
+            // A dead server's queue still takes messages, and its end may not have been told yet.
+            if !is_held(&over.lifeline) {
+                return Err(Error::Disconnected);
+            }
+            if over.queue.try_send(&message)? {
+                return Ok(());
+            }
             crew::lend(|| over.wait_for_room(deadline))?;
         }
-        Ok(())
     }
 }
 

@@ -93,6 +93,21 @@ pub(crate) fn sweep() {
     }
 }
 
+/// Removes all names of an owner in this process, its lifeline last.
+pub(super) fn remove(owner: Owner) {
+    let Ok(entries) = fs::read_dir(SHARED_MEMORY) else { return };
+    for entry in entries.flatten() {
+        if let Some((found, Some(index))) = parse(&entry)
+            && found == owner
+        {
+            // Fails if it went meanwhile.
+            let _ = shm::unlink(owner.segment(index));
+        }
+    }
+    // Fails if nothing but it was left to be dropped, and that was.
+    let _ = fs::remove_file(owner.lifeline());
+}
+
 fn is_this_users(entry: &DirEntry) -> bool {
     entry.metadata().is_ok_and(|found| found.uid() == geteuid().as_raw())
 }
