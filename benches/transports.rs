@@ -32,7 +32,11 @@ fn main() {
     if let Ok(role) = env::var("SHMFERRY_BENCH_ROLE") {
         let address = env::var("SHMFERRY_BENCH_ADDRESS").expect("set with the role");
         return match role.as_str() {
-            "serve" => serve(&*bind(&address)),
+            "serve" => {
+                let queue = bind(&address);
+                say("ready");
+                serve(&*queue)
+            }
             "halt" => take_and_halt(&*bind(&address)),
             _ => ask_and_halt(&address),
         };
@@ -75,6 +79,7 @@ fn main() {
             found[2 * i + 1].push(kill_the_receiver(transport));
         }
     }
+    drop(pool::<Named>()); // sweeps what the last of those killed has left
     for (i, times) in found.iter_mut().enumerate() {
         times.sort_unstable();
         let (name, who) = (["seqpacket", "posix_mq"][i / 2], ["sender", "receiver"][i % 2]);
@@ -195,7 +200,6 @@ fn kill_the_receiver(transport: Transport) -> Duration {
 // ---------------------------------------------------------------- roles of the other process
 
 fn serve(queue: &dyn RequestQueue) {
-    say("ready");
     let bytes = vec![7; 128 << 10];
     while let Ok(transfer) = queue.recv(Deadline::NEVER) {
         let len: usize = str::from_utf8(transfer.key()).expect("a number").parse().expect("a number");

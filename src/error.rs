@@ -49,8 +49,8 @@ pub enum Error {
     #[error("unusable segment: {0}")]
     Layout(#[from] LayoutMismatch),
 
-    /// The server turned this process away.
-    #[error("the server turned us away: {0}")]
+    /// The server turned this process away; or, where a server reports it, it turned a client away.
+    #[error("turned away: {0}")]
     Rejected(#[from] Rejection),
 
     /// The call cannot be right, whatever the peer does.
@@ -325,7 +325,7 @@ pub enum LayoutMismatch {
 #[non_exhaustive]
 pub enum Rejection {
     /// It speaks another version.
-    #[error("it speaks version {theirs}, we speak {ours}")]
+    #[error("the other side speaks version {theirs}, we speak {ours}")]
     Version {
         /// The server's version.
         theirs: u32,

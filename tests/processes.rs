@@ -674,7 +674,7 @@ fn another_user_is_turned_away_unless_allowed() {
         move || answer(&*queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap())
     });
     let mut other = Other::start_as("connect to any", &address(&path), Some(NOBODY));
-    assert_eq!(other.wait_for("error"), "error: the server turned us away: user 65534 may not connect");
+    assert_eq!(other.wait_for("error"), "error: turned away: user 65534 may not connect");
     assert_eq!(reports.lock().unwrap()[0].0, NOBODY);
     stop.close();
     serving.join().unwrap();
