@@ -21,7 +21,7 @@ mod lifeline;
 mod watcher;
 
 #[cfg(target_os = "linux")]
-pub(crate) use lifeline::{Lifeline, is_held};
+pub(crate) use lifeline::{Lifeline, has_open, is_held};
 #[cfg(target_os = "linux")]
 pub(crate) use watcher::{Watch, on_hang_up};
 

@@ -7,6 +7,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -80,6 +81,15 @@ pub(crate) fn is_held(fifo: impl AsFd) -> bool {
     !matches!(rustix::io::read(fifo, &mut [0; 1]), Ok(0))
 }
 
+/// Whether a process, as we number it, is the owner of a lifeline that is followed, or has it open like us:
+/// a pid that its owner told may mean another process here, where the two see different numbers.
+pub(crate) fn has_open(pid: u32, fifo: impl AsFd) -> bool {
+    let (Ok(fifo), Ok(open)) = (fstat(fifo), fs::read_dir(format!("/proc/{pid}/fd"))) else { return false };
+    open.flatten()
+        .filter_map(|fd| fs::metadata(fd.path()).ok())
+        .any(|found| (found.dev(), found.ino()) == (fifo.st_dev, fifo.st_ino))
+}
+
 impl Drop for Lifeline {
     fn drop(&mut self) {
         // Nothing can be done about a failure here; a later owner sweeps it.
@@ -128,6 +138,7 @@ mod tests {
         let held = Lifeline::hold(path.clone()).unwrap();
         let followed = Arc::new(Lifeline::follow(&path).unwrap().unwrap());
         assert!(is_held(&*followed));
+        assert!(has_open(std::process::id(), &*followed) && !has_open(1, &*followed));
         assert!(Lifeline::inherit(&path).unwrap().is_none() && path.exists(), "it lives");
         let (told, end) = mpsc::channel();
         let _watch = on_hang_up(Arc::clone(&followed), move || told.send(()).unwrap()).unwrap();

@@ -15,7 +15,7 @@ use crate::channel::lock_file::pid_in;
 use crate::channel::{Request, Requester, SendError};
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
-use crate::peer::{Lifeline, Link, Peer, Watch, is_held, on_hang_up};
+use crate::peer::{Lifeline, Link, Peer, Watch, has_open, is_held, on_hang_up};
 use crate::segment::{Named, SegmentPool};
 use crate::sync::Deadline;
 
@@ -93,7 +93,9 @@ impl Dial for Dialler {
         let Some(lifeline) = Lifeline::follow(&self.name.lifeline())? else { return Ok(None) };
         // A server makes its lifeline last: the queue and the pid in the lock file are its own, if it
         // still lives when we have them.
-        let pid = fs::read_to_string(self.name.lock()).ok().and_then(|content| pid_in(&content));
+        let told = fs::read_to_string(self.name.lock()).ok().and_then(|content| pid_in(&content));
+        // Without a pid that is the server's here, it is never dead for certain, and segments are retired.
+        let pid = told.filter(|&pid| has_open(pid, &lifeline));
         let Some(queue) = Mqueue::open(&self.name)? else { return Ok(None) };
         let link = Arc::new(Link::to_sender(Peer { pid, uid: geteuid().as_raw() }));
         if !is_held(&lifeline) {
