@@ -13,6 +13,8 @@ mod in_process;
 mod seqpacket;
 
 pub use in_process::InProcess;
+#[cfg(fuzzing)]
+pub(crate) use seqpacket::wire::{Message, VERSION};
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
 
 /// The longest key that a request carries, in bytes.

@@ -131,6 +131,9 @@ compile_error!("shmferry needs Linux: memfd, futex, SCM_RIGHTS over SOCK_SEQPACK
 mod channel;
 mod crew;
 mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod peer;
 mod protocol;
 mod segment;
