@@ -24,6 +24,8 @@ mod seqpacket;
 pub use in_process::InProcess;
 #[cfg(target_os = "linux")]
 pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};
+#[cfg(fuzzing)]
+pub(crate) use seqpacket::wire::{Message, VERSION};
 #[cfg(target_os = "linux")]
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
 

@@ -149,6 +149,9 @@
 mod channel;
 mod crew;
 mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod peer;
 mod protocol;
 mod segment;

@@ -981,7 +981,8 @@ fn withstands(uid: Option<u32>) {
     }
     hostile.wait_for("all done");
     let grown = server.memory().saturating_sub(memory);
-    assert!(grown < 64 << 20, "{grown} bytes more");
+    // About 6 MiB, the stacks of workers that are stalled; 90 under AddressSanitizer.
+    assert!(grown < 192 << 20, "{grown} bytes more");
     drop(hostile);
     // All that it held is let go.
     bystander.is_served();

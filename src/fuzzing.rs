@@ -1,0 +1,56 @@
+//! A door for `fuzz/`, in no other build: transfers over memory that the fuzzer writes to.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::channel::{Message, VERSION};
+use crate::peer::Link;
+use crate::segment::sealed::Backing;
+use crate::{
+    Deadline, Error, Geometry, Memfd, Offered, PoolId, Receiver, Result, SegmentId, SegmentPool, Sender,
+    ShmTransfer, Starting,
+};
+
+/// Decodes a message of the socket. What decodes encodes to the same bytes.
+pub fn request(bytes: &[u8]) {
+    match Message::decode(bytes) {
+        // Nothing is kept of what another version says after its number.
+        Ok(Message::Hello { version, .. }) if version != VERSION => {}
+        Ok(message) => {
+            assert_eq!(message.encode(), bytes);
+            let _ = message.rejection();
+        }
+        Err(_) => {}
+    }
+}
+
+/// An honest receiver whose request was sent, and the memory as its sender has it.
+pub fn offered(pool: &SegmentPool<Memfd>) -> Result<(ShmTransfer<Receiver, Offered>, OwnedFd)> {
+    let lease = pool.lease(Deadline::NEVER)?;
+    let index = lease.segment().id().index();
+    let (_, live) = pool.live();
+    let stock = live.iter().find(|stock| stock.segment.id().index() == index);
+    let Some(stock) = stock else { unreachable!("a segment that is leased is in the pool") };
+    let memory = stock.backing.as_fd().try_clone_to_owned().map_err(Error::os("dup"))?;
+    let (request, transfer) = lease.request("key")?;
+    request.sent_over(&Arc::new(Link::within()));
+    Ok((transfer, memory))
+}
+
+/// An honest sender that was asked for this generation, over memory that `spoil` wrote to before it was
+/// attached, and the memory as its receiver has it.
+pub fn starting(
+    slots: u32,
+    slot_len: u32,
+    generation: u64,
+    spoil: impl FnOnce(BorrowedFd<'_>),
+) -> Result<(ShmTransfer<Sender, Starting>, OwnedFd)> {
+    let id = SegmentId { pool: PoolId(7), index: 3 };
+    let geometry = Geometry::new(slots, slot_len)?;
+    let (_owned, memory) = Memfd::create(id, geometry)?;
+    spoil(memory.as_fd());
+    let segment = memory.attach(id, geometry)?;
+    let transfer =
+        ShmTransfer::begin(Arc::new(segment), generation, b"key"[..].into(), &Arc::new(Link::within()));
+    Ok((transfer, memory.as_fd().try_clone_to_owned().map_err(Error::os("dup"))?))
+}
