@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Chaos over both transports, one after the other: ci/chaos.sh [SECONDS-FOR-EACH, 60] [SEED, another each time].
+# What it cannot do here (no strace, no root) it says and leaves out.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+seconds=${1:-60}
+seed=${2:-$RANDOM}
+
+if ! command -v strace >/dev/null; then
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; } >/dev/null 2>&1 ||
+        echo "strace cannot be installed here"
+fi
+cargo build --locked --release --examples
+for transport in unix mq; do
+    cargo run --locked --quiet --release --example chaos -- \
+        --seconds "$seconds" --seed "$seed" --transport "$transport"
+done

@@ -1,0 +1,150 @@
+//! System calls that fail: `strace` attached to a program, and let go of again.
+
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::chance::Dice;
+use super::program::{PATIENCE, tracer};
+use super::{Result, told};
+
+/// Calls, and errors that they may have in life.
+const FAILURES: [(&str, &[&str]); 20] = [
+    ("mmap", &["ENOMEM"]),
+    ("epoll_ctl", &["ENOMEM", "ENOSPC"]),
+    ("epoll_wait,epoll_pwait,epoll_pwait2", &["EINTR"]),
+    ("sendmsg", &["ENOMEM", "ENOBUFS", "EINTR", "ETOOMANYREFS"]),
+    ("recvmsg", &["ENOMEM", "EINTR"]),
+    ("sendto", &["ENOMEM", "ECONNRESET", "EINTR"]),
+    ("recvfrom", &["ENOMEM", "ECONNRESET", "EINTR"]),
+    ("accept4", &["EMFILE", "ENFILE", "ENOMEM", "ECONNABORTED", "EINTR"]),
+    ("pread64", &["EIO", "EINTR", "ENOMEM"]),
+    ("openat2", &["EMFILE", "EIO", "ENOMEM", "EINTR", "EACCES"]),
+    ("openat", &["EMFILE", "ENFILE", "ENOMEM", "EINTR"]),
+    ("memfd_create", &["EMFILE", "ENOMEM"]),
+    ("mq_open", &["EMFILE", "ENOSPC", "ENOMEM"]),
+    ("mq_timedreceive", &["EINTR"]),
+    ("mq_timedsend", &["EINTR"]),
+    ("fallocate", &["ENOSPC", "EINTR", "ENOMEM"]),
+    ("ftruncate", &["ENOSPC", "EINTR", "EIO"]),
+    ("clone3", &["EAGAIN", "ENOMEM"]),
+    ("futex", &["EINTR"]),
+    ("poll,ppoll", &["EINTR", "ENOMEM"]),
+];
+
+/// Which call fails, how, and when.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub call: &'static str,
+    errno: &'static str,
+    first: u64,
+    /// The last that may fail, and how far apart those that do; `None` for a single one.
+    more: Option<(u64, u64)>,
+    /// For how long.
+    pub span: Duration,
+}
+
+impl Failure {
+    pub fn draw(dice: &mut Dice) -> Failure {
+        let (call, errnos) = dice.pick(&FAILURES);
+        let errno = dice.pick(errnos);
+        let first = 1 + dice.roll(20);
+        let more = (dice.roll(3) > 0).then_some((first + dice.roll(60), 1 + dice.roll(8)));
+        Failure { call, errno, first, more, span: Duration::from_millis(200 + dice.roll(1500)) }
+    }
+
+    pub fn name(&self) -> String {
+        format!("{} in {}", self.errno, self.call)
+    }
+
+    /// Whether a program may die of it: the allocator, and the start of a thread, know no other way.
+    pub fn is_deadly(&self) -> bool {
+        self.call == "mmap"
+    }
+
+    fn expression(&self) -> String {
+        let when = match self.more {
+            None => self.first.to_string(),
+            Some((last, apart)) => format!("{}..{last}+{apart}", self.first),
+        };
+        format!("inject={}:error={}:when={when}", self.call, self.errno)
+    }
+}
+
+/// A tracer at work. Ends when dropped, and lets the program go on.
+pub struct Tracer {
+    strace: Child,
+    of: u32,
+}
+
+impl Tracer {
+    /// Whether there is one that works.
+    pub fn is_possible() -> bool {
+        let mut sleeper = match Command::new("/bin/sh").args(["-c", "kill -STOP $$"]).spawn() {
+            Ok(sleeper) => sleeper,
+            Err(_) => return false,
+        };
+        let probe = Failure { call: "futex", errno: "EINTR", first: 1, more: None, span: Duration::ZERO };
+        let works = Tracer::attach(sleeper.id(), &probe).is_ok();
+        // Fails only if it has ended.
+        let _ = sleeper.kill();
+        let _ = sleeper.wait();
+        works
+    }
+
+    /// Has calls of this process fail from now on.
+    pub fn attach(pid: u32, failure: &Failure) -> Result<Tracer> {
+        let strace = Command::new("strace")
+            .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={}", failure.call)])
+            .args(["-e", &failure.expression(), "-p", &pid.to_string()])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(told("strace"))?;
+        let mut tracer_of = Tracer { strace, of: pid };
+        let end = Instant::now() + PATIENCE;
+        while tracer(pid) == Some(0) {
+            let ended = tracer_of.strace.try_wait().map_err(told("strace"))?;
+            if let Some(status) = ended {
+                return Err(format!("strace ended with {status}"));
+            }
+            if Instant::now() > end {
+                return Err("strace does not attach".to_owned());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(tracer_of)
+    }
+
+    /// Lets go of the process.
+    pub fn detach(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        // Fails only on one that has ended.
+        let _ = kill_process(Pid::from_child(&self.strace), Signal::TERM);
+        while self.strace.try_wait().map_err(told("strace"))?.is_none() {
+            if Instant::now() > end {
+                let _ = self.strace.kill();
+                let _ = self.strace.wait();
+                return Err("strace did not let go".to_owned());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        match tracer(self.of) {
+            Some(0) | None => Ok(()),
+            Some(tracer) => Err(format!("still traced by {tracer}")),
+        }
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        // Whoever wanted to know has called `detach`.
+        let _ = self.end();
+    }
+}
