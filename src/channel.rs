@@ -24,10 +24,12 @@ mod seqpacket;
 pub use in_process::InProcess;
 #[cfg(target_os = "linux")]
 pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};
-#[cfg(fuzzing)]
-pub(crate) use seqpacket::wire::{Message, VERSION};
 #[cfg(target_os = "linux")]
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
+#[cfg(fuzzing)]
+pub(crate) use {
+    posix_mq::wire::Message as QueueMessage, seqpacket::wire::Message, seqpacket::wire::VERSION,
+};
 
 /// The longest key that a request carries, in bytes.
 pub const KEY_LIMIT: usize = 4096;

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use crate::channel::{Message, VERSION};
+use crate::channel::{Message, QueueMessage, VERSION};
 use crate::peer::Link;
 use crate::segment::sealed::Backing;
 use crate::{
@@ -11,7 +11,7 @@ use crate::{
     ShmTransfer, Starting,
 };
 
-/// Decodes a message of the socket. What decodes encodes to the same bytes.
+/// Decodes a message of the socket, and one of a POSIX queue. What decodes encodes to the same bytes.
 pub fn request(bytes: &[u8]) {
     match Message::decode(bytes) {
         // Nothing is kept of what another version says after its number.
@@ -21,6 +21,9 @@ pub fn request(bytes: &[u8]) {
             let _ = message.rejection();
         }
         Err(_) => {}
+    }
+    if let Ok(message) = QueueMessage::decode(bytes) {
+        assert_eq!(message.encode(), bytes);
     }
 }
 
@@ -47,7 +50,7 @@ pub fn starting(
 ) -> Result<(ShmTransfer<Sender, Starting>, OwnedFd)> {
     let id = SegmentId { pool: PoolId(7), index: 3 };
     let geometry = Geometry::new(slots, slot_len)?;
-    let (_owned, memory) = Memfd::create(id, geometry)?;
+    let (_owned, memory) = Memfd::create(&(), id, geometry)?;
     spoil(memory.as_fd());
     let segment = memory.attach(id, geometry)?;
     let transfer =

@@ -13,7 +13,7 @@ mod mqueue;
 mod name;
 mod queue;
 mod requester;
-mod wire;
+pub(crate) mod wire;
 
 pub use queue::PosixMqQueue;
 pub use requester::PosixMqRequester;

@@ -5,30 +5,30 @@ use crate::error::{PeerFault, Rejection, Result};
 use crate::segment::LAYOUT_VERSION;
 
 /// Longest message, in bytes: below the 8,192 that Linux allows by default.
-pub(super) const MAX_MESSAGE: usize = HEAD + KEY_LIMIT;
+pub(crate) const MAX_MESSAGE: usize = HEAD + KEY_LIMIT;
 
 /// Bytes before the key.
-pub(super) const HEAD: usize = 8 + 4 + 4 + 8 + 8 + 4 + 8 + 4 + 4;
+pub(crate) const HEAD: usize = 8 + 4 + 4 + 8 + 8 + 4 + 8 + 4 + 4;
 
 const MAGIC: [u8; 8] = *b"shmferry";
 
 /// Put what this key means into this segment, in this generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Message<'a> {
+pub(crate) struct Message<'a> {
     /// The process that owns the pool.
-    pub(super) pid: u32,
-    pub(super) pool: u64,
+    pub(crate) pid: u32,
+    pub(crate) pool: u64,
     /// Changes whenever segments have left the pool.
-    pub(super) edition: u64,
-    pub(super) index: u32,
-    pub(super) generation: u64,
-    pub(super) slot_count: u32,
-    pub(super) slot_len: u32,
-    pub(super) key: &'a [u8],
+    pub(crate) edition: u64,
+    pub(crate) index: u32,
+    pub(crate) generation: u64,
+    pub(crate) slot_count: u32,
+    pub(crate) slot_len: u32,
+    pub(crate) key: &'a [u8],
 }
 
 impl<'a> Message<'a> {
-    pub(super) fn encode(self) -> Vec<u8> {
+    pub(crate) fn encode(self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + self.key.len());
         bytes.extend(MAGIC);
         bytes.extend(LAYOUT_VERSION.to_le_bytes());
@@ -44,7 +44,7 @@ impl<'a> Message<'a> {
     }
 
     /// Fails for what is no request, and for one of another version.
-    pub(super) fn decode(bytes: &'a [u8]) -> Result<Message<'a>> {
+    pub(crate) fn decode(bytes: &'a [u8]) -> Result<Message<'a>> {
         let malformed = PeerFault::MalformedMessage { len: bytes.len() };
         let mut rest = bytes.strip_prefix(&MAGIC).ok_or(malformed)?;
         let version = take(&mut rest).map(u32::from_le_bytes).ok_or(malformed)?;
@@ -119,5 +119,22 @@ mod tests {
         let bytes = [&MAGIC[..], &9u32.to_le_bytes(), b"whatever version nine says"].concat();
         let found = Message::decode(&bytes);
         assert!(matches!(found, Err(Error::Rejected(Rejection::Version { theirs: 9, .. }))));
+    }
+
+    proptest::proptest! {
+        /// Bytes that begin as a request does, or not, of any length.
+        #[test]
+        fn any_bytes_decode_to_what_encodes_to_them(
+            begins in proptest::bool::weighted(0.9),
+            rest in proptest::collection::vec(proptest::num::u8::ANY, 0..MAX_MESSAGE + 9),
+        ) {
+            let begin = if begins { [&MAGIC[..], &LAYOUT_VERSION.to_le_bytes()].concat() } else { vec![] };
+            let bytes = [begin, rest].concat();
+            if let Ok(message) = Message::decode(&bytes) {
+                assert_eq!(message.encode(), bytes);
+            } else {
+                assert!(!begins || !(HEAD..=MAX_MESSAGE).contains(&bytes.len()));
+            }
+        }
     }
 }
