@@ -1,0 +1,197 @@
+//! Real file contents between two real processes, by every method that a user could pick instead, in one run.
+//!
+//! `cargo bench --bench transfer`; with `-- --write DIRECTORY`, `benchmarks.md` and its plot are written
+//! there. A server process has the files in its page cache; the client asks for one and must hold its bytes
+//! readable. First every byte is compared; then, timed, one byte of each cache line is touched. Methods are
+//! interleaved, round by round, so that whatever else the machine does meets all of them.
+
+mod ours;
+mod peers;
+mod report;
+
+use std::env;
+use std::fs::File;
+use std::hint::black_box;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Bytes of each file, and how often it is fetched in a round.
+const FILES: [(u64, usize); 5] =
+    [(1 << 10, 1000), (64 << 10, 300), (1 << 20, 60), (16 << 20, 8), (256 << 20, 1)];
+const ROUNDS: usize = 7;
+
+/// What methods with a buffer of their own use: as much as one of our slots holds.
+const BUFFER: usize = 128 << 10;
+
+/// A way to get a file from the server process.
+trait Client {
+    /// Has `sink` see all bytes of a file, in order, in memory of this process.
+    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()>;
+}
+
+/// A way, by name.
+struct Method {
+    name: &'static str,
+    /// What runs in the server process, with the directory of the files.
+    serve: fn(&Path) -> io::Result<()>,
+    /// What runs here, beside that process.
+    connect: fn(&Path, &mut Child) -> io::Result<Box<dyn Client>>,
+}
+
+fn methods() -> Vec<Method> {
+    [peers::methods(), ours::methods()].into_iter().flatten().collect()
+}
+
+fn main() -> io::Result<()> {
+    if let Ok(name) = env::var("SHMFERRY_BENCH_ROLE") {
+        let dir = env::current_dir()?;
+        let method = methods().into_iter().find(|method| method.name == name).expect("a method's name");
+        return (method.serve)(&dir);
+    }
+    let dir = tempfile::tempdir()?;
+    furnish(dir.path())?;
+    let mut contenders = Vec::new();
+    for method in methods() {
+        contenders.push(Contender::start(method, dir.path())?);
+    }
+    for contender in &mut contenders {
+        contender.verify(dir.path())?;
+    }
+    println!("every method brings every byte; timing {ROUNDS} rounds");
+    for _ in 0..ROUNDS {
+        for file in 0..FILES.len() {
+            for contender in &mut contenders {
+                contender.time(file)?;
+            }
+        }
+    }
+    let results: Vec<report::Result> = contenders.into_iter().map(Contender::finish).collect();
+    print!("{}", report::table(&results));
+    let mut arguments = env::args().skip_while(|argument| argument != "--write");
+    if let Some(directory) = arguments.nth(1) {
+        report::write(Path::new(&directory), &results)?;
+    }
+    Ok(())
+}
+
+/// A method with its server process.
+struct Contender {
+    name: &'static str,
+    client: Box<dyn Client>,
+    server: Child,
+    /// Seconds a fetch, of each file, by round.
+    rounds: [Vec<f64>; FILES.len()],
+    /// Every fetch of the smallest file, in seconds.
+    smallest: Vec<f64>,
+}
+
+impl Contender {
+    fn start(method: Method, dir: &Path) -> io::Result<Contender> {
+        let place = dir.join(method.name.replace([' ', '+', ','], "-"));
+        std::fs::create_dir(&place)?;
+        let mut server = Command::new(env::current_exe()?)
+            .env("SHMFERRY_BENCH_ROLE", method.name)
+            .current_dir(&place)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let client = (method.connect)(&place, &mut server)?;
+        let (rounds, smallest) = (Default::default(), Vec::new());
+        Ok(Contender { name: method.name, client, server, rounds, smallest })
+    }
+
+    fn verify(&mut self, dir: &Path) -> io::Result<()> {
+        for (file, &(len, _)) in FILES.iter().enumerate() {
+            let source = open(dir, file)?;
+            let mut at = 0;
+            let mut expected = Vec::new();
+            self.client.fetch(file, &mut |bytes| {
+                expected.resize(bytes.len(), 0);
+                source.read_exact_at(&mut expected, at).expect("a file of our own");
+                assert!(bytes == expected, "{}: wrong bytes at {at} of {len}", self.name);
+                at += bytes.len() as u64;
+            })?;
+            assert_eq!(at, len, "{}: a file cut short", self.name);
+        }
+        Ok(())
+    }
+
+    fn time(&mut self, file: usize) -> io::Result<()> {
+        let times = FILES[file].1;
+        let mut seen = 0;
+        let begin = Instant::now();
+        for _ in 0..times {
+            let start = Instant::now();
+            self.client.fetch(file, &mut |bytes| {
+                seen += bytes.len() as u64;
+                bytes.iter().step_by(64).for_each(|byte| {
+                    black_box(byte);
+                });
+            })?;
+            if file == 0 {
+                self.smallest.push(start.elapsed().as_secs_f64());
+            }
+        }
+        self.rounds[file].push(begin.elapsed().as_secs_f64() / times as f64);
+        assert_eq!(seen, FILES[file].0 * times as u64, "{}: a file cut short", self.name);
+        Ok(())
+    }
+
+    fn finish(mut self) -> report::Result {
+        drop(self.client);
+        // It may have ended by itself, when its client left.
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        report::Result { name: self.name, rounds: self.rounds, smallest: self.smallest }
+    }
+}
+
+/// Makes the files, and has them in the page cache.
+fn furnish(dir: &Path) -> io::Result<()> {
+    for (file, &(len, _)) in FILES.iter().enumerate() {
+        let mut state = 0x9e37_79b9_7f4a_7c15 ^ len;
+        let mut out = io::BufWriter::with_capacity(1 << 20, File::create(path(dir, file))?);
+        for _ in 0..len / 8 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            out.write_all(&state.to_ne_bytes())?;
+        }
+        out.flush()?;
+        io::copy(&mut open(dir, file)?, &mut io::sink())?;
+    }
+    Ok(())
+}
+
+fn path(dir: &Path, file: usize) -> PathBuf {
+    dir.join(format!("file-{file}"))
+}
+
+fn open(dir: &Path, file: usize) -> io::Result<File> {
+    File::open(path(dir, file))
+}
+
+/// All files, as a server has them open; its directory is beneath that of the files.
+fn files_beside(place: &Path) -> io::Result<Vec<File>> {
+    let dir = place.parent().expect("made beneath the files' directory");
+    (0..FILES.len()).map(|file| open(dir, file)).collect()
+}
+
+/// Tells the client that the server is ready.
+fn say_ready() -> io::Result<()> {
+    let mut stdout = io::stdout();
+    stdout.write_all(b"!")?;
+    stdout.flush()
+}
+
+/// Waits until the server says so.
+fn await_ready(server: &mut Child) -> io::Result<()> {
+    let stdout = server.stdout.as_mut().expect("piped");
+    stdout.read_exact(&mut [0])
+}
+
+/// More than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,164 @@
+//! The figures: medians by method and size, ratios to the two anchors, as a table, a document and a plot.
+
+use std::fmt::Write;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process::Command;
+
+use super::{BUFFER, FILES, ROUNDS};
+
+/// What a method took: seconds a fetch, of each file, by round; and every fetch of the smallest.
+pub struct Result {
+    pub name: &'static str,
+    pub rounds: [Vec<f64>; FILES.len()],
+    pub smallest: Vec<f64>,
+}
+
+/// The methods that all others are held against.
+const ANCHORS: [&str; 2] = ["local pread", "Unix socket, sendfile"];
+
+/// All figures, in Markdown.
+pub fn table(results: &[Result]) -> String {
+    let mut text = String::from("\n### Median time of a fetch (µs), and its spread over the rounds\n");
+    rows(&mut text, results, |result, file| {
+        let (least, middle, most) = spread(&result.rounds[file]);
+        format!("{} ({}–{})", micros(middle), micros(least), micros(most))
+    });
+    for anchor in ANCHORS {
+        let Some(anchor) = results.iter().find(|result| result.name == anchor) else { continue };
+        let _ = writeln!(text, "\n### Speed as a multiple of {}, median of the ratios by round", anchor.name);
+        rows(&mut text, results, |result, file| {
+            let pairs = anchor.rounds[file].iter().zip(&result.rounds[file]);
+            let ratios: Vec<f64> = pairs.map(|(anchor, ours)| anchor / ours).collect();
+            format!("{:.2}", spread(&ratios).1)
+        });
+    }
+    text.push_str("\n### One fetch of 1 KiB (µs)\n\n| method | p50 | p99 |\n| --- | --- | --- |\n");
+    for result in results {
+        let mut times = result.smallest.clone();
+        times.sort_unstable_by(f64::total_cmp);
+        let at = |part: usize| micros(times[times.len() * part / 100]);
+        let _ = writeln!(text, "| {} | {} | {} |", result.name, at(50), at(99));
+    }
+    text
+}
+
+/// Writes `benchmarks.md` and `throughput.svg` into a directory.
+pub fn write(directory: &Path, results: &[Result]) -> io::Result<()> {
+    let said = |program: &str, argument: &str| {
+        let output = Command::new(program).arg(argument).output();
+        output.map_or("unknown".to_owned(), |out| String::from_utf8_lossy(&out.stdout).trim().to_owned())
+    };
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or(": unknown");
+    let processors = std::thread::available_parallelism().map_or(0, usize::from);
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let document = format!(
+        "# Benchmarks\n\n\
+        Written by `cargo bench --bench transfer -- --write docs`, from one run; whatever came out worse stays in.\n\n\
+        | | |\n| --- | --- |\n\
+        | processor | {}, {processors} seen |\n| kernel | {} |\n| compiler | {} |\n| load at the end | {} |\n\
+        | rounds | {ROUNDS}, methods interleaved; per round {} fetches |\n\
+        | buffers | {} KiB for every method that has one; shmferry: one segment of 512 KiB; pipe: 1 MiB |\n\n\
+        The server is another process, with the files in its page cache. Each method's bytes are compared, all\n\
+        of them, before the timing; timed, the client touches one byte of each cache line. One transfer at a\n\
+        time. `local pread` is one process reading the file by itself: the limit for whoever copies.\n\
+        `descriptor` passes the file's own descriptor: no limit holds for those who may have it.\n\n\
+        ![throughput](throughput.svg)\n{}",
+        cpu.trim_start_matches([' ', '\t', ':']),
+        said("uname", "-r"),
+        said("rustc", "--version"),
+        load.trim(),
+        FILES.map(|(len, times)| format!("{times} of {}", size(len))).join(", "),
+        BUFFER >> 10,
+        table(results),
+    );
+    fs::write(directory.join("benchmarks.md"), document)?;
+    fs::write(directory.join("throughput.svg"), plot(results))
+}
+
+fn rows(text: &mut String, results: &[Result], cell: impl Fn(&Result, usize) -> String) {
+    let sizes = FILES.map(|(len, _)| size(len));
+    let _ = write!(text, "\n| method | {} |\n|{}\n", sizes.join(" | "), " --- |".repeat(1 + FILES.len()));
+    for result in results {
+        let cells: Vec<String> = (0..FILES.len()).map(|file| cell(result, file)).collect();
+        let _ = writeln!(text, "| {} | {} |", result.name, cells.join(" | "));
+    }
+}
+
+/// The least, the median, the most.
+fn spread(of: &[f64]) -> (f64, f64, f64) {
+    let mut sorted = of.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    (sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1])
+}
+
+fn micros(seconds: f64) -> String {
+    match seconds * 1e6 {
+        few if few < 10.0 => format!("{few:.2}"),
+        some if some < 100.0 => format!("{some:.1}"),
+        many => format!("{many:.0}"),
+    }
+}
+
+fn size(len: u64) -> String {
+    match len >> 20 {
+        0 => format!("{} KiB", len >> 10),
+        mib => format!("{mib} MiB"),
+    }
+}
+
+/// Throughput by size, both on logarithmic axes, a line for each method.
+fn plot(results: &[Result]) -> String {
+    let [width, height, left, top, legend] = [560.0, 380.0, 70.0, 20.0, 250.0];
+    let decades = 1.0..=5.0; // of MiB a second
+    let x = |file: usize| left + width * file as f64 / (FILES.len() - 1) as f64;
+    let y = |speed: f64| {
+        let part = (speed.log10().clamp(*decades.start(), *decades.end()) - decades.start()) / 4.0;
+        top + height * (1.0 - part)
+    };
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{}\" height=\"{}\" font-family=\"sans-serif\" \
+         font-size=\"11\"><rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
+        left + width + legend,
+        top + height + 40.0,
+    );
+    for decade in 1..=5 {
+        let (speed, at) = (10u32.pow(decade), y(10f64.powi(decade as i32)));
+        let _ = writeln!(
+            svg,
+            "<line x1=\"{left}\" x2=\"{}\" y1=\"{at}\" y2=\"{at}\" stroke=\"#ddd\"/>\
+             <text x=\"{}\" y=\"{}\" text-anchor=\"end\">{speed} MiB/s</text>",
+            left + width,
+            left - 4.0,
+            at + 4.0,
+        );
+    }
+    for (file, &(len, _)) in FILES.iter().enumerate() {
+        let (at, below) = (x(file), top + height + 18.0);
+        let _ = writeln!(svg, "<text x=\"{at}\" y=\"{below}\" text-anchor=\"middle\">{}</text>", size(len));
+    }
+    for (i, result) in results.iter().enumerate() {
+        let colour = format!("hsl({}, 70%, 40%)", i * 360 / results.len());
+        let dashes = if result.name.starts_with("shmferry") { "" } else { " stroke-dasharray=\"4 3\"" };
+        let points: Vec<String> = (0..FILES.len())
+            .map(|file| {
+                let speed = FILES[file].0 as f64 / (1u64 << 20) as f64 / spread(&result.rounds[file]).1;
+                format!("{:.1},{:.1}", x(file), y(speed))
+            })
+            .collect();
+        let (from, to, at) = (left + width + 10.0, left + width + 34.0, top + 14.0 * (i as f64 + 1.0));
+        let _ = writeln!(
+            svg,
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dashes}/>\
+             <line x1=\"{from}\" x2=\"{to}\" y1=\"{at}\" y2=\"{at}\" stroke=\"{colour}\"{dashes}/>\
+             <text x=\"{}\" y=\"{}\">{}</text>",
+            points.join(" "),
+            to + 4.0,
+            at + 4.0,
+            result.name,
+        );
+    }
+    svg + "</svg>\n"
+}
