@@ -50,8 +50,9 @@ impl Fault {
             _ => Duration::from_millis(dice.roll(400)),
         };
         let left = dice.pick(&[0, 4096, 70_000, POOL_LEN / 2, POOL_LEN - 5000, POOL_LEN + 100_000]);
-        let failure = Failure::draw(dice);
-        match dice.roll(100) {
+        let kind = dice.roll(100);
+        let failure = Failure::draw(dice, if (82..90).contains(&kind) { mortal } else { role });
+        match kind {
             0..18 => Fault::Kill(mortal),
             18..22 if spared.is_none() => Fault::KillBoth,
             18..30 => Fault::Terminate(mortal),

@@ -25,6 +25,9 @@ const GLANCE: Duration = Duration::from_millis(2);
 /// Lines of a program's log that are kept.
 const KEPT: usize = 30;
 
+/// The kind of a segment's descriptor.
+const SEGMENT: &str = "shared memory";
+
 /// What to start, and where.
 pub struct Recipe {
     pub name: &'static str,
@@ -58,6 +61,8 @@ struct Log {
 #[derive(Clone)]
 pub struct Holdings {
     pub descriptors: usize,
+    /// Those of shared memory among them, and of what tells of life beside it.
+    pub segments: usize,
     pub threads: usize,
     pub mappings: usize,
     /// Bytes.
@@ -169,7 +174,9 @@ impl Program {
         for fd in fs::read_dir(of("fd")).ok()?.flatten() {
             let kind = fs::read_link(fd.path()).unwrap_or_default().to_string_lossy().into_owned();
             let kind = kind.split(['[', '(']).next().unwrap_or_default();
-            let kind = if kind.contains("shmferry-") { "/shmferry" } else { kind };
+            let is_segment =
+                ["/dev/shm/shmferry-", "/memfd:shmferry"].iter().any(|start| kind.starts_with(start));
+            let kind = if is_segment { SEGMENT } else { kind };
             *kinds.entry(kind.to_owned()).or_default() += 1;
         }
         let status = fs::read_to_string(of("status")).ok()?;
@@ -177,6 +184,7 @@ impl Program {
         let resident: u64 = resident.trim().strip_suffix(" kB")?.parse().ok()?;
         Some(Holdings {
             descriptors: kinds.values().sum(),
+            segments: kinds.get(SEGMENT).copied().unwrap_or(0),
             threads: fs::read_dir(of("task")).ok()?.count(),
             mappings: fs::read_to_string(of("maps")).ok()?.lines().count(),
             resident: resident << 10,
@@ -187,7 +195,7 @@ impl Program {
 
 impl fmt::Display for Holdings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Holdings { descriptors, threads, mappings, resident, kinds } = self;
+        let Holdings { descriptors, threads, mappings, resident, kinds, .. } = self;
         let resident = resident >> 10;
         write!(
             f,

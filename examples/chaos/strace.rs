@@ -8,30 +8,32 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::chance::Dice;
 use super::program::{PATIENCE, tracer};
+use super::theatre::Role;
 use super::{Result, told};
 
-/// Calls, and errors that they may have in life.
-const FAILURES: [(&str, &[&str]); 20] = [
-    ("mmap", &["ENOMEM"]),
-    ("epoll_ctl", &["ENOMEM", "ENOSPC"]),
-    ("epoll_wait,epoll_pwait,epoll_pwait2", &["EINTR"]),
-    ("sendmsg", &["ENOMEM", "ENOBUFS", "EINTR", "ETOOMANYREFS"]),
-    ("recvmsg", &["ENOMEM", "EINTR"]),
-    ("sendto", &["ENOMEM", "ECONNRESET", "EINTR"]),
-    ("recvfrom", &["ENOMEM", "ECONNRESET", "EINTR"]),
-    ("accept4", &["EMFILE", "ENFILE", "ENOMEM", "ECONNABORTED", "EINTR"]),
-    ("pread64", &["EIO", "EINTR", "ENOMEM"]),
-    ("openat2", &["EMFILE", "EIO", "ENOMEM", "EINTR", "EACCES"]),
-    ("openat", &["EMFILE", "ENFILE", "ENOMEM", "EINTR"]),
-    ("memfd_create", &["EMFILE", "ENOMEM"]),
-    ("mq_open", &["EMFILE", "ENOSPC", "ENOMEM"]),
-    ("mq_timedreceive", &["EINTR"]),
-    ("mq_timedsend", &["EINTR"]),
-    ("fallocate", &["ENOSPC", "EINTR", "ENOMEM"]),
-    ("ftruncate", &["ENOSPC", "EINTR", "EIO"]),
-    ("clone3", &["EAGAIN", "ENOMEM"]),
-    ("futex", &["EINTR"]),
-    ("poll,ppoll", &["EINTR", "ENOMEM"]),
+/// Calls, errors that they may have in life, and who makes them, if not both.
+const FAILURES: [(&str, &[&str], Option<Role>); 20] = [
+    ("mmap", &["ENOMEM"], None),
+    ("epoll_ctl", &["ENOMEM", "ENOSPC"], None),
+    ("epoll_wait,epoll_pwait,epoll_pwait2", &["EINTR"], None),
+    ("sendmsg", &["ENOMEM", "ENOBUFS", "EINTR", "ETOOMANYREFS"], None),
+    ("recvmsg", &["ENOMEM", "EINTR"], None),
+    ("sendto", &["ENOMEM", "ECONNRESET", "EINTR"], Some(Role::Proxy)),
+    // Nothing else: the descriptor that signals come by never fails in life, and its reader panics then.
+    ("recvfrom", &["EINTR"], Some(Role::Proxy)),
+    ("accept4", &["EMFILE", "ENFILE", "ENOMEM", "ECONNABORTED", "EINTR"], None),
+    ("pread64", &["EIO", "EINTR", "ENOMEM"], Some(Role::Cache)),
+    ("openat2", &["EMFILE", "EIO", "ENOMEM", "EINTR", "EACCES"], Some(Role::Cache)),
+    ("openat", &["EMFILE", "ENFILE", "ENOMEM", "EINTR"], None),
+    ("memfd_create", &["EMFILE", "ENOMEM"], Some(Role::Proxy)),
+    ("mq_open", &["EMFILE", "ENOSPC", "ENOMEM"], None),
+    ("mq_timedreceive", &["EINTR"], Some(Role::Cache)),
+    ("mq_timedsend", &["EINTR"], Some(Role::Proxy)),
+    ("fallocate", &["ENOSPC", "EINTR", "ENOMEM"], Some(Role::Proxy)),
+    ("ftruncate", &["ENOSPC", "EINTR", "EIO"], None),
+    ("clone3", &["EAGAIN", "ENOMEM"], None),
+    ("futex", &["EINTR"], None),
+    ("poll,ppoll", &["EINTR", "ENOMEM"], None),
 ];
 
 /// Which call fails, how, and when.
@@ -47,8 +49,10 @@ pub struct Failure {
 }
 
 impl Failure {
-    pub fn draw(dice: &mut Dice) -> Failure {
-        let (call, errnos) = dice.pick(&FAILURES);
+    pub fn draw(dice: &mut Dice, role: Role) -> Failure {
+        let of_role: Vec<_> =
+            FAILURES.into_iter().filter(|(.., whose)| whose.is_none_or(|whose| whose == role)).collect();
+        let (call, errnos, _) = dice.pick(&of_role);
         let errno = dice.pick(errnos);
         let first = 1 + dice.roll(20);
         let more = (dice.roll(3) > 0).then_some((first + dice.roll(60), 1 + dice.roll(8)));

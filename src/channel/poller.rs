@@ -3,6 +3,8 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
@@ -12,6 +14,9 @@ use crate::sync::Deadline;
 
 /// The token of the closer; no other descriptor has it.
 const CLOSER: u64 = u64::MAX;
+
+/// How long to leave a kernel without memory alone before the next try.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Descriptors, each armed for one event at a time: whoever is woken for one has it to itself until it
 /// is armed again.
@@ -38,10 +43,18 @@ impl Poller {
             .map_err(Error::os("epoll_ctl"))
     }
 
-    /// Has the next event of a descriptor told to one worker.
+    /// Has the next event of a descriptor told to one worker. While the kernel lacks memory, tries
+    /// again until it is closed: of what is not armed, nobody would ever hear again.
     pub(super) fn arm(&self, fd: impl AsFd, token: u64) -> Result<()> {
-        epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(token), ONE_EVENT)
-            .map_err(Error::os("epoll_ctl"))
+        loop {
+            match epoll::modify(&self.epoll, &fd, epoll::EventData::new_u64(token), ONE_EVENT) {
+                Err(Errno::NOMEM | Errno::NOSPC) => {
+                    self.check_open()?;
+                    thread::sleep(PAUSE);
+                }
+                armed => return armed.map_err(Error::os("epoll_ctl")),
+            }
+        }
     }
 
     /// Waits for an event, and returns its token; `None` at the deadline.

@@ -417,6 +417,11 @@ impl Program {
         self.tasks("stat").iter().all(|stat| stat.rsplit(") ").next().unwrap().starts_with(state))
     }
 
+    /// Whether a tracer has hold of every thread.
+    pub fn is_traced(&self) -> bool {
+        self.tasks("status").iter().all(|status| !status.contains("TracerPid:\t0\n"))
+    }
+
     fn tasks(&self, file: &str) -> Vec<String> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten();
         // One that ends meanwhile is none.

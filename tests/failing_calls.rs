@@ -1,0 +1,64 @@
+//! System calls that fail in a running program. They fail by `strace`: where it is not installed, or may
+//! not trace, these tests say so and check nothing.
+
+mod support;
+
+use std::process::{Child, Command, Stdio};
+
+use support::{Place, Program, Signal, ok, wait_until};
+
+/// Has calls fail from now on, until it is dropped.
+struct Strace(Child);
+
+impl Strace {
+    /// `None` where that is not possible.
+    fn attach(program: &Program, call: &str, injection: &str) -> Option<Strace> {
+        let spawned = Command::new("strace")
+            .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={call}"), "-e"])
+            .args([&format!("inject={call}:{injection}"), "-p", &program.pid().to_string()])
+            .stderr(Stdio::null())
+            .spawn();
+        let mut strace = spawned.ok()?;
+        let mut ended = false;
+        wait_until("strace was attached", || {
+            ended = strace.try_wait().unwrap().is_some();
+            ended || program.is_traced()
+        });
+        if ended { None } else { Some(Strace(strace)) }
+    }
+}
+
+impl Drop for Strace {
+    fn drop(&mut self) {
+        // SIGTERM has it let go of the program; both fail only on one that has ended.
+        let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), Signal::TERM);
+        let _ = self.0.wait();
+    }
+}
+
+/// One call after the other: of what is not armed in an epoll, nobody hears again.
+#[test]
+fn a_kernel_that_lacks_memory_for_a_moment_leaves_no_client_unheard() {
+    let queue = format!("mq:/shmferry-test-failing-calls-{}", std::process::id());
+    for transport in ["unix", "mq"] {
+        let place = Place::new();
+        place.write("files/a", "hello");
+        let address = if transport == "unix" { place.cache_address() } else { queue.clone() };
+        let cache = place.run("simplecached", ["-c", "files", "-t", "2", "--listen", &address]).listening();
+        let proxy = place.bare_webproxy(["--cache", &address, "-n", "2", "--timeout", "5"]).listening();
+        assert_eq!(proxy.get("/a"), ok("hello"));
+        for errno in ["ENOMEM", "ENOSPC"] {
+            let Some(strace) = Strace::attach(&cache, "epoll_ctl", &format!("error={errno}:when=1..9+2"))
+            else {
+                eprintln!("left out: no strace, or it may not trace");
+                return;
+            };
+            for _ in 0..20 {
+                assert_eq!(proxy.get("/a"), ok("hello"));
+            }
+            drop(strace);
+            assert_eq!(proxy.get("/a"), ok("hello"));
+        }
+        place.wind_up([proxy, cache]);
+    }
+}
