@@ -68,7 +68,8 @@ fn main() -> io::Result<()> {
             }
         }
     }
-    let results: Vec<report::Result> = contenders.into_iter().map(Contender::finish).collect();
+    let finished: io::Result<Vec<report::Result>> = contenders.into_iter().map(Contender::finish).collect();
+    let results = finished?;
     print!("{}", report::table(&results));
     let mut arguments = env::args().skip_while(|argument| argument != "--write");
     if let Some(directory) = arguments.nth(1) {
@@ -140,12 +141,12 @@ impl Contender {
         Ok(())
     }
 
-    fn finish(mut self) -> report::Result {
+    /// Lets the server end by itself, since its client is gone: so that it leaves nothing behind.
+    fn finish(mut self) -> io::Result<report::Result> {
         drop(self.client);
-        // It may have ended by itself, when its client left.
-        let _ = self.server.kill();
-        let _ = self.server.wait();
-        report::Result { name: self.name, rounds: self.rounds, smallest: self.smallest }
+        drop(self.server.stdin.take());
+        self.server.wait()?;
+        Ok(report::Result { name: self.name, rounds: self.rounds, smallest: self.smallest })
     }
 }
 

@@ -69,12 +69,14 @@ fn pool<B: Backing>(slots: u32) -> io::Result<SegmentPool<B>> {
 fn serve(queue: &dyn RequestQueue, place: &Path) -> io::Result<()> {
     let files = files_beside(place)?;
     say_ready()?;
-    // Ends with its client's standard output's other end: with the client.
-    thread::spawn(|| {
-        let _ = io::copy(&mut io::stdin(), &mut io::sink());
-        std::process::exit(0)
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // Ends when the client lets go of the other end.
+            let _ = io::copy(&mut io::stdin(), &mut io::sink());
+            queue.close();
+        });
+        answer(queue, &files);
     });
-    answer(queue, &files);
     Ok(())
 }
 
