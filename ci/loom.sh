@@ -1,36 +1,118 @@
 #!/usr/bin/env bash
-# The semaphore under loom: every interleaving and reordering, with up to LOOM_MAX_PREEMPTIONS (2)
-# preemptions; then that the check can fail: each weakening of one line must be found.
+# The semaphore and the transfer under loom: every interleaving and reordering with up to 2 preemptions;
+# then that the check can fail: each fault of one line must be found.
+#
+#   ci/loom.sh            2 preemptions, and the faults (2 minutes)
+#   ci/loom.sh long       3 preemptions, and the faults (half a minute more)
+#   ci/loom.sh faults     the faults only
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=${LOOM_MAX_PREEMPTIONS:-2}
-export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/loom
-copy=$(mktemp -d)
-trap 'rm -rf "$copy"' EXIT
+mode=${1:-}
+[ "$mode" = long ] && LOOM_MAX_PREEMPTIONS=3
+export LOOM_MAX_PREEMPTIONS=${LOOM_MAX_PREEMPTIONS:-2}
+export RUSTFLAGS="--cfg loom" RUSTUP_DIST_SERVER=http://127.0.0.1:9 RUSTUP_AUTO_INSTALL=0
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/loom CARGO_INCREMENTAL=1
 
-loom() { cargo test --locked --release --lib sync::semaphore::model; }
+# A copy, to be spoilt, without what the programs and benches need: loom would compile that, too.
+copy=$CARGO_TARGET_DIR/copy
+mkdir -p "$copy"
+fresh() { rm -rf "$copy/src"; cp -r Cargo.lock README.md src "$copy"; }
+fresh
+sed -E '/^\[\[bench\]\]/,/^$/d; /^(clap|image|indicatif|signal-hook|tiny_http|tracing|tracing-subscriber|ureq) = /d' \
+    Cargo.toml | sed 's/^opt-level = 1$/opt-level = 0\ndebug = false/' >"$copy/Cargo.toml"
+printf '\n[profile.dev.package."*"]\nopt-level = 3\n' >>"$copy/Cargo.toml"
 
-loom
-cp -r Cargo.toml Cargo.lock README.md src "$copy"
+loom() { (cd "$copy" && cargo test --offline --lib -- "$@"); }
 
-# seeded NAME SED-SCRIPT: the semaphore with this fault must fail. A deadlock is a failure, too.
+if [ "$mode" != faults ]; then
+    loom model:: --nocapture --test-threads 1 2>&1 | tee "$CARGO_TARGET_DIR/log"
+fi
+
+# seeded NAME FILE TEST SED-SCRIPT: with this fault in src/FILE, the models named TEST must fail. A
+# deadlock is a failure, and so is a model that never ends.
+export LOOM_MAX_PREEMPTIONS=2
+found=0
 seeded() {
-    sed "$2" src/sync/semaphore.rs >"$copy/src/sync/semaphore.rs"
-    cmp -s src/sync/semaphore.rs "$copy/src/sync/semaphore.rs" && { echo "the fault '$1' changes nothing"; exit 1; }
-    if (cd "$copy" && cargo test --locked --release --lib --no-run >"$copy/log" 2>&1); then
-        (cd "$copy" && loom >"$copy/log" 2>&1) && { echo "not found: $1"; exit 1; }
+    fresh
+    sed -E "$4" "src/$2" >"$copy/src/$2"
+    cmp -s "src/$2" "$copy/src/$2" && { echo "changes nothing: $1"; missed=1; return; }
+    if (cd "$copy" && cargo test --offline --lib --no-run) >"$copy/log" 2>&1; then
+        loom "$3" >"$copy/log" 2>&1 && { echo "not found: $1"; missed=1; return; }
         grep -q 'test result: FAILED\|panicked\|SIGABRT' "$copy/log" || { cat "$copy/log"; exit 1; }
-        echo "found: $1"
+        echo "found: $1"; found=$((found + 1))
     else
-        cat "$copy/log"; echo "does not compile: $1"; exit 1
+        cat "$copy/log"; echo "does not compile: $1"; missed=1
     fi
 }
-seeded "a permit added without Release"        's/self.word.fetch_add(1, Release)/self.word.fetch_add(1, Relaxed)/'
-seeded "a permit taken without Acquire"        's/let mut seen = self.word.load(Acquire)/let mut seen = self.word.load(Relaxed)/; s/(seen, seen - 1, Acquire, Acquire)/(seen, seen - 1, Relaxed, Relaxed)/'
-seeded "poison set without Release"            's/self.word.fetch_or(POISON, Release)/self.word.fetch_or(POISON, Relaxed)/'
-seeded "poison seen without Acquire"           's/let mut seen = self.word.load(Acquire)/let mut seen = self.word.load(Relaxed)/'
-seeded "no fence before the sleep"             '/let slept/,/let slept/!s/^            fence(SeqCst); \/\/ pair 2$//'
-seeded "no fence before the wake"              's/^        fence(SeqCst); \/\/ pair 2$//'
-seeded "a sleeper that does not say so"        's/self.sleepers.fetch_add(1, Relaxed);//; s/self.sleepers.fetch_sub(1, Relaxed);//'
-seeded "a post that does not wake"             '/pub(crate) fn post/,/^    }/s/self.wake();//'
-seeded "nothing that wakes"                    's/self.parker.unpark_all(&self.word);$//'
+missed=0
+
+s=sync/semaphore.rs
+seeded "a permit added without Release"        $s semaphore::model 's/self.word.fetch_add\(1, Release\)/self.word.fetch_add(1, Relaxed)/'
+seeded "a permit taken without Acquire"        $s semaphore::model 's/let mut seen = self.word.load\(Acquire\)/let mut seen = self.word.load(Relaxed)/; s/\(seen, seen - 1, Acquire, Acquire\)/(seen, seen - 1, Relaxed, Relaxed)/'
+seeded "poison set without Release"            $s semaphore::model 's/self.word.fetch_or\(POISON, Release\)/self.word.fetch_or(POISON, Relaxed)/'
+seeded "poison seen without Acquire"           $s semaphore::model 's/let mut seen = self.word.load\(Acquire\)/let mut seen = self.word.load(Relaxed)/'
+seeded "no fence before the sleep"             $s semaphore::model '/let slept/,/let slept/!s/^            fence\(SeqCst\); \/\/ pair 2$//'
+seeded "no fence before the wake"              $s semaphore::model 's/^        fence\(SeqCst\); \/\/ pair 2$//'
+seeded "a sleeper that does not say so"        $s semaphore::model 's/self.sleepers.fetch_add\(1, Relaxed\);//; s/self.sleepers.fetch_sub\(1, Relaxed\);//'
+seeded "a post that does not wake"             $s semaphore::model '/pub\(crate\) fn post/,/^    }/s/self.wake\(\);//'
+seeded "nothing that wakes"                    $s semaphore::model 's/self.parker.unpark_all\(&self.word\);$//'
+
+# The same, through a whole transfer.
+m=protocol::model
+seeded "transfer: a permit added without Release"   $s $m::two_slots 's/self.word.fetch_add\(1, Release\)/self.word.fetch_add(1, Relaxed)/'
+seeded "transfer: a permit taken without Acquire"   $s $m::two_slots 's/\(seen, seen - 1, Acquire, Acquire\)/(seen, seen - 1, Relaxed, Relaxed)/; s/let mut seen = self.word.load\(Acquire\)/let mut seen = self.word.load(Relaxed)/'
+seeded "transfer: no fence before the sleep"        $s $m '/let slept/,/let slept/!s/^            fence\(SeqCst\); \/\/ pair 2$//'
+seeded "transfer: no fence before the wake"         $s $m 's/^        fence\(SeqCst\); \/\/ pair 2$//'
+seeded "a cancellation published without Release"   $s $m::a_receiver 's/self.word.fetch_or\(POISON, Release\)/self.word.fetch_or(POISON, Relaxed)/'
+seeded "a cancellation seen without Acquire"        $s $m::a_receiver 's/self.word.load\(Acquire\) & POISON/self.word.load(Relaxed) \& POISON/'
+seeded "poison told before permits are drained"     $s $m::an_abort 's/if seen & !POISON == 0 \{/if seen \& POISON != 0 || seen == 0 {/; s/if seen == POISON/if seen != 0/'
+
+h=segment/header.rs
+seeded "a turn taken without Acquire"               $h $m 's/compare_exchange\(from, to, AcqRel, Acquire\)/compare_exchange(from, to, Release, Relaxed)/; s/self.0.load\(Acquire\)/self.0.load(Relaxed)/'
+seeded "a turn given without Release"               $h $m 's/compare_exchange\(from, to, AcqRel, Acquire\)/compare_exchange(from, to, Acquire, Acquire)/'
+seeded "a phase of whatever generation"             $h $m 's/Ok\(\(now, phase\)\) if now == generation/Ok((_, phase))/; s/^    pub\(crate\) fn advance\(.*$/&let generation = self.0.load(Relaxed) >> 8;/'
+seeded "a sender counted as off while it accepts"   $h $m 's/matches!\(self, Idle \|/matches!(self, Idle | Accepted |/'
+seeded "a sender counted as off while it sends"     $h $m 's/matches!\(self, Idle \|/matches!(self, Idle | Announced |/'
+seeded "a withdrawn request counted as held"        $h $m 's/Aborted \| Withdrawn\)/Aborted)/'
+
+t=protocol/sender.rs
+seeded "a late request accepted whatever its generation" $t $m 's/header.turn.advance\(self.generation, Phase::Offered, Phase::Accepted\)/{ self.generation = header.turn.load()?.0; header.turn.advance(self.generation, Phase::Offered, Phase::Accepted) }/'
+seeded "an accept that takes no turn"               $t $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Accepted\).is_err\(\)/if header.turn.phase_of(self.generation) != Some(Phase::Offered)/'
+seeded "the last turn before the last permit"       $t $m '/fn end/,/^    }/{s/^        header.filled.add\(permit\);$//; s/^        header.filled.wake\(\);.*/header.filled.post(permit);/}'
+seeded "an end that does not wake"                  $t $m '/fn end/,/^    }/s/^        header.filled.wake\(\);.*//'
+seeded "an end that leaves no turn"                 $t $m '/fn end/,/^    }/s/header.turn.advance\(.*\);/Ok::<(), PeerFault>(());/'
+seeded "out of reach of the link after the last turn" $t $m '/fn end/,/^    }/{s/^        self.enrolment = None;$//; s/^        self.phase = phase;$/&self.enrolment = None;/}'
+seeded "the last turn before the poison"            $t $m '/fn abort/,/^    }/{s/^            header.filled.set_poison\(\);$//; s/^            header.filled.wake\(\);.*/header.filled.poison();/}'
+seeded "an abort that does not wake"                $t $m '/fn abort/,/^    }/s/^            header.filled.wake\(\);.*//'
+seeded "an abort that poisons nothing"              $t $m '/fn abort/,/^    }/s/^            header.filled.set_poison\(\);$//'
+seeded "an abort that leaves no turn"               $t $m '/fn abort/,/^    }/s/^            let _ = header.turn.advance\(.*//'
+seeded "a chunk that wakes nobody"                  $t $m 's/^            self.side.segment.header\(\).filled.post\(permit\);/self.side.segment.header().filled.add(permit);/'
+seeded "a chunk word written after its permit"      $t $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            self.side.segment.header\(\).filled.post\(permit\);/{ let header = self.side.segment.header(); header.filled.post(permit); header.chunks[slot].store(chunk); }/; s/^            self.side.end\(Phase::Finished, permit\)/{ self.side.segment.header().chunks[slot].store(chunk); self.side.end(Phase::Finished, permit) }/'
+seeded "a slot taken without a permit"              $t $m 's/^        if self.state.permit.is_none\(\) \{$/if self.state.permit.is_none() \&\& self.state.sent > 0 { self.state.permit = Some(self.side.segment.header().filled.try_wait().or_else(|_| self.side.await_free(deadline))?); } if self.state.permit.is_none() {/'
+seeded "a cover that overlooks a severed link"      peer.rs $m::a_severed 's/^            subject.poison\(\);$//'
+seeded "a severed link that poisons nothing"        peer.rs $m::a_severed 's/^        state.enrolled.values\(\).*$//'
+seeded "a sender that has itself covered by no link" $t $m 's/^            enrolment.cover\(.*//'
+
+r=protocol/receiver.rs
+seeded "a cancellation that does not wake"          $r $m 's/^            header.free.poison\(\);$/header.free.set_poison();/'
+seeded "a receiver that goes without a word"        $r $m 's/^            header.free.poison\(\);$//'
+seeded "no withdrawal"                              $r $m 's/^        let _ = header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\);$//'
+seeded "a withdrawal after accepting was left open" $r $m 's/Some\(Phase::Accepted \| Phase::Announced\) = header.turn.phase_of/Some(Phase::Announced) = header.turn.phase_of/'
+seeded "permits left over from the last transfer"   $r $m 's/^        header.filled.reset\(0\);$//'
+seeded "free slots left over from the last transfer" $r $m 's/^        header.free.reset\(.*//'
+seeded "a cancellation left over from the last transfer" $r $m 's/^        header.receiver.cancelled.store\(0, Relaxed\);$//'
+seeded "reset after the offer"                      $r $m 's/^        header.filled.reset\(0\);$//; s/^        header.free.reset\(.*//; s/^        header.turn.open_next\(generation\)$/let next = header.turn.open_next(generation); header.filled.reset(0); header.free.reset(segment.geometry().slot_count()); next/'
+seeded "a slot that goes back unannounced"          $r $m 's/^            header.free.post\(permit\);$/header.free.add(permit);/'
+seeded "a slot that goes back while it is read"     $r $m 's/^            memory.read_slot\(/self.side.header().free.post(std::mem::replace(\&mut open.permit, self.side.header().filled.try_wait().map_err(|_| ()).unwrap_or_else(|()| unreachable!()))); memory.read_slot(/'
+
+p=segment/pool.rs
+seeded "a segment reclaimed while its sender is on it" $p $m '/^fn reclaim/,/^}/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'
+seeded "a segment leased again, reclaimed or not"   $p $m 's/^        if reclaim\(segment, generation\) \{/if reclaim(segment, generation) || true {/; s/\(Some\(stock\), _\) if stock.is_sound\(\) => stock/(Some(stock), _) => stock/'
+seeded "a lingering segment leased as it is"        $p $m 's/if (crew::lend.*settle.*\)\)) \{/if \1 || true {/'
+
+f=protocol.rs
+seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
+seeded "a dropped request that is not withdrawn"    $f $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\).is_ok\(\)/if header.turn.load().is_err()/'
+
+echo "$found faults found"
+[ "$missed" = 0 ]

@@ -6,10 +6,11 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::error::{Error, Rejection};
-use crate::sync::{Deadline, lock};
+use crate::sync::Deadline;
+use crate::sync::modelled::{Mutex, lock};
 
 #[cfg(target_os = "linux")]
 mod aside;

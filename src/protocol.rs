@@ -1,6 +1,6 @@
 //! The transfer: what its states share, and how each side waits for the other (rules P).
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::crew;
@@ -8,12 +8,15 @@ use crate::error::{PeerFault, Result};
 use crate::peer::{Enrolment, Link};
 use crate::segment::{MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
-use crate::sync::{Deadline, Interrupted, Permit, Semaphore, Spinner, lock};
+use crate::sync::modelled::{Mutex, lock};
+use crate::sync::{Deadline, Interrupted, Permit, Semaphore, Spinner};
 
 mod metadata;
+#[cfg(all(test, loom))]
+mod model;
 mod receiver;
 mod sender;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
 
 pub use metadata::Metadata;
@@ -278,14 +281,14 @@ fn await_permit(
 
 /// Death is pushed, by poison; but a peer that hangs up and lives on can wipe the poison off again.
 /// So a sleeper looks at what only its own process knows, this often.
-const GLANCE: Duration = Duration::from_secs(1);
+const GLANCE: Duration = if cfg!(loom) { Duration::MAX } else { Duration::from_secs(1) };
 
 /// Tells the peer which processor this side runs on (rule P8). A hint: nothing rests on it.
 fn publish_cpu(ours: &AtomicU32) -> u32 {
-    #[cfg(target_os = "linux")]
+    #[cfg(all(target_os = "linux", not(loom)))]
     let cpu = u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX);
-    #[cfg(not(target_os = "linux"))]
-    let cpu = u32::MAX; // the same as the peer's: nobody spins
+    #[cfg(not(all(target_os = "linux", not(loom))))]
+    let cpu = 0; // the same as the peer's: nobody spins
     if ours.load(Relaxed) != cpu {
         ours.store(cpu, Relaxed);
     }

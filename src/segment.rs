@@ -7,6 +7,8 @@ use crate::error::{LayoutMismatch, Misuse, Result};
 use crate::peer::Poison;
 
 mod header;
+// loom watches memory of its own, not a mapping.
+#[cfg_attr(loom, path = "segment/mapping_model.rs")]
 mod mapping;
 #[cfg(target_os = "linux")]
 mod memfd;
@@ -15,7 +17,7 @@ mod pool;
 
 #[cfg(target_os = "linux")]
 pub(crate) use header::LAYOUT_VERSION;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 pub(crate) use header::Turn;
 pub(crate) use header::{ChunkLen, HEADER_LEN, Header, MAX_METADATA, Phase};
 pub(crate) use mapping::Mapping;

@@ -21,6 +21,25 @@ pub(crate) mod atomic {
     pub(crate) use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
 }
 
+/// What may be held, or repeated, while shared memory is touched, through one door as well.
+pub(crate) mod modelled {
+    #[cfg(loom)]
+    pub(crate) use loom::{
+        sync::{Mutex, MutexGuard},
+        thread::yield_now,
+    };
+    #[cfg(not(loom))]
+    pub(crate) use std::{
+        sync::{Mutex, MutexGuard},
+        thread::yield_now,
+    };
+
+    /// As [`lock`](super::lock).
+    pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
 // The one place that chooses how a thread of one process sleeps for a thread of another.
 #[cfg_attr(loom, path = "sync/model.rs")]
 #[cfg_attr(all(not(loom), target_os = "linux", not(feature = "raw-sync")), path = "sync/futex.rs")]

@@ -13,9 +13,9 @@ use super::{Geometry, PoolId, SegmentId};
 /// Bytes from the start of a segment to its first slot: one page.
 pub(crate) const HEADER_LEN: u32 = 4096;
 /// The most slots whose lengths fit the header.
-pub(crate) const MAX_SLOTS: u32 = 512;
+pub(crate) const MAX_SLOTS: u32 = if cfg!(loom) { 4 } else { 512 };
 /// The most metadata an announcement carries, in bytes.
-pub(crate) const MAX_METADATA: usize = 1024;
+pub(crate) const MAX_METADATA: usize = if cfg!(loom) { 4 } else { 1024 };
 /// Version of this layout and of the rules that go with it. The parker is one of them: two
 /// processes that sleep differently would not hear each other.
 pub(crate) const LAYOUT_VERSION: u32 = 1 | Parker::KIND << 16;
@@ -23,6 +23,7 @@ pub(crate) const LAYOUT_VERSION: u32 = 1 | Parker::KIND << 16;
 const MAGIC: u64 = u64::from_ne_bytes(*b"shmferry");
 
 /// The header of a segment, as both processes map it.
+#[cfg_attr(loom, derive(Default))]
 #[repr(C)]
 pub(crate) struct Header {
     geometry: GeometryGroup,
@@ -38,6 +39,7 @@ pub(crate) struct Header {
 }
 
 /// Written by the owner before anyone else maps the segment, and never again.
+#[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 struct GeometryGroup {
     magic: AtomicU64,
@@ -50,6 +52,7 @@ struct GeometryGroup {
 }
 
 /// Written by the sender, between `Accepted` and its first post of `filled`.
+#[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct Announcement {
     /// Zero until there is one; see [`Status`](crate::protocol::Status).
@@ -65,6 +68,7 @@ pub(crate) struct Announcement {
 }
 
 /// Written by the receiver.
+#[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct ReceiverGroup {
     /// Not zero once the receiver wants no more.
@@ -140,6 +144,7 @@ impl Header {
 ///
 /// Changed by compare-exchange only. Every change is `AcqRel`: whoever takes a turn sees all that
 /// was written before it was given.
+#[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct Turn(AtomicU64);
 
@@ -215,7 +220,7 @@ impl Turn {
         Ok(next)
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     pub(crate) fn raw(&self) -> &AtomicU64 {
         &self.0
     }
@@ -229,6 +234,7 @@ impl Turn {
 }
 
 /// Length of the chunk in one slot, and whether it is the last.
+#[cfg_attr(loom, derive(Default))]
 #[repr(transparent)]
 pub(crate) struct ChunkWord(AtomicU32);
 

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::thread;
 use std::time::Duration;
 
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Link;
+use crate::sync::modelled::yield_now;
 use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile, lock};
 
 use super::{Backing, Geometry, Phase, PoolId, ReadSlots, Segment, SegmentId, WriteSlots};
@@ -18,8 +18,9 @@ use super::{Backing, Geometry, Phase, PoolId, ReadSlots, Segment, SegmentId, Wri
 /// A sender that runs leaves at its next slot, microseconds later; one that does not is stopped.
 const GRACE: Duration = Duration::from_millis(20);
 
-/// How often, during the grace, a sender that hung up is asked whether it left or died.
-const GLANCE: Duration = Duration::from_millis(1);
+/// How often, during the grace, a sender that hung up is asked whether it left or died, and the turn
+/// word is looked at. loom knows no time: there, as often as there is anything new.
+const GLANCE: Duration = Duration::from_millis(if cfg!(loom) { 0 } else { 1 });
 
 /// A fixed number of segments of one geometry, owned by the receiving process.
 ///
@@ -50,6 +51,7 @@ pub struct SegmentPoolBuilder<B> {
     segments: u32,
     segment_len: u64,
     slots: u32,
+    grace: Duration,
     backing: std::marker::PhantomData<fn() -> B>,
 }
 
@@ -75,6 +77,7 @@ impl<B: Backing> SegmentPool<B> {
             segments: 8,
             segment_len: 512 << 10,
             slots: 4,
+            grace: GRACE,
             backing: std::marker::PhantomData,
         }
     }
@@ -178,6 +181,13 @@ impl<B: Backing> SegmentPoolBuilder<B> {
         self
     }
 
+    /// How long a late sender is waited for.
+    #[cfg(loom)]
+    pub(crate) fn grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
     /// Makes the pool, with all its memory present.
     ///
     /// # Errors
@@ -203,6 +213,7 @@ impl<B: Backing> SegmentPoolBuilder<B> {
         let shared = Shared {
             id,
             geometry,
+            grace: self.grace,
             available: Turnstile::new(self.segments as usize),
             state: Mutex::new(State {
                 idle: Vec::new(),
@@ -319,6 +330,7 @@ impl<B: Backing> Stock<B> {
 struct Shared<B: Backing> {
     id: PoolId,
     geometry: Geometry,
+    grace: Duration,
     /// Counts `idle` and `lingering` together.
     available: Turnstile,
     state: Mutex<State<B>>,
@@ -369,7 +381,7 @@ impl<B: Backing> Shared<B> {
 
     /// Makes a lingering segment usable, or puts a fresh one in its place.
     fn recover(&self, lingering: Lingering<B>) -> Result<Arc<Stock<B>>> {
-        if crew::lend(|| lingering.settle(Deadline::after(GRACE))) {
+        if crew::lend(|| lingering.settle(Deadline::after(self.grace))) {
             return Ok(lingering.stock);
         }
         self.replace(lingering.stock)
@@ -429,10 +441,12 @@ impl<B> Lingering<B> {
             if deadline.has_passed() {
                 return false;
             }
-            // Its last act is announced here, just before it: by a permit or by poison.
-            match self.stock.segment.header().filled.wait(deadline) {
-                Ok(_) | Err(Interrupted::TimedOut) => {}
-                Err(Interrupted::Poisoned) => thread::yield_now(),
+            // Its last act is announced here, just before it: by a permit or by poison. Who has taken
+            // that permit already hears nothing more, and so nobody sleeps for long.
+            let glance = deadline.min(Deadline::after(GLANCE));
+            match self.stock.segment.header().filled.wait(glance) {
+                Ok(_) => {}
+                Err(Interrupted::TimedOut | Interrupted::Poisoned) => yield_now(),
                 Err(Interrupted::Os(_)) => return false,
             }
         }

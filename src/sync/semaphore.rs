@@ -41,6 +41,7 @@ pub(crate) enum Interrupted {
 ///
 /// A thread that dies in its sleep leaves `sleepers` raised, which costs the posts that follow a
 /// needless system call until the next [`reset`](Self::reset), and nothing else.
+#[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct Semaphore {
     /// Permits, and [`POISON`]. The futex word.

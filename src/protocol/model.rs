@@ -1,0 +1,481 @@
+//! The transfer under loom: pool, receiver, sender and links as they ship, by `ci/loom.sh`.
+//!
+//! Real are the turn word, the semaphores, the announcement, the chunk words, the pool's way of
+//! getting a segment back, and the links' locks. Replaced are the mapping (`mapping_model.rs`), the
+//! futex (`sync/model.rs`), the queue (the test hands the request over), and the processor numbers,
+//! so that nobody spins. Both sides of a transfer have a link of their own, as two processes have.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use loom::thread;
+
+use super::*;
+use crate::error::{Error, Misuse};
+use crate::segment::sealed::Backing as Rules;
+use crate::segment::{Backing, Geometry, Mapping, PoolId, SegmentId, SegmentPool, WriteSlots};
+
+/// Memory of this process, which loom watches.
+struct Watched(Mapping);
+
+impl Backing for Watched {}
+
+impl Rules for Watched {
+    type Ownership = ();
+
+    fn own(_: PoolId) -> Result<()> {
+        Ok(())
+    }
+
+    fn available() -> Option<u64> {
+        None
+    }
+
+    fn create(_: &(), id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Watched)> {
+        let mapping = Mapping::watched(geometry);
+        mapping.header().initialise(id, geometry);
+        let writable = mapping.writable();
+        Ok((Segment::new(id, mapping), Watched(writable)))
+    }
+
+    fn attach(&self, id: SegmentId, _: Geometry) -> Result<Segment<WriteSlots>> {
+        Ok(Segment::new(id, self.0.writable()))
+    }
+}
+
+type Pool = SegmentPool<Watched>;
+type Asked = ShmTransfer<Receiver, Offered>;
+type Asking = ShmTransfer<Sender, Starting>;
+
+/// As long as a late sender takes, or no time at all.
+const PATIENT: Duration = Duration::MAX;
+const IMPATIENT: Duration = Duration::ZERO;
+
+/// A pool of one segment, whose slots hold one byte each.
+fn pool(slots: u32, grace: Duration) -> Pool {
+    let builder = SegmentPool::<Watched>::builder().segments(1).segment_len(slots.into());
+    builder.slots(slots).grace(grace).create().unwrap()
+}
+
+fn link() -> Arc<Link> {
+    Arc::new(Link::within())
+}
+
+/// A request and its transfer, sent over these links.
+fn ask_over(pool: &Pool, receivers: &Arc<Link>, senders: &Arc<Link>) -> (Asked, Asking) {
+    let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
+    let asking = request.begin_here(senders).unwrap();
+    request.sent_over(receivers);
+    (asked, asking)
+}
+
+fn ask(pool: &Pool) -> (Asked, Asking) {
+    ask_over(pool, &link(), &link())
+}
+
+/// Sends these bytes, one a chunk, as long as anybody wants them.
+fn send(asking: Asking, bytes: &[u8]) -> Result<u64> {
+    let mut sending = asking.accept(bytes.len() as u64)?;
+    for byte in bytes {
+        sending.next_slot(Deadline::NEVER)?.send(&[*byte])?;
+    }
+    sending.finish()
+}
+
+fn found(asked: Asked) -> Result<ShmTransfer<Receiver, Receiving>> {
+    match asked.reply(Deadline::NEVER)? {
+        Reply::Found(body) => Ok(body),
+        Reply::Refused(why) => panic!("{why:?}"),
+    }
+}
+
+/// The next chunk's byte; `None` at the end.
+fn next(body: &mut ShmTransfer<Receiver, Receiving>) -> Result<Option<u8>> {
+    let Some(mut chunk) = body.next_chunk(Deadline::NEVER)? else { return Ok(None) };
+    let mut byte = [0];
+    assert_eq!(chunk.copy_to(&mut byte), 1);
+    Ok(Some(byte[0]))
+}
+
+fn receive(asked: Asked) -> Result<Vec<u8>> {
+    let mut body = found(asked)?;
+    let mut bytes = Vec::new();
+    while let Some(byte) = next(&mut body)? {
+        bytes.push(byte);
+    }
+    assert_eq!(body.size(), Size::Known(bytes.len() as u64));
+    Ok(bytes)
+}
+
+/// Runs `body` in every interleaving; says how many there were.
+fn model(body: impl Fn() + Sync + Send + 'static) {
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    let runs = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&runs);
+    let mut builder = loom::model::Builder::new();
+    builder.max_branches = 5_000;
+    builder.check(move || {
+        counted.fetch_add(1, Relaxed);
+        body();
+    });
+    println!("{} interleavings", runs.load(Relaxed));
+}
+
+#[test]
+fn the_announcement_and_the_first_chunk_go_out_with_one_post() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || assert_eq!(send(asking, &[7]).unwrap(), 1));
+        let mut body = found(asked).unwrap();
+        // No wait: the chunk's permit is the reply's.
+        let now = Deadline::after(Duration::ZERO);
+        let mut byte = [0];
+        body.next_chunk(now).unwrap().unwrap().copy_to(&mut byte);
+        assert_eq!((body.size(), byte), (Size::Known(1), [7]));
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn one_slot_in_strict_turns() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || assert_eq!(send(asking, &[1, 2]).unwrap(), 2));
+        assert_eq!(receive(asked).unwrap(), [1, 2]);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn two_slots_in_flight() {
+    model(|| {
+        let pool = pool(2, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || assert_eq!(send(asking, &[1, 2, 3]).unwrap(), 3));
+        assert_eq!(receive(asked).unwrap(), [1, 2, 3]);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_stream_and_its_marked_end() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || {
+            let mut sending = asking.accept(Size::Unknown).unwrap();
+            sending.next_slot(Deadline::NEVER).unwrap().send(&[1]).unwrap();
+            sending.finish().unwrap();
+        });
+        let mut body = found(asked).unwrap();
+        assert_eq!(next(&mut body).unwrap(), Some(1));
+        assert_eq!(next(&mut body).unwrap(), None);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_refusal_is_told_as_what_it_is() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || asking.refuse(Refusal::NotFound).unwrap());
+        assert!(matches!(asked.reply(Deadline::NEVER), Ok(Reply::Refused(Refusal::NotFound))));
+        // The segment is back, or comes back as soon as the sender has left.
+        let (next, _late) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        drop(next);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_sender_that_acts_on_the_turn_word_alone_sees_the_offer() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let lease = pool.lease(Deadline::NEVER).unwrap();
+        let (stock, holding) = lease.into_parts();
+        let segment = stock.writable().unwrap();
+        // It has been told of the first generation too early, and asks until there is one.
+        let sender = thread::spawn(move || {
+            loop {
+                let asking = ShmTransfer::begin(Arc::clone(&segment), 1, b"key"[..].into(), &link());
+                match send(asking, &[1]) {
+                    Err(Error::Stale) => thread::yield_now(),
+                    sent => return assert_eq!(sent.unwrap(), 1),
+                }
+            }
+        });
+        let (asked, _offer, _) = ShmTransfer::offer(holding).unwrap();
+        assert_eq!(receive(asked).unwrap(), [1]);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_receiver_that_goes_ends_the_wait_for_a_slot() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || {
+            let error = send(asking, &[1, 2, 3]).unwrap_err();
+            assert!(matches!(error, Error::Cancelled), "{error:?}");
+        });
+        let mut body = found(asked).unwrap();
+        assert_eq!(next(&mut body).unwrap(), Some(1));
+        drop(body);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_segment_is_leased_again_after_a_cancellation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let old = thread::spawn(move || drop(send(asking, &[1, 1])));
+        drop(found(asked).unwrap());
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        let new = thread::spawn(move || assert_eq!(send(asking, &[2]).unwrap(), 1));
+        assert_eq!(receive(asked).unwrap(), [2]);
+        old.join().unwrap();
+        new.join().unwrap();
+    });
+}
+
+#[test]
+fn a_segment_whose_sender_lingers_is_replaced() {
+    model(|| {
+        let pool = pool(1, IMPATIENT);
+        let (asked, asking) = ask(&pool);
+        let old = thread::spawn(move || drop(send(asking, &[1, 1])));
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        // In this thread: the slot that it reads is of this generation, whoever else writes where.
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        old.join().unwrap();
+    });
+}
+
+#[test]
+fn an_abort_ends_the_wait_after_what_was_filled() {
+    model(|| {
+        let pool = pool(2, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || {
+            let mut sending = asking.accept(3).unwrap();
+            sending.next_slot(Deadline::NEVER).unwrap().send(&[1]).unwrap();
+        });
+        let mut body = found(asked).unwrap();
+        assert_eq!(next(&mut body).unwrap(), Some(1));
+        let error = next(&mut body).unwrap_err();
+        assert!(matches!(error, Error::Aborted), "{error:?}");
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn an_abort_before_any_answer_ends_the_wait_for_one() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || drop(asking));
+        let error = asked.reply(Deadline::NEVER).unwrap_err();
+        assert!(matches!(error, Error::Aborted), "{error:?}");
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn what_an_aborting_sender_does_stays_in_its_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let old = thread::spawn(move || drop(asking));
+        drop(asked); // withdrawn, cancelled, or aborted already
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        let new = thread::spawn(move || assert_eq!(send(asking, &[2]).unwrap(), 1));
+        assert_eq!(receive(asked).unwrap(), [2]);
+        old.join().unwrap();
+        new.join().unwrap();
+    });
+}
+
+#[test]
+fn what_a_finishing_sender_does_stays_in_its_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let old = thread::spawn(move || drop(send(asking, &[1])));
+        drop(asked); // withdrawn, cancelled, or finished already
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        let new = thread::spawn(move || assert_eq!(send(asking, &[2]).unwrap(), 1));
+        assert_eq!(receive(asked).unwrap(), [2]);
+        old.join().unwrap();
+        new.join().unwrap();
+    });
+}
+
+#[test]
+fn withdrawing_or_accepting_wins_and_never_both() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || match asking.accept(1) {
+            Ok(mut sending) => match sending.next_slot(Deadline::NEVER) {
+                Ok(_) | Err(Error::Cancelled) => true,
+                Err(error) => panic!("{error:?}"),
+            },
+            Err(Error::Stale) => false,
+            Err(error) => panic!("{error:?}"),
+        });
+        // As the receiver's drop does, which follows.
+        let segment = Arc::clone(&pool.live().1[0].segment);
+        let withdrawn = segment.header().turn.advance(1, Phase::Offered, Phase::Withdrawn).is_ok();
+        drop(asked);
+        assert_ne!(sender.join().unwrap(), withdrawn);
+    });
+}
+
+#[test]
+fn a_late_accept_of_an_old_generation_is_stale_and_writes_nothing() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, late) = ask(&pool);
+        drop(asked);
+        let old = thread::spawn(move || {
+            let error = send(late, &[1]).unwrap_err();
+            assert!(matches!(error, Error::Stale), "{error:?}");
+        });
+        let (asked, asking) = ask(&pool);
+        let new = thread::spawn(move || assert_eq!(send(asking, &[2]).unwrap(), 1));
+        assert_eq!(receive(asked).unwrap(), [2]);
+        old.join().unwrap();
+        new.join().unwrap();
+    });
+}
+
+#[test]
+fn a_request_that_is_dropped_unsent_ends_the_wait_for_its_reply() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
+        let requester = thread::spawn(move || drop(request));
+        let error = asked.reply(Deadline::NEVER).unwrap_err();
+        assert!(matches!(error, Error::Misuse(Misuse::NeverSent)), "{error:?}");
+        requester.join().unwrap();
+    });
+}
+
+#[test]
+fn the_next_generation_begins_while_the_old_sender_is_in_its_last_wake() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let old = thread::spawn(move || assert_eq!(send(asking, &[1]).unwrap(), 1));
+        assert_eq!(receive(asked).unwrap(), [1]);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        let new = thread::spawn(move || assert_eq!(send(asking, &[2]).unwrap(), 1));
+        assert_eq!(receive(asked).unwrap(), [2]);
+        old.join().unwrap();
+        new.join().unwrap();
+    });
+}
+
+#[test]
+fn a_severed_link_ends_the_wait_for_a_reply() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
+        let ours = link();
+        let watcher = {
+            let ours = Arc::clone(&ours);
+            thread::spawn(move || ours.sever(|| None))
+        };
+        request.sent_over(&ours); // enrolled before, while, or after the link is severed
+        let error = asked.reply(Deadline::NEVER).unwrap_err();
+        assert!(matches!(error, Error::Disconnected), "{error:?}");
+        watcher.join().unwrap();
+    });
+}
+
+#[test]
+fn a_severed_link_ends_the_wait_for_a_slot() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let theirs = link();
+        let (asked, asking) = ask_over(&pool, &link(), &theirs);
+        let watcher = thread::spawn(move || theirs.sever(|| None));
+        let sender = thread::spawn(move || {
+            let error = send(asking, &[1, 2]).unwrap_err();
+            assert!(matches!(error, Error::Disconnected), "{error:?}");
+        });
+        watcher.join().unwrap();
+        sender.join().unwrap();
+        drop(asked);
+    });
+}
+
+#[test]
+fn a_link_severed_late_poisons_nothing_of_the_next_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (ours, theirs) = (link(), link());
+        let (asked, asking) = ask_over(&pool, &ours, &theirs);
+        let old = thread::spawn(move || assert_eq!(send(asking, &[1]).unwrap(), 1));
+        assert_eq!(receive(asked).unwrap(), [1]);
+        let watcher = thread::spawn(move || {
+            ours.sever(|| None);
+            theirs.sever(|| None);
+        });
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        old.join().unwrap();
+        watcher.join().unwrap();
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+    });
+}
+
+#[test]
+fn a_link_severed_while_its_sender_leaves_poisons_nothing_of_the_next_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let theirs = link();
+        let (asked, asking) = ask_over(&pool, &link(), &theirs);
+        let old = thread::spawn(move || drop(send(asking, &[1])));
+        let watcher = thread::spawn(move || theirs.sever(|| None));
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        old.join().unwrap();
+        watcher.join().unwrap();
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+    });
+}
+
+#[test]
+fn a_cancellation_is_not_held_against_the_next_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let old = asking.accept(1).unwrap();
+        drop(asked);
+        drop(old);
+        let theirs = link();
+        let (asked, asking) = ask_over(&pool, &link(), &theirs);
+        let watcher = thread::spawn(move || theirs.sever(|| None));
+        let error = send(asking, &[1, 2]).unwrap_err();
+        assert!(matches!(error, Error::Disconnected), "{error:?}");
+        watcher.join().unwrap();
+        drop(asked);
+    });
+}

@@ -1,0 +1,95 @@
+//! The mapping for loom: memory of this process in a segment's place, each touch of a slot watched.
+//!
+//! It has the functions of `mapping.rs`. Those that need a kernel fail: the model moves bytes by
+//! `write_slot` and `read_slot`. Two of these touching a slot with nothing that puts one before the
+//! other is what loom reports.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use loom::cell::UnsafeCell;
+use rustix::io::Errno;
+use shared_memory::Shmem;
+
+use super::Geometry;
+use super::header::Header;
+
+pub(crate) struct Mapping {
+    memory: Arc<Memory>,
+    geometry: Geometry,
+    slots_writable: bool,
+}
+
+struct Memory {
+    header: Header,
+    slots: Vec<UnsafeCell<Vec<u8>>>,
+}
+
+// SAFETY: the cells are reached by `with` and `with_mut` only, and loom ends a model in which two of
+// these, one of them the latter, are not ordered.
+unsafe impl Sync for Memory {}
+
+impl Mapping {
+    /// Fresh memory, all zeroes, as the receiver has it.
+    pub(crate) fn watched(geometry: Geometry) -> Mapping {
+        let slot = || UnsafeCell::new(vec![0; geometry.slot_len as usize]);
+        let slots = (0..geometry.slot_count).map(|_| slot()).collect();
+        let memory = Arc::new(Memory { header: Header::default(), slots });
+        Mapping { memory, geometry, slots_writable: false }
+    }
+
+    /// The same memory, as the sender has it.
+    pub(crate) fn writable(&self) -> Mapping {
+        Mapping { memory: Arc::clone(&self.memory), geometry: self.geometry, slots_writable: true }
+    }
+
+    pub(crate) fn sealed(_: impl AsFd, _: Geometry, _: bool) -> rustix::io::Result<Mapping> {
+        Err(Errno::NOSYS)
+    }
+
+    pub(crate) fn named(_: Shmem, _: Geometry, _: bool) -> io::Result<Mapping> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    pub(crate) fn header(&self) -> &Header {
+        &self.memory.header
+    }
+
+    pub(crate) fn read_slot(&self, slot: u32, offset: usize, into: &mut [u8]) {
+        self.memory.slots[slot as usize].with(|bytes| {
+            // SAFETY: nobody writes meanwhile, or loom has ended the model.
+            let bytes = unsafe { &*bytes };
+            into.copy_from_slice(&bytes[offset..offset + into.len()]);
+        });
+    }
+
+    pub(crate) fn write_slot(&self, slot: u32, offset: usize, bytes: &[u8]) {
+        assert!(self.slots_writable, "slots are mapped read-only");
+        self.memory.slots[slot as usize].with_mut(|to| {
+            // SAFETY: nobody else touches it meanwhile, or loom has ended the model.
+            let to = unsafe { &mut *to };
+            to[offset..offset + bytes.len()].copy_from_slice(bytes);
+        });
+    }
+
+    pub(crate) fn pread_slot(
+        &self,
+        _: u32,
+        _: usize,
+        _: usize,
+        _: BorrowedFd<'_>,
+        _: u64,
+    ) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    pub(crate) fn send_slot(&self, _: u32, _: usize, _: usize, _: BorrowedFd<'_>) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
