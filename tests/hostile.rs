@@ -2,6 +2,9 @@
 //! served all the while.
 //!
 //! The other processes are this test's own executable, run again with a role in its environment.
+//!
+//! Not with the `raw_sync` parker, which trusts what a peer writes into its event: see its documentation.
+#![cfg(not(feature = "raw-sync"))]
 
 use std::collections::BTreeMap;
 use std::env;
