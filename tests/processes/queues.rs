@@ -3,6 +3,7 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 
 use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_close, mq_getattr, mq_open, mq_send, mq_unlink};
 use nix::sys::stat::Mode as Permissions;
@@ -196,6 +197,22 @@ fn garbage_in_the_queue_is_reported_and_costs_nobody_else_anything() {
         drop((short, sparse));
     });
     assert_eq!(reports.lock().unwrap().len(), 209);
+}
+
+#[test]
+fn a_flood_of_garbage_holds_no_worker_past_its_deadline() {
+    let _watchdog = watchdog();
+    let place = place();
+    let raw = Arc::new(OnceLock::<Raw>::new());
+    let queue = Mq::at(&place.cache_address()).on_rejected({
+        let raw = Arc::clone(&raw);
+        // Whatever is taken is followed by more: the queue is never empty.
+        move |_, _| raw.get().unwrap().send(b"flood")
+    });
+    let queue = queue.bind().unwrap();
+    raw.get_or_init(|| Raw::open(place.queue())).send(b"flood");
+    let none = queue.recv(Deadline::after(Duration::from_millis(20))).map(drop);
+    assert!(matches!(none, Err(Error::Timeout(Awaited::Request))), "{none:?}");
 }
 
 #[test]

@@ -24,6 +24,9 @@ use super::wire::{MAX_MESSAGE, Message};
 /// The token of the message queue in the poller.
 const QUEUE: u64 = 0;
 
+/// How many messages that lead to nothing a worker takes before it looks at the time again.
+const BATCH: usize = 64;
+
 /// Takes requests at one name. Shared by many workers, by reference or in an `Arc`.
 ///
 /// Dropping it removes the queue and hangs up on every client.
@@ -94,10 +97,11 @@ impl PosixMqQueue {
         peers
     }
 
-    /// Takes what is next in the queue, if there is anything.
+    /// Takes what is next in the queue, if there is anything, past a few that nobody waits for.
     fn try_recv(&self) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         let mut buffer = [0; MAX_MESSAGE];
-        while let Some(len) = self.queue.descriptor.try_receive(&mut buffer)? {
+        for _ in 0..BATCH {
+            let Some(len) = self.queue.descriptor.try_receive(&mut buffer)? else { return Ok(None) };
             let message = match Message::decode(&buffer[..len]) {
                 Ok(message) => message,
                 Err(error) => {
@@ -207,6 +211,9 @@ impl RequestQueue for PosixMqQueue {
             self.poller.arm(&self.queue.descriptor, QUEUE)?; // for the next worker
             if let Some(transfer) = taken? {
                 return Ok(transfer);
+            }
+            if deadline.has_passed() {
+                return Err(Error::Timeout(Awaited::Request));
             }
         }
     }
