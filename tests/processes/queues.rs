@@ -81,7 +81,7 @@ impl Drop for Raw {
 /// A message of the version that this library speaks.
 fn message(pid: u32, pool: u64, index: u32, geometry: (u32, u32), key: &str) -> Vec<u8> {
     let mut bytes = b"shmferry".to_vec();
-    bytes.extend(1u32.to_le_bytes());
+    bytes.extend(super::VERSION.to_le_bytes());
     bytes.extend(pid.to_le_bytes());
     bytes.extend(pool.to_le_bytes());
     bytes.extend(0u64.to_le_bytes()); // the edition
