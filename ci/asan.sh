@@ -1,15 +1,40 @@
 #!/usr/bin/env bash
-# The suites of the library under AddressSanitizer and LeakSanitizer, hostile peers included.
+# AddressSanitizer and LeakSanitizer over the library's suites: reads and writes out of bounds or after
+# an end, and memory that nobody frees. Processes that a test kills are not asked for leaks.
+#
+#   ci/asan.sh                             all suites, the programs' included
+#   ci/asan.sh --lib --test transfer       these
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export RUSTUP_DIST_SERVER=http://127.0.0.1:9 RUSTUP_AUTO_INSTALL=0
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/asan CARGO_INCREMENTAL=0
 
-# No tool fetches a toolchain silently. The sanitizer is there without a nightly, but not for the asking.
-export RUSTUP_DIST_SERVER=http://127.0.0.1:9 RUSTUP_AUTO_INSTALL=0 RUSTC_BOOTSTRAP=1
-export RUSTFLAGS=-Zsanitizer=address CARGO_INCREMENTAL=0
-export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/asan
-# Each finding ends its process: those of child processes are seen, too. What was freed is kept back for a
-# while, but not so much that it looks like memory that grows without bound.
-export ASAN_OPTIONS=detect_leaks=1:abort_on_error=1:quarantine_size_mb=8
+# No doctests, which would run without the sanitizer. All examples are built if all tests are: some run
+# them. `RUSTC_BOOTSTRAP` lets a stable compiler have the sanitizer.
+suites=("$@") examples=()
+if [ $# -eq 0 ]; then
+    suites=(--lib) examples=(--examples)
+    for file in tests/*.rs; do suites+=(--test "$(basename "$file" .rs)"); done
+fi
+test() {
+    RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" PROPTEST_CASES=${PROPTEST_CASES:-200} \
+        cargo test --locked --no-fail-fast --target x86_64-unknown-linux-gnu "$@"
+}
 
-cargo test --locked --target x86_64-unknown-linux-gnu \
-    --lib --test conformance --test transfer --test processes --test properties --test hostile
+# The hostile peers' test asks how much memory they cost. There, freed blocks are not kept back.
+others=() hostile=()
+for ((i = 0; i < ${#suites[@]}; i++)); do
+    if [ "${suites[i]} ${suites[i + 1]:-}" = "--test hostile" ]; then
+        hostile=(--test hostile)
+        i=$((i + 1))
+    else
+        others+=("${suites[i]}")
+    fi
+done
+if [ ${#others[@]} -gt 0 ]; then
+    test "${examples[@]}" "${others[@]}"
+fi
+if [ ${#hostile[@]} -gt 0 ]; then
+    ASAN_OPTIONS=quarantine_size_mb=0:thread_local_quarantine_size_kb=0:malloc_context_size=0:detect_stack_use_after_return=0:allocator_release_to_os_interval_ms=10 \
+        test "${hostile[@]}" -- --test-threads 1
+fi

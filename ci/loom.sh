@@ -109,6 +109,7 @@ p=segment/pool.rs
 seeded "a segment reclaimed while its sender is on it" $p $m '/^fn reclaim/,/^}/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'
 seeded "a segment leased again, reclaimed or not"   $p $m 's/^        if reclaim\(segment, generation\) \{/if reclaim(segment, generation) || true {/; s/\(Some\(stock\), _\) if stock.is_sound\(\) => stock/(Some(stock), _) => stock/'
 seeded "a lingering segment leased as it is"        $p $m 's/if (crew::lend.*settle.*\)\)) \{/if \1 || true {/'
+seeded "a wait for a late sender that nothing ends" $p $m 's/filled.wait\(glance\)/filled.wait(deadline)/'
 
 f=protocol.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
