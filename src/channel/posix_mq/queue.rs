@@ -145,8 +145,9 @@ impl PosixMqQueue {
         let watch = on_hang_up(Arc::new(lifeline), {
             let (link, clients) = (Arc::clone(&link), Arc::downgrade(&self.clients));
             move || {
-                link.sever(|| None);
+                // Forgotten first: who learns of its end finds it gone.
                 let gone = clients.upgrade().and_then(|clients| lock(&clients).remove(&owner));
+                link.sever(|| None);
                 drop(gone); // unmaps, and not under the lock
                 sweep(); // its names, if it was killed
             }
