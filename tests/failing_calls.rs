@@ -1,11 +1,12 @@
 //! System calls that fail in a running program. They fail by `strace`: where it is not installed, or may
 //! not trace, these tests say so and check nothing.
 
+#[macro_use]
 mod support;
 
 use std::process::{Child, Command, Stdio};
 
-use support::{Place, Program, Signal, ok, wait_until};
+use support::{Place, Program, Signal, Transport, ok, wait_until};
 
 /// Has calls fail from now on, until it is dropped.
 struct Strace(Child);
@@ -61,4 +62,28 @@ fn a_kernel_that_lacks_memory_for_a_moment_leaves_no_client_unheard() {
         }
         place.wind_up([proxy, cache]);
     }
+}
+
+over_both! {
+    a_start_that_fails_leaves_a_dead_servers_leftovers_to_the_next,
+}
+
+/// Found by chaos: no cache could be started any more at the name of one that had been killed.
+fn a_start_that_fails_leaves_a_dead_servers_leftovers_to_the_next(over: Transport) {
+    let place = Place::over(over);
+    place.write("files/a", "hello");
+    place.simplecached(["-c", "files"]).listening().kill();
+    for call in ["ftruncate", "epoll_ctl"] {
+        let mut failing = place.command_failing(call, "simplecached");
+        let exit = Program::spawn(failing.args(["-c", "files", "--listen", &place.cache_address()])).finish();
+        if exit.stderr.contains("strace") {
+            eprintln!("left out: {}", exit.stderr);
+            break;
+        }
+        exit.assert_failure(&["cannot listen", "Input/output error"]);
+    }
+    let cache = place.simplecached(["-c", "files"]).listening();
+    let proxy = place.webproxy(["-n", "1"]).listening();
+    assert_eq!(proxy.get("/a"), ok("hello"));
+    place.wind_up([proxy, cache]);
 }

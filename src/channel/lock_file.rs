@@ -11,15 +11,16 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
-/// Locked by this process; says its pid. Dropping it removes the file.
+/// Locked by this process. Dropping it removes the file; but what a predecessor has left in it stays until
+/// it is [signed](Self::sign): it tells the next one that there may be more to clear up.
 pub(super) struct LockFile {
     path: PathBuf,
     file: File,
+    ours: bool,
 }
 
 impl LockFile {
-    /// Locks the file; returns also what a predecessor that was killed left in it, which stays there until
-    /// the file is [signed](Self::sign).
+    /// Locks the file; returns also what a predecessor that was killed left in it.
     ///
     /// # Errors
     /// [`Error::AddressInUse`], with its pid, when a living server of `address` holds it.
@@ -51,18 +52,20 @@ impl LockFile {
                 Ok(found) if (found.dev(), found.ino()) == (ours.dev(), ours.ino()) => {}
                 _ => continue,
             }
-            return Ok((LockFile { path: path.to_owned(), file }, found));
+            return Ok((LockFile { path: path.to_owned(), file, ours: found.is_empty() }, found));
         }
     }
 
-    /// Says who holds it, with a note for a successor.
+    /// Says who holds it, with a note for a successor. To be called when what the predecessor left is gone.
     pub(super) fn sign(&mut self, note: &str) -> Result<()> {
         let content = format!("{}\n{note}", std::process::id());
         let file = &mut self.file;
         file.rewind()
             .and_then(|()| file.write_all(content.as_bytes()))
             .and_then(|()| file.set_len(content.len() as u64))
-            .map_err(Error::os("writing the lock file"))
+            .map_err(Error::os("writing the lock file"))?;
+        self.ours = true;
+        Ok(())
     }
 }
 
@@ -73,7 +76,9 @@ pub(super) fn pid_in(content: &str) -> Option<u32> {
 
 impl Drop for LockFile {
     fn drop(&mut self) {
-        // Nothing can be done about a failure here, and the next server copes with leftovers.
-        let _ = fs::remove_file(&self.path);
+        if self.ours {
+            // Nothing can be done about a failure here, and the next server copes with leftovers.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }

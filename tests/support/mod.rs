@@ -182,6 +182,15 @@ impl Place {
         self.prepared(shell)
     }
 
+    /// As [`command`](Self::command), with the first call of this name failing. By `strace`: where there is
+    /// none, or it may not trace, the program does not run.
+    pub fn command_failing(&self, call: &str, name: &str) -> Command {
+        let mut shell = Command::new("/bin/sh");
+        let strace = format!("strace -f -qq -o /dev/null -e trace={call} -e inject={call}:error=EIO:when=1");
+        shell.args(["-c", &format!("exec {strace} \"$@\""), "sh"]).arg(path_of(name));
+        self.prepared(shell)
+    }
+
     fn prepared(&self, mut command: Command) -> Command {
         command.current_dir(self.dir.path()).env_clear();
         command.env("RUST_LOG", "info").env("RUST_BACKTRACE", "1");

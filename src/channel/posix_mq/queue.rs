@@ -73,12 +73,12 @@ impl PosixMqQueue {
     pub(super) fn bind(name: Name, policy: Policy) -> Result<PosixMqQueue> {
         let poller = Poller::new()?;
         let (mut lock, predecessor) = LockFile::take(&name.lock(), &name)?;
-        lock.sign("")?;
         // Whoever signed it before is dead, and its queue and lifeline are ours to remove.
         if !predecessor.is_empty() {
             Mqueue::unlink(&name)?;
             drop(Lifeline::inherit(&name.lifeline())?);
         }
+        lock.sign("")?;
         let descriptor = Mqueue::create(&name, policy.capacity, MAX_MESSAGE)?;
         let queue = Bound { name, descriptor };
         poller.add(&queue.descriptor, QUEUE)?;
