@@ -88,7 +88,7 @@ seeded "an abort that poisons nothing"              $t $m '/fn abort/,/^    }/s/
 seeded "an abort that leaves no turn"               $t $m '/fn abort/,/^    }/s/^            let _ = header.turn.advance\(.*//'
 seeded "a chunk that wakes nobody"                  $t $m 's/^            self.side.segment.header\(\).filled.post\(permit\);/self.side.segment.header().filled.add(permit);/'
 seeded "a chunk word written after its permit"      $t $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            self.side.segment.header\(\).filled.post\(permit\);/{ let header = self.side.segment.header(); header.filled.post(permit); header.chunks[slot].store(chunk); }/; s/^            self.side.end\(Phase::Finished, permit\)/{ self.side.segment.header().chunks[slot].store(chunk); self.side.end(Phase::Finished, permit) }/'
-seeded "a slot taken without a permit"              $t $m 's/^        if self.state.permit.is_none\(\) \{$/if self.state.permit.is_none() \&\& self.state.sent > 0 { self.state.permit = Some(self.side.segment.header().filled.try_wait().or_else(|_| self.side.await_free(deadline))?); } if self.state.permit.is_none() {/'
+seeded "a slot written before it is free"           $t $m 's/^            self.state.permit = Some\(self.side.await_free\(deadline\)\?\);$/self.side.segment.writable().write_slot(self.state.cursor, 0, \&[0]);&/'
 seeded "a cover that overlooks a severed link"      peer.rs $m::a_severed 's/^            subject.poison\(\);$//'
 seeded "a severed link that poisons nothing"        peer.rs $m::a_severed 's/^        state.enrolled.values\(\).*$//'
 seeded "a sender that has itself covered by no link" $t $m 's/^            enrolment.cover\(.*//'
@@ -103,7 +103,7 @@ seeded "free slots left over from the last transfer" $r $m 's/^        header.fr
 seeded "a cancellation left over from the last transfer" $r $m 's/^        header.receiver.cancelled.store\(0, Relaxed\);$//'
 seeded "reset after the offer"                      $r $m 's/^        header.filled.reset\(0\);$//; s/^        header.free.reset\(.*//; s/^        header.turn.open_next\(generation\)$/let next = header.turn.open_next(generation); header.filled.reset(0); header.free.reset(segment.geometry().slot_count()); next/'
 seeded "a slot that goes back unannounced"          $r $m 's/^            header.free.post\(permit\);$/header.free.add(permit);/'
-seeded "a slot that goes back while it is read"     $r $m 's/^            memory.read_slot\(/self.side.header().free.post(std::mem::replace(\&mut open.permit, self.side.header().filled.try_wait().map_err(|_| ()).unwrap_or_else(|()| unreachable!()))); memory.read_slot(/'
+seeded "a slot read after it went back"             $r $m 's/^            header.free.post\(permit\);$/&self.side.holding.segment.readable().read_slot((self.state.cursor + slots - 1) % slots, 0, \&mut [0]);/'
 
 p=segment/pool.rs
 seeded "a segment reclaimed while its sender is on it" $p $m '/^fn reclaim/,/^}/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'
