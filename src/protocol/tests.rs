@@ -326,6 +326,37 @@ fn a_sender_that_has_given_up_touches_nothing_any_more() {
     assert_eq!(pool.stats().retired, 0);
 }
 
+/// A request on its way to a sender in this process, and its transfer.
+fn asked(pool: &SegmentPool<Memfd>) -> (ShmTransfer<Sender, Starting>, ShmTransfer<Receiver, Offered>) {
+    let queue = InProcess::bounded(1);
+    let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+    queue.send(request, soon()).unwrap();
+    (queue.recv(soon()).unwrap(), transfer)
+}
+
+fn one_segment() -> SegmentPool<Memfd> {
+    SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap()
+}
+
+#[test]
+fn the_size_that_stands_for_unknown_cannot_be_announced() {
+    let pool = one_segment();
+    let (starting, transfer) = asked(&pool);
+    assert!(matches!(starting.accept(u64::MAX), Err(Error::Misuse(Misuse::SizeReserved))));
+    assert!(matches!(transfer.reply(soon()), Err(Error::Aborted)));
+}
+
+#[test]
+fn a_source_that_cannot_be_read_aborts() {
+    let pool = one_segment();
+    let (starting, transfer) = asked(&pool);
+    let unreadable = std::fs::File::open("/").unwrap(); // a directory
+    let error = starting.accept(10).unwrap().send_file(&unreadable).unwrap_err();
+    assert!(matches!(error, Error::Source(_)), "{error:?}");
+    assert!(matches!(transfer.reply(soon()), Err(Error::Aborted)));
+    assert_eq!(pool.stats().idle, 1);
+}
+
 impl crate::segment::Turn {
     fn spoil(&self, word: u64) {
         self.raw().store(word, Release);
