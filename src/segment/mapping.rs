@@ -8,8 +8,8 @@
 //! - **M2** The first `HEADER_LEN` bytes of it are writable too.
 //! - **M3** So are the slots, if `slots_writable`.
 //! - **M4** Into the memory of M1 there are no references but to `Header`, which is all atomics (and cells,
-//!   with the `raw_sync` parker). Slots are touched through raw pointers and by system calls only (rule S1): a peer that breaks
-//!   rule P3 can spoil the bytes that are copied, and nothing else.
+//!   with the `raw_sync` parker). Slots are touched through raw pointers and by system calls only (rule
+//!   S1): a peer that breaks rule P3 can spoil the bytes that are copied, and nothing else.
 #![allow(unsafe_code)]
 
 #[cfg(unix)]

@@ -24,7 +24,8 @@ pub(crate) use names::sweep;
 /// may open a name may also resize what it stands for, and so harm those that have it mapped.
 ///
 /// The names begin with `shmferry-`, the owner's pid and the pool; only this user may open them. They
-/// go with the pool. What a killed owner leaves is removed when the next pool of this kind is made.
+/// go with the pool. What a killed owner leaves is removed by a server that sees it die, or when the next
+/// pool of this kind is made, or the next [`PosixMq`](crate::PosixMq) is bound.
 #[derive(Debug)]
 pub struct Named(Owner);
 
