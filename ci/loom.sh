@@ -115,5 +115,23 @@ f=protocol.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
 seeded "a dropped request that is not withdrawn"    $f $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\).is_ok\(\)/if header.turn.load().is_err()/'
 
+g=channel/seqpacket/ring.rs
+q=seqpacket::model
+seeded "an entry posted without Release"            $g $q 's/\[POSTED\].store\(\*posted, Release\)/[POSTED].store(*posted, Relaxed)/'
+seeded "an entry read without Acquire"              $g $q '/fn peek/,/^    }/s/\[POSTED\].load\(Acquire\)/[POSTED].load(Relaxed)/; /fn has_entries/,/^    }/s/load\(Acquire\)/load(Relaxed)/'
+seeded "an entry let go before it is read"          $g $q '/fn peek/,/^    }/s/^        let generation = /self.ring[TAKEN].store(taken + 1, Release); &/'
+seeded "no fence before the knock"                  $g $q '/fn must_knock/,/^    }/s/^        fence\(SeqCst\); .*//'
+seeded "no fence after the bell"                    $g $q '/fn arm/,/^    }/s/^        fence\(SeqCst\); .*//'
+seeded "a bell that is not raised"                  $g $q '/fn arm/,/^    }/s/^        self.ring\[BELL\].store\(1, Relaxed\);//'
+seeded "no look after the bell"                     $g $q '/fn arm/,/^    }/s/^        self.has_entries\(\)/false/'
+seeded "a new ring without a bell"                  $g $q 's/^        ring\[BELL\].store\(1, Relaxed\);//'
+o=channel/seqpacket/lookout.rs
+seeded "a sleep without a look"                     $o $q '/fn lie_down/,/^    }/s/state.arm\(\)/false/'
+seeded "a sleep although there is work"             $o $q '/fn lie_down/,/^    }/s/let must_stay = state.arm\(\);/state.arm(); let must_stay = false;/'
+seeded "a worker that leaves without a word"        $o $q '/fn leave/,/^    }/s/state.asleep > 0 && state.arm\(\)/false/'
+seeded "a worker that leaves the rings unarmed"     $o $q '/fn leave/,/^    }/s/state.asleep > 0 && state.arm\(\)/state.asleep > 0 \&\& state.spinner.is_some() \&\& state.active.iter().any(|ring| ring.has_work())/'
+seeded "a ring put aside unarmed"                   $o $q '/fn activate/,/^    }/s/if oldest.arm\(\)/if oldest.has_work()/'
+seeded "a ring put aside with work in it"           $o $q '/fn activate/,/^    }/s/^                state.active.push_back\(oldest\);.*//'
+
 echo "$found faults found"
 [ "$missed" = 0 ]

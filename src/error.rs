@@ -257,6 +257,14 @@ pub enum PeerFault {
     /// A request for a segment that was never handed over.
     #[error("a request for segment {0}, which was never handed over")]
     UnknownSegment(u32),
+    /// A ring of requests that claims more than it can hold.
+    #[error("a ring with {posted} requests put in and {taken} taken out")]
+    ImpossibleRing {
+        /// Requests that the client says it has put in so far.
+        posted: u64,
+        /// Requests taken out so far.
+        taken: u64,
+    },
     /// A segment that was handed over twice.
     #[error("segment {0} handed over twice")]
     RepeatedSegment(u32),

@@ -146,6 +146,12 @@ impl Link {
         Enrolment { link: Arc::clone(self), number }
     }
 
+    /// Whether fewer than `bound` are enrolled.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn is_below(&self, bound: usize) -> bool {
+        lock(&self.state).enrolled.len() < bound
+    }
+
     /// Calls `then`, once, as soon as fewer than `below` are enrolled; perhaps at once.
     pub(crate) fn when_below(&self, below: usize, then: impl FnOnce() + Send + 'static) {
         let mut state = lock(&self.state);

@@ -9,7 +9,7 @@ use crate::peer::{Enrolment, Link};
 use crate::segment::{MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::modelled::{Mutex, lock};
-use crate::sync::{Deadline, Interrupted, Permit, Semaphore, Spinner};
+use crate::sync::{Deadline, Interrupted, Permit, Semaphore, Spinner, current_cpu};
 
 mod metadata;
 #[cfg(all(test, loom))]
@@ -285,10 +285,7 @@ const GLANCE: Duration = if cfg!(loom) { Duration::MAX } else { Duration::from_s
 
 /// Tells the peer which processor this side runs on (rule P8). A hint: nothing rests on it.
 fn publish_cpu(ours: &AtomicU32) -> u32 {
-    #[cfg(all(target_os = "linux", not(loom)))]
-    let cpu = u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX);
-    #[cfg(not(all(target_os = "linux", not(loom))))]
-    let cpu = 0; // the same as the peer's: nobody spins
+    let cpu = current_cpu();
     if ours.load(Relaxed) != cpu {
         ours.store(cpu, Relaxed);
     }

@@ -22,7 +22,9 @@ pub(crate) use header::Turn;
 pub(crate) use header::{ChunkLen, HEADER_LEN, Header, MAX_METADATA, Phase};
 pub(crate) use mapping::Mapping;
 #[cfg(target_os = "linux")]
-pub(crate) use memfd::attach as attach_memfd;
+pub(crate) use mapping::Words;
+#[cfg(target_os = "linux")]
+pub(crate) use memfd::{attach as attach_memfd, attach_words, create_words};
 #[cfg(target_os = "linux")]
 pub(crate) use named::{Owner, attach as attach_named, sweep};
 pub(crate) use pool::{Holding, Stock};

@@ -333,7 +333,15 @@ const ANNOUNCED: u64 = 3;
 const FINISHED: u64 = 4;
 const LAST: u32 = 1 << 31;
 
-/// A segment mapped by hand, with no rules.
+/// The words of a ring of requests.
+const POSTED: usize = 0;
+const TAKEN: usize = 128;
+const BELL: usize = 256;
+const ENTRY: usize = 384;
+const ENTRIES: u64 = 64;
+const RING_LEN: usize = 20_480;
+
+/// A segment, or a ring, mapped by hand, with no rules.
 #[derive(Clone, Copy)]
 struct Memory {
     base: *mut u8,
@@ -385,6 +393,32 @@ impl Memory {
     fn post(&self, at: usize) {
         self.word(at).fetch_add(1, SeqCst);
         self.wake(at);
+    }
+
+    /// Puts a request into a ring as an honest client does, or, with a wild key length, as none does.
+    fn put(&self, index: u32, generation: u64, key_len: u32, key: &[u8]) {
+        let posted = self.long(POSTED).load(SeqCst);
+        let entry = ENTRY + (posted % ENTRIES) as usize * 256;
+        self.long(entry).store(generation, SeqCst);
+        self.long(entry + 8).store(u64::from(index) | u64::from(key_len) << 32, SeqCst);
+        self.write(entry + 16, key);
+        self.long(POSTED).store(posted.wrapping_add(1), SeqCst);
+    }
+
+    /// Reads a request out of a ring.
+    fn entry(&self, number: u64) -> (u32, u64, Vec<u8>) {
+        let entry = ENTRY + (number % ENTRIES) as usize * 256;
+        let word = self.long(entry + 8).load(SeqCst);
+        let key = (0..word as usize >> 32)
+            .map(|i| self.long(entry + 16 + i / 8 * 8).load(SeqCst).to_ne_bytes()[i % 8]);
+        (word as u32, self.long(entry).load(SeqCst), key.collect())
+    }
+
+    /// Writes to a word of a ring.
+    fn spoil_ring(&self, random: &mut Random) {
+        let at = [POSTED, TAKEN, BELL, 8 * random.below(RING_LEN / 8)][random.below(4)];
+        let near = self.long(at).load(SeqCst).wrapping_add(random.next() % 5).wrapping_sub(2);
+        self.long(at).store([near, random.next(), 0, 1, u64::MAX][random.below(5)], SeqCst);
     }
 
     /// Writes to a shared word of its choice, and wakes whoever sleeps there.
@@ -517,6 +551,10 @@ fn request(index: u32, generation: u64, key: &str) -> Vec<u8> {
     [&[4][..], &index.to_le_bytes(), &generation.to_le_bytes(), key.as_bytes()].concat()
 }
 
+/// Hands a ring over; knocks.
+const RING: &[u8] = &[6];
+const KNOCK: &[u8] = &[7];
+
 /// The geometry that the hostile client has.
 const SLOTS: u32 = 2;
 const SLOT_LEN: u32 = 2048;
@@ -615,7 +653,7 @@ const TOO_MANY_BYTES: u32 = 4;
 type Deed = (&'static str, fn(&Path, &mut Vec<Box<dyn Send>>));
 
 /// What the client does, one after the other. What is to last is put aside.
-const DEEDS: [Deed; 12] = [
+const DEEDS: [Deed; 14] = [
     ("stalls", stalls),
     ("gibberish", gibberish),
     ("messages cut short", cut_short),
@@ -627,6 +665,8 @@ const DEEDS: [Deed; 12] = [
     ("words one by one", words_one_by_one),
     ("words all the time", words_all_the_time),
     ("segments in and out", segments_in_and_out),
+    ("rings that are none", rings_that_are_none),
+    ("rings that lie", rings_that_lie),
     ("connections", connections),
 ];
 
@@ -935,6 +975,102 @@ fn segments_in_and_out(path: &Path, _: &mut Vec<Box<dyn Send>>) {
     client.behave(10_000);
 }
 
+/// A ring as it should be, and no rules for what is in it.
+fn ring() -> (OwnedFd, Memory) {
+    let fd = memfd(RING_LEN as u64, MemfdFlags::empty());
+    rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, RING_LEN as u64).unwrap();
+    let memory = Memory::map(&fd, RING_LEN);
+    (sealed(fd, SEALS), memory)
+}
+
+fn rings_that_are_none(path: &Path, _: &mut Vec<Box<dyn Send>>) {
+    let turned_away = |messages: &[(&[u8], &[BorrowedFd<'_>])]| {
+        let client = Client::of(path);
+        messages.iter().for_each(|(bytes, fds)| client.line.say(bytes, fds));
+        assert_eq!(client.line.last_words(), Some(PROTOCOL));
+    };
+    let (good, _) = ring();
+    turned_away(&[(RING, &[])]);
+    turned_away(&[(RING, &[good.as_fd(), good.as_fd()])]);
+    turned_away(&[(RING, &[good.as_fd()]), (RING, &[good.as_fd()])]);
+    turned_away(&[(KNOCK, &[])]);
+    turned_away(&[(&[6, 0], &[good.as_fd()])]);
+    let before_hello = Line::to(path);
+    before_hello.say(RING, &[good.as_fd()]);
+    assert_eq!(before_hello.last_words(), Some(PROTOCOL));
+    for len in [0, 4096, RING_LEN as u64 - 1, RING_LEN as u64 + 4096] {
+        let fd = memfd(len, MemfdFlags::empty());
+        if len > 0 {
+            rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, len).unwrap();
+        }
+        turned_away(&[(RING, &[sealed(fd, SEALS).as_fd()])]);
+    }
+    let hollow = sealed(memfd(RING_LEN as u64, MemfdFlags::empty()), SEALS);
+    turned_away(&[(RING, &[hollow.as_fd()])]);
+    let shrinking = memfd(RING_LEN as u64, MemfdFlags::empty());
+    rustix::fs::fallocate(&shrinking, FallocateFlags::empty(), 0, RING_LEN as u64).unwrap();
+    turned_away(&[(RING, &[sealed(shrinking, SealFlags::GROW | SealFlags::SEAL).as_fd()])]);
+    turned_away(&[(RING, &[fs::File::open("/dev/zero").unwrap().as_fd()])]);
+}
+
+fn rings_that_lie(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
+    // Each of these is seen at the knock.
+    let lie = |tell: fn(&Memory)| {
+        let client = Client::of(path);
+        let (fd, memory) = ring();
+        client.line.say(RING, &[fd.as_fd()]);
+        tell(&memory);
+        client.line.say(KNOCK, &[]);
+        assert_eq!(client.line.last_words(), Some(PROTOCOL));
+    };
+    lie(|ring| ring.long(POSTED).store(ENTRIES + 1, SeqCst));
+    lie(|ring| ring.long(POSTED).store(u64::MAX, SeqCst));
+    lie(|ring| ring.put(0, 1, 241, b""));
+    lie(|ring| ring.put(0, 1, u32::MAX, b""));
+
+    // Honest requests come through, whatever stands in the words that are not for the server to read, and
+    // so do those for segments that do not exist.
+    let mut client = Client::of(path);
+    let (fd, memory) = ring();
+    client.line.say(RING, &[fd.as_fd()]);
+    for round in 0..500 {
+        memory.long(TAKEN).store(round * 7919, SeqCst);
+        memory.put(1 + round as u32, round, 3, b"100");
+        client.offer();
+        memory.put(0, client.generation, 1, b"0");
+        memory.long(BELL).store(round % 3, SeqCst);
+        client.line.say(KNOCK, &[]);
+        let finished = client.generation << 8 | FINISHED;
+        wait_until("it was answered", || client.memory.long(TURN).load(SeqCst) == finished);
+    }
+
+    // Entries that change all the time, cursors too, and knocks in heaps.
+    for seed in 1..=10 {
+        let mut client = Client::of(path);
+        let (fd, memory) = ring();
+        client.line.say(RING, &[fd.as_fd()]);
+        let mut random = Random(seed + 40);
+        for _ in 0..2000 {
+            client.offer();
+            memory.put(random.below(3) as u32, client.generation, random.below(20) as u32, b"10");
+            (0..random.below(3)).for_each(|_| memory.spoil_ring(&mut random));
+            if !client.line.try_say(KNOCK, &[]) {
+                break; // turned away, as it should be, or not yet heard
+            }
+        }
+    }
+
+    // Full of requests for one segment, one of which can be served, and nothing is freed.
+    let mut client = Client::of(path);
+    let (fd, memory) = ring();
+    client.line.say(RING, &[fd.as_fd()]);
+    client.offer();
+    (0..ENTRIES).for_each(|_| memory.put(0, client.generation, 6, b"100000"));
+    client.line.say(KNOCK, &[]);
+    wait_until("it was served", || client.memory.word(FILLED).load(SeqCst) == SLOTS);
+    lasting.push(Box::new(client));
+}
+
 fn connections(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
     // Come and gone.
     for round in 0..1000 {
@@ -1093,8 +1229,20 @@ fn hostile_server(path: &Path) {
         let line = Line(rustix::net::accept(&door.0).unwrap());
         let (mut slots, mut slot_len) = (0, 0);
         let mut known = BTreeMap::new();
+        let mut ring: Option<(Memory, u64)> = None;
         while let Some((message, fd)) = line.hear() {
+            let mut asked = Vec::new();
             match message[0] {
+                6 => ring = Some((Memory::map(fd.unwrap(), RING_LEN), 0)),
+                7 => {
+                    let (ring, taken) = ring.as_mut().expect("it knocks at a ring");
+                    ring.long(BELL).store(1, SeqCst);
+                    while *taken < ring.long(POSTED).load(SeqCst) {
+                        asked.push(ring.entry(*taken));
+                        *taken += 1;
+                        ring.long(TAKEN).store(*taken, SeqCst);
+                    }
+                }
                 1 => (slots, slot_len) = (u32_at(&message, 21) as usize, u32_at(&message, 25) as usize),
                 2 => {
                     let len = HEADER + slots * slot_len.next_multiple_of(4096);
@@ -1103,14 +1251,25 @@ fn hostile_server(path: &Path) {
                 3 => drop(known.remove(&u32_at(&message, 1)).unwrap()),
                 4 => {
                     let generation = u64::from_le_bytes(message[5..13].try_into().unwrap());
-                    let memory = known[&u32_at(&message, 1)];
-                    let deal = Deal { line: &line, memory, generation, slots, slot_len };
-                    let all: Vec<Memory> = known.values().copied().collect();
-                    if !answer(std::str::from_utf8(&message[13..]).unwrap(), &deal, all, &mut random) {
-                        break;
-                    }
+                    asked.push((u32_at(&message, 1), generation, message[13..].to_vec()));
                 }
                 kind => panic!("a message of kind {kind}"),
+            }
+            let goes_on = asked.into_iter().all(|(index, generation, key)| {
+                let deal = Deal { line: &line, memory: known[&index], generation, slots, slot_len };
+                let all: Vec<Memory> = known.values().copied().collect();
+                let key = String::from_utf8(key).unwrap();
+                if let ("ring words", Some((ring, _))) = (&*key, &ring) {
+                    // It has taken all that was put in: what stands there now keeps nobody from asking.
+                    (0..1000).for_each(|_| ring.spoil_ring(&mut random));
+                    ring.long(POSTED).store(0, SeqCst);
+                    ring.long(TAKEN).store([1 << 40, u64::MAX][random.below(2)], SeqCst);
+                    ring.long(BELL).store(1, SeqCst);
+                }
+                answer(&key, &deal, all, &mut random)
+            });
+            if !goes_on {
+                break;
             }
         }
     }
@@ -1120,7 +1279,7 @@ fn hostile_server(path: &Path) {
 fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> bool {
     let limit = deal.slot_len as u32;
     match key {
-        "honest" => {
+        "honest" | "ring words" => {
             deal.announce(FOUND, 10_000, 0);
             deal.send(&pattern(10_000), || {});
         }
@@ -1319,7 +1478,8 @@ fn a_hostile_server_harms_nobody() {
     whole();
 
     type Check = fn(&Result<Vec<u8>, Error>) -> bool;
-    let deeds: [(&str, Check); 21] = [
+    let deeds: [(&str, Check); 22] = [
+        ("ring words", |r| matches!(r, Ok(bytes) if *bytes == pattern(10_000))),
         ("chunk too long", |r| matches!(r, Err(Error::Peer(ChunkTooLong { len: 2049, limit: 2048 })))),
         ("longest chunk", |r| matches!(r, Err(Error::Peer(ChunkTooLong { .. })))),
         ("sum too long", |r| matches!(r, Err(Error::Peer(TooLong { announced: 2049, received: 2050 })))),

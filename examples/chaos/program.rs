@@ -175,7 +175,7 @@ impl Program {
             let kind = fs::read_link(fd.path()).unwrap_or_default().to_string_lossy().into_owned();
             let kind = kind.split(['[', '(']).next().unwrap_or_default();
             let is_segment =
-                ["/dev/shm/shmferry-", "/memfd:shmferry"].iter().any(|start| kind.starts_with(start));
+                ["/dev/shm/shmferry-", "/memfd:shmferry-"].iter().any(|start| kind.starts_with(start));
             let kind = if is_segment { SEGMENT } else { kind };
             *kinds.entry(kind.to_owned()).or_default() += 1;
         }

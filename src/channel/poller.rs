@@ -12,8 +12,9 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 use crate::sync::Deadline;
 
-/// The token of the closer; no other descriptor has it.
+/// The tokens of the closer and of the nudge; no other descriptor has them.
 const CLOSER: u64 = u64::MAX;
+const NUDGE: u64 = u64::MAX - 1;
 
 /// How long to leave a kernel without memory alone before the next try.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -25,6 +26,8 @@ pub(super) struct Poller {
     /// Readable, for good, once the poller is closed.
     closer: OwnedFd,
     closed: AtomicBool,
+    /// Wakes one worker each time that it is written to; never read.
+    nudge: OwnedFd,
 }
 
 impl Poller {
@@ -34,7 +37,11 @@ impl Poller {
         let closer = eventfd(0, flags).map_err(Error::os("eventfd"))?;
         epoll::add(&epoll, &closer, epoll::EventData::new_u64(CLOSER), epoll::EventFlags::IN)
             .map_err(Error::os("epoll_ctl"))?;
-        Ok(Poller { epoll, closer, closed: AtomicBool::new(false) })
+        let nudge = eventfd(0, flags).map_err(Error::os("eventfd"))?;
+        let each_write = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&epoll, &nudge, epoll::EventData::new_u64(NUDGE), each_write)
+            .map_err(Error::os("epoll_ctl"))?;
+        Ok(Poller { epoll, closer, closed: AtomicBool::new(false), nudge })
     }
 
     /// Adds a descriptor, armed.
@@ -57,7 +64,7 @@ impl Poller {
         }
     }
 
-    /// Waits for an event, and returns its token; `None` at the deadline.
+    /// Waits for an event, and returns its token; `None` at the deadline, or when nudged.
     ///
     /// # Errors
     /// [`Error::Closed`] once [`close`](Self::close) was called.
@@ -67,6 +74,7 @@ impl Poller {
             let mut events = [MaybeUninit::uninit()];
             match epoll::wait(&self.epoll, &mut events, deadline.timespec().as_ref()) {
                 Ok(([event], _)) if event.data.u64() == CLOSER => {}
+                Ok(([event], _)) if event.data.u64() == NUDGE => return Ok(None),
                 Ok(([event], _)) => return Ok(Some(event.data.u64())),
                 Ok(_) if deadline.has_passed() => return Ok(None),
                 Ok(_) | Err(Errno::INTR) => {}
@@ -78,6 +86,12 @@ impl Poller {
     /// Fails with [`Error::Closed`] once [`close`](Self::close) was called.
     pub(super) fn check_open(&self) -> Result<()> {
         if self.closed.load(Ordering::Acquire) { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// Ends the wait of one worker, or the next one's if nobody waits now.
+    pub(super) fn nudge(&self) {
+        // Cannot fail but by overflow, after more nudges than there is time for.
+        let _ = rustix::io::write(&self.nudge, &1u64.to_ne_bytes());
     }
 
     /// Ends every wait, now and later.

@@ -20,8 +20,12 @@ use crate::segment::{Memfd, SegmentPool};
 use crate::sync::{Deadline, wait_ready};
 
 mod address;
+mod lookout;
+#[cfg(all(test, loom))]
+mod model;
 mod queue;
 mod requester;
+pub(crate) mod ring;
 pub(crate) mod wire;
 
 pub use queue::SeqpacketQueue;

@@ -84,6 +84,7 @@ pub(crate) struct ReceiverGroup {
 const _: () = {
     use std::mem::{offset_of, size_of};
     assert!(size_of::<Header>() <= HEADER_LEN as usize);
+    assert!(LAYOUT_VERSION == if Parker::KIND == 0 { 1 } else { 65_537 });
     assert!(offset_of!(Header, geometry) == 0);
     assert!(offset_of!(Header, turn) == 128);
     assert!(offset_of!(Header, announcement) == 256);

@@ -19,6 +19,9 @@ use std::ptr::{self, NonNull};
 
 use shared_memory::Shmem;
 
+#[cfg(target_os = "linux")]
+use crate::sync::atomic::AtomicU64;
+
 use super::header::{HEADER_LEN, Header};
 use super::{Geometry, PAGE};
 
@@ -48,27 +51,14 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps a descriptor, and makes its pages present in this process (rule L2). Fails with `INVAL`
-    /// for one that is not long enough, or not sealed against becoming shorter: M1 rests on that, and
-    /// so it is checked here, whatever the caller has checked for its messages.
+    /// Maps a descriptor, as [`map_sealed`] does.
     #[cfg(target_os = "linux")]
     pub(crate) fn sealed(
         fd: impl std::os::fd::AsFd,
         geometry: Geometry,
         slots_writable: bool,
     ) -> rustix::io::Result<Mapping> {
-        use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
-        use rustix::mm::{MapFlags, ProtFlags, mmap};
-        let long_enough = fstat(&fd)?.st_size >= geometry.mapped_len() as i64;
-        if !long_enough || !fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
-            return Err(rustix::io::Errno::INVAL);
-        }
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::SHARED | MapFlags::POPULATE;
-        // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit. What
-        // was checked above stays so, by the seal: M1 holds from here on.
-        let base = unsafe { mmap(ptr::null_mut(), geometry.mapped_len(), prot, flags, fd, 0)? };
-        let Some(base) = NonNull::new(base.cast::<u8>()) else { return Err(rustix::io::Errno::NOMEM) };
+        let base = map_sealed(fd, geometry.mapped_len())?;
         let mapping = Mapping { base, geometry, slots_writable, keeper: Keeper::Ours };
         mapping.protect_slots()?;
         Ok(mapping)
@@ -178,6 +168,75 @@ impl Drop for Mapping {
             Keeper::Crate(_) => {}
         }
     }
+}
+
+/// Sealed memory that is nothing but words, for what two sides share beside their segments.
+#[cfg(target_os = "linux")]
+pub(crate) struct Words {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: as for `Mapping`, without a `Shmem`.
+#[cfg(target_os = "linux")]
+unsafe impl Send for Words {}
+// SAFETY: through `&Words` the memory is reached by atomics only.
+#[cfg(target_os = "linux")]
+unsafe impl Sync for Words {}
+
+#[cfg(target_os = "linux")]
+impl Words {
+    /// Maps a descriptor of at least `len` bytes, under the conditions of [`Mapping::sealed`].
+    pub(crate) fn sealed(fd: impl std::os::fd::AsFd, len: usize) -> rustix::io::Result<Words> {
+        Ok(Words { base: map_sealed(fd, len)?, len })
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl std::ops::Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is page-aligned, readable and writable for `len` bytes as long as `self`
+        // lives (`map_sealed`); every bit pattern is a valid atomic, and atomics may change under a
+        // shared reference, whoever changes them.
+        unsafe {
+            std::slice::from_raw_parts(
+                self.base.as_ptr().cast::<AtomicU64>(),
+                self.len / size_of::<AtomicU64>(),
+            )
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: this is the whole mapping of `map_sealed`; `deref` borrows from `self`, so that no
+        // reference into it is left.
+        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast::<c_void>(), self.len) };
+        debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
+    }
+}
+
+/// Maps `len` bytes of a descriptor for reading and writing, and makes their pages present in this
+/// process (rule L2). Fails with `INVAL` for one that is not long enough, or not sealed against becoming
+/// shorter: M1 rests on that, and so it is checked here, whatever the caller has checked for its messages.
+#[cfg(target_os = "linux")]
+fn map_sealed(fd: impl std::os::fd::AsFd, len: usize) -> rustix::io::Result<NonNull<u8>> {
+    use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+    use rustix::io::Errno;
+    use rustix::mm::{MapFlags, ProtFlags, mmap};
+    let long_enough = fstat(&fd)?.st_size >= len as i64;
+    if !long_enough || !fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
+        return Err(Errno::INVAL);
+    }
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::SHARED | MapFlags::POPULATE;
+    // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit. What
+    // was checked above stays so, by the seal: M1 holds from here on.
+    let base = unsafe { mmap(ptr::null_mut(), len, prot, flags, fd, 0)? };
+    NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)
 }
 
 /// Bytes between slots and descriptors, moved by the kernel.

@@ -13,6 +13,8 @@ use loom::cell::UnsafeCell;
 use rustix::io::Errno;
 use shared_memory::Shmem;
 
+use crate::sync::atomic::AtomicU64;
+
 use super::Geometry;
 use super::header::Header;
 
@@ -91,5 +93,27 @@ impl Mapping {
 
     pub(crate) fn send_slot(&self, _: u32, _: usize, _: usize, _: BorrowedFd<'_>) -> io::Result<usize> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// Words in this process's memory, in the place of sealed ones.
+#[derive(Clone)]
+pub(crate) struct Words(Arc<[AtomicU64]>);
+
+impl Words {
+    pub(crate) fn zeroed(count: usize) -> Words {
+        Words((0..count).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    pub(crate) fn sealed(_: impl AsFd, _: usize) -> rustix::io::Result<Words> {
+        Err(Errno::NOSYS)
+    }
+}
+
+impl std::ops::Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        &self.0
     }
 }

@@ -11,7 +11,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, LayoutMismatch, Result};
 
-use super::mapping::Mapping;
+use super::mapping::{Mapping, Words};
 use super::{Backing, Geometry, PoolId, ReadSlots, Segment, SegmentId, WriteSlots, available_memory};
 
 /// Segments in sealed memfds; they reach the peer as descriptors, over a Unix socket.
@@ -35,16 +35,7 @@ impl super::sealed::Backing for Memfd {
     }
 
     fn create((): &(), id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Memfd)> {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let name = format!("shmferry-{id}");
-        // Kernels before 6.3 do not know the flag that forbids executing it.
-        let fd = memfd_create(&*name, flags | MemfdFlags::NOEXEC_SEAL)
-            .or_else(|errno| if errno == Errno::INVAL { memfd_create(&*name, flags) } else { Err(errno) })
-            .map_err(Error::os("memfd_create"))?;
-        // Allocated now, so that a lack of memory is an error here and not a SIGBUS later (L2).
-        let len = geometry.mapped_len() as u64;
-        retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len)).map_err(Error::os("fallocate"))?;
-        fcntl_add_seals(&fd, SEALS).map_err(Error::os("sealing a memfd"))?;
+        let fd = allocate(&format!("shmferry-{id}"), geometry.mapped_len() as u64)?;
         let mapping = Mapping::sealed(&fd, geometry, false).map_err(Error::os("mmap"))?;
         mapping.header().initialise(id, geometry);
         Ok((Segment::new(id, mapping), Memfd(fd)))
@@ -64,9 +55,41 @@ impl AsFd for Memfd {
 /// The file system that ordinary memfds are in, as `statfs` names it.
 const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 
+/// Makes words that are to be shared, all zero, and the descriptor that reaches them.
+pub(crate) fn create_words(name: &str, len: usize) -> Result<(Words, OwnedFd)> {
+    let fd = allocate(name, len as u64)?;
+    Ok((Words::sealed(&fd, len).map_err(Error::os("mmap"))?, fd))
+}
+
+/// Maps words that a peer handed over.
+pub(crate) fn attach_words(fd: impl AsFd, len: usize) -> Result<Words> {
+    check(&fd, len as u64)?;
+    Words::sealed(&fd, len).map_err(Error::os("mmap"))
+}
+
 /// Maps a segment that a peer handed over, checking all that it claims first (rules L1, L2).
 pub(crate) fn attach(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>> {
-    let expected = geometry.mapped_len() as u64;
+    check(&fd, geometry.mapped_len() as u64)?;
+    let mapping = Mapping::sealed(&fd, geometry, true).map_err(Error::os("mmap"))?;
+    mapping.header().verify(id, geometry)?;
+    Ok(Segment::new(id, mapping))
+}
+
+/// Makes memory that is really there and that nobody can resize.
+fn allocate(name: &str, len: u64) -> Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    // Kernels before 6.3 do not know the flag that forbids executing it.
+    let fd = memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL)
+        .or_else(|errno| if errno == Errno::INVAL { memfd_create(name, flags) } else { Err(errno) })
+        .map_err(Error::os("memfd_create"))?;
+    // Allocated now, so that a lack of memory is an error here and not a SIGBUS later (L2).
+    retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len)).map_err(Error::os("fallocate"))?;
+    fcntl_add_seals(&fd, SEALS).map_err(Error::os("sealing a memfd"))?;
+    Ok(fd)
+}
+
+/// Checks that a descriptor is memory of this length, really there and sealed (rule L2).
+fn check(fd: impl AsFd, expected: u64) -> Result<()> {
     let seals = match fcntl_get_seals(&fd) {
         Ok(seals) => seals,
         Err(Errno::INVAL) => SealFlags::empty(), // no memfd at all
@@ -88,9 +111,7 @@ pub(crate) fn attach(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> Result
     if present < expected {
         return Err(LayoutMismatch::Sparse { present, expected }.into());
     }
-    let mapping = Mapping::sealed(&fd, geometry, true).map_err(Error::os("mmap"))?;
-    mapping.header().verify(id, geometry)?;
-    Ok(Segment::new(id, mapping))
+    Ok(())
 }
 
 #[cfg(test)]

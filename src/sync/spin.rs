@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Interrupted, Permit, Semaphore};
 
 /// About what a wake-up across idle virtual cores costs; a longer spin could not win anything.
-const BUDGET: Duration = Duration::from_micros(50);
+pub(crate) const BUDGET: Duration = Duration::from_micros(50);
 /// Spin rounds between two looks at the clock.
 const ROUNDS: u32 = 64;
 /// How many answers in time are remembered.
@@ -14,47 +14,68 @@ const MOST_CREDIT: u8 = 8;
 /// What a spin in vain costs, in answers in time.
 const PENALTY: u8 = 2;
 
+/// After so many waits without a spin, one is tried.
+const PROBE: u8 = 16;
+
 /// One side's memory of how fast the other answers. Lives outside shared memory.
 #[derive(Debug)]
 pub(crate) struct Spinner {
     credit: u8,
+    /// Waits without a spin, since the last one.
+    unspun: u8,
 }
 
 impl Spinner {
     /// Trusts a new peer with one spin.
     pub(crate) fn new() -> Spinner {
-        Spinner { credit: PENALTY }
+        Spinner { credit: PENALTY, unspun: 0 }
     }
 
     /// Tries for a permit, spinning for a while if that can pay. `TimedOut` means: sleep now.
-    ///
-    /// Spinning is in vain when the peer last ran on our own processor, where it cannot go on while
-    /// we are there, and when it has lately been slower than the budget.
     pub(crate) fn try_wait(
         &mut self,
         semaphore: &Semaphore,
         our_cpu: u32,
         peer_cpu: u32,
     ) -> Result<Permit, Interrupted> {
-        match semaphore.try_wait() {
-            Err(Interrupted::TimedOut) if self.credit > 0 && our_cpu != peer_cpu => {}
-            settled => return settled,
+        let attempt = || match semaphore.try_wait() {
+            Err(Interrupted::TimedOut) => None,
+            settled => Some(settled),
+        };
+        self.spin(our_cpu != peer_cpu, BUDGET, attempt).unwrap_or(Err(Interrupted::TimedOut))
+    }
+
+    /// Tries once, and then again and again within the budget, if that can pay.
+    ///
+    /// Spinning is in vain when the peer last ran on our own processor, where it cannot go on while
+    /// we are there, and when it has lately been slower than the budget.
+    pub(crate) fn spin<T>(
+        &mut self,
+        peer_is_elsewhere: bool,
+        budget: Duration,
+        mut attempt: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        let settled = attempt();
+        if settled.is_some() || !peer_is_elsewhere {
+            return settled;
         }
+        if self.credit == 0 && self.unspun < PROBE {
+            self.unspun += 1;
+            return None;
+        }
+        self.unspun = 0;
         let start = Instant::now();
         loop {
             for _ in 0..ROUNDS {
                 hint::spin_loop();
-                match semaphore.try_wait() {
-                    Err(Interrupted::TimedOut) => {}
-                    settled => {
-                        self.credit = MOST_CREDIT.min(self.credit + 1);
-                        return settled;
-                    }
+                if let Some(settled) = attempt() {
+                    self.credit = MOST_CREDIT.min(self.credit + 1);
+                    return Some(settled);
                 }
             }
-            if start.elapsed() >= BUDGET {
+            if start.elapsed() >= budget {
                 self.credit = self.credit.saturating_sub(PENALTY);
-                return Err(Interrupted::TimedOut);
+                return None;
             }
         }
     }
@@ -65,4 +86,12 @@ impl Spinner {
             self.credit = MOST_CREDIT.min(self.credit + 1);
         }
     }
+}
+
+/// The processor that this thread runs on now: a hint.
+pub(crate) fn current_cpu() -> u32 {
+    #[cfg(all(target_os = "linux", not(loom)))]
+    return u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX);
+    #[cfg(not(all(target_os = "linux", not(loom))))]
+    return 0; // the same as the peer's: nobody spins
 }

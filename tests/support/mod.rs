@@ -445,7 +445,7 @@ impl Program {
     /// How many segments are mapped.
     pub fn segments(&self) -> usize {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
-        let kinds = ["/memfd:shmferry", "/dev/shm/shmferry-"];
+        let kinds = ["/memfd:shmferry-", "/dev/shm/shmferry-"];
         let names = maps.lines().filter_map(|line| kinds.iter().find_map(|kind| line.split_once(kind)));
         names.map(|(_, name)| name).collect::<BTreeSet<_>>().len()
     }

@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SocketAddrUnix};
@@ -17,10 +18,11 @@ use crate::channel::{Request, Requester, SendError};
 use crate::crew;
 use crate::error::{Awaited, Error, Rejection, Result};
 use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, on_hang_up};
-use crate::segment::{Memfd, SegmentPool};
+use crate::segment::{Memfd, SegmentPool, create_words};
 use crate::sync::atomic::{Acquire, AtomicU64, Release};
 use crate::sync::{Deadline, Turnstile, lock};
 
+use super::ring::{Poster, RING_LEN};
 use super::wire::{MAX_MESSAGE, Message, VERSION};
 use super::{Policy, send, socket, socket_address};
 
@@ -97,6 +99,8 @@ struct Connection {
     known: Mutex<BTreeSet<u32>>,
     /// Lets one thread at a time hand segments over.
     updating: Turnstile,
+    /// Where requests go that fit, if there was memory for it.
+    ring: Option<Poster>,
     _watch: Watch,
 }
 
@@ -133,17 +137,19 @@ impl Connection {
             let (socket, link) = (Arc::clone(&socket), Arc::clone(&link));
             move || link.sever(|| last_words(&socket))
         })?;
-        let (edition, known) = (AtomicU64::new(NONE), Mutex::default());
-        let connection =
-            Connection { socket, link, edition, known, updating: Turnstile::new(1), _watch: watch };
-        match connection.introduce(pool, deadline) {
+        let (edition, known, updating) = (AtomicU64::new(NONE), Mutex::default(), Turnstile::new(1));
+        // Without memory for it, requests go over the connection.
+        let (ring, memory) = create_words(&format!("shmferry.ring-{}", pool.id()), RING_LEN).ok().unzip();
+        let ring = ring.map(Poster::new);
+        let connection = Connection { socket, link, edition, known, updating, ring, _watch: watch };
+        match connection.introduce(pool, memory, deadline) {
             Ok(()) => Ok(Some(connection)),
             Err(Error::Disconnected) => Ok(None), // it died, or rejected us, while we spoke
             Err(error) => Err(error),
         }
     }
 
-    fn introduce(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
+    fn introduce(&self, pool: &SegmentPool<Memfd>, ring: Option<OwnedFd>, deadline: Deadline) -> Result<()> {
         let geometry = pool.geometry();
         let hello = Message::Hello {
             version: VERSION,
@@ -152,13 +158,34 @@ impl Connection {
             slot_len: geometry.slot_len(),
         };
         self.say(hello, None, deadline)?;
+        if let Some(ring) = ring {
+            self.say(Message::Ring, Some(ring.as_fd()), deadline)?;
+        }
         self.update(pool, deadline)
     }
 
     fn deliver(&self, pool: &SegmentPool<Memfd>, request: &Request<Memfd>, deadline: Deadline) -> Result<()> {
         self.update(pool, deadline)?;
-        let (index, generation) = (request.segment().index(), request.generation);
-        self.say(Message::Request { index, generation, key: &request.key }, None, deadline)
+        let (index, generation, key) = (request.segment().index(), request.generation, &*request.key);
+        let Some((ring, number)) = self.post(index, generation, key) else {
+            return self.say(Message::Request { index, generation, key }, None, deadline);
+        };
+        if !ring.must_knock(number) {
+            return Ok(());
+        }
+        match self.say(Message::Knock, None, Deadline::after(Duration::ZERO)) {
+            // What fills the connection wakes the server as well.
+            Ok(()) | Err(Error::Timeout(_)) => Ok(()),
+            // A server takes nothing more once it has hung up.
+            Err(_) if ring.was_taken(number) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts a request into the ring, if it fits.
+    fn post(&self, index: u32, generation: u64, key: &[u8]) -> Option<(&Poster, u64)> {
+        let ring = self.ring.as_ref()?;
+        Some((ring, ring.post(index, generation, key)?))
     }
 
     /// Has the server know the segments that are in the pool now.
@@ -184,7 +211,7 @@ impl Connection {
         for stock in &live {
             let index = stock.segment.id().index();
             if !known.contains(&index) {
-                self.say(Message::Segment { index }, Some(&stock.backing), deadline)?;
+                self.say(Message::Segment { index }, Some(stock.backing.as_fd()), deadline)?;
                 lock(&self.known).insert(index);
             }
         }
@@ -193,8 +220,8 @@ impl Connection {
     }
 
     /// Sends one message; finding nobody there any more severs the link.
-    fn say(&self, message: Message<'_>, memory: Option<&Memfd>, deadline: Deadline) -> Result<()> {
-        let sent = send(&self.socket, &message.encode(), memory.map(AsFd::as_fd), deadline);
+    fn say(&self, message: Message<'_>, memory: Option<BorrowedFd<'_>>, deadline: Deadline) -> Result<()> {
+        let sent = send(&self.socket, &message.encode(), memory, deadline);
         if let Err(Error::Disconnected) = sent {
             self.link.sever(|| last_words(&self.socket));
             return Err(self.link.obituary());

@@ -21,6 +21,10 @@ pub(crate) enum Message<'a> {
     Segment { index: u32 },
     /// This segment will not be named again.
     Retire { index: u32 },
+    /// The descriptor beside it is the ring that further requests may come through.
+    Ring,
+    /// There is a request in the ring.
+    Knock,
     /// Put what this key means into this segment, in this generation.
     Request { index: u32, generation: u64, key: &'a [u8] },
     /// The server turns the client away, and hangs up.
@@ -33,6 +37,8 @@ impl<'a> Message<'a> {
     const RETIRE: u8 = 3;
     const REQUEST: u8 = 4;
     const FAREWELL: u8 = 5;
+    const RING: u8 = 6;
+    const KNOCK: u8 = 7;
 
     pub(crate) fn encode(self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(32);
@@ -53,6 +59,8 @@ impl<'a> Message<'a> {
                 bytes.push(Self::RETIRE);
                 bytes.extend(index.to_le_bytes());
             }
+            Message::Ring => bytes.push(Self::RING),
+            Message::Knock => bytes.push(Self::KNOCK),
             Message::Request { index, generation, key } => {
                 bytes.push(Self::REQUEST);
                 bytes.extend(index.to_le_bytes());
@@ -92,6 +100,8 @@ impl<'a> Message<'a> {
             }
             Self::SEGMENT => Message::Segment { index: u32::from_le_bytes(take(rest)?) },
             Self::RETIRE => Message::Retire { index: u32::from_le_bytes(take(rest)?) },
+            Self::RING => Message::Ring,
+            Self::KNOCK => Message::Knock,
             Self::REQUEST => {
                 let index = u32::from_le_bytes(take(rest)?);
                 let generation = u64::from_le_bytes(take(rest)?);
@@ -156,6 +166,8 @@ mod tests {
             Message::Hello { version: VERSION, pool: 7, slot_count: 4, slot_len: 128 << 10 },
             Message::Segment { index: 3 },
             Message::Retire { index: u32::MAX },
+            Message::Ring,
+            Message::Knock,
             Message::Request { index: 1, generation: 1 << 40, key: b"/a.jpg" },
             Message::Request { index: 1, generation: 2, key: b"" },
             Message::Farewell { code: 3, detail: 1024 },
@@ -233,7 +245,7 @@ mod tests {
     fn nearly() -> impl Strategy<Value = Vec<u8>> {
         let magic = prop_oneof![3 => Just([&MAGIC[..], &VERSION.to_le_bytes()].concat()), 1 => Just(vec![])];
         let rest = prop_oneof![4 => vec(any::<u8>(), 0..30), 1 => vec(any::<u8>(), 0..MAX_MESSAGE + 9)];
-        (0u8..8, magic, rest).prop_map(|(kind, magic, rest)| match kind {
+        (0u8..10, magic, rest).prop_map(|(kind, magic, rest)| match kind {
             0 => rest,
             Message::HELLO => [&[kind], &*magic, &*rest].concat(),
             kind => [&[kind], &*rest].concat(),
@@ -258,7 +270,7 @@ mod tests {
 
         #[test]
         fn any_message_survives_the_trip(
-            kind in 0..5,
+            kind in 0..7,
             (index, small) in any::<(u32, u32)>(),
             large in any::<u64>(),
             key in vec(any::<u8>(), 0..=KEY_LIMIT),
@@ -268,6 +280,8 @@ mod tests {
                 1 => Message::Segment { index },
                 2 => Message::Retire { index },
                 3 => Message::Request { index, generation: large, key: &key },
+                4 => Message::Ring,
+                5 => Message::Knock,
                 _ => Message::Farewell { code: small, detail: large },
             };
             let bytes = message.encode();

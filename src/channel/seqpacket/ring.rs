@@ -1,0 +1,290 @@
+//! The ring of requests in memory that a client shares with its server: while somebody looks at it, a
+//! request costs neither side a system call.
+//!
+//! The client owns the ring, and hands it over on the connection beside which it lies. Each side keeps
+//! its own cursor; what it tells the other is only how far it is. A request that does not fit (its key is
+//! long, the ring is full) goes over the connection, which is also what wakes a server that sleeps.
+//!
+//! # Orderings
+//! 1. *What an entry hands over.* The client writes it, then `POSTED` with `Release`; the server reads
+//!    `POSTED` with `Acquire`, then the entry.
+//! 2. *Room.* The server reads the entry, then writes `TAKEN` with `Release`; the client reads `TAKEN` with
+//!    `Acquire` before it writes there again.
+//! 3. *No lost request.* Client: write `POSTED`, `fence(SeqCst)`, read `BELL`. Server, before it stops looking:
+//!    raise `BELL`, `fence(SeqCst)`, read `POSTED`. The fences are totally ordered: either the client's
+//!    comes first, and then the server sees the entry and looks on, or the server's does, and then the
+//!    client sees `BELL` raised and knocks.
+//!
+//! Everything else is `Relaxed`: whoever lowers `BELL` has looked, or is about to, or will knock.
+
+use std::time::Duration;
+
+use crate::error::PeerFault;
+use crate::segment::Words;
+use crate::sync::atomic::{Acquire, AtomicU64, Relaxed, Release, SeqCst, fence};
+use crate::sync::modelled::{Mutex, lock};
+use crate::sync::{Spinner, current_cpu};
+
+/// Requests that a ring holds.
+pub(crate) const ENTRIES: u64 = if cfg!(loom) { 2 } else { 64 };
+/// The longest key that fits an entry, in bytes.
+pub(crate) const KEY_ROOM: usize = (ENTRY_WORDS - 2) * size_of::<u64>();
+/// Bytes of a ring: whole pages.
+pub(crate) const RING_LEN: usize = (RING_WORDS * size_of::<u64>()).next_multiple_of(4096);
+pub(super) const RING_WORDS: usize = FIRST_ENTRY + ENTRIES as usize * ENTRY_WORDS;
+
+// Where things are, in words.
+/// Groups written by different sides are 128 bytes apart.
+const GROUP: usize = if cfg!(loom) { 2 } else { 16 };
+/// How many requests the client has put in; ever growing.
+pub(crate) const POSTED: usize = 0;
+const CLIENT_CPU: usize = 1;
+/// How many the server has taken out; ever growing.
+pub(crate) const TAKEN: usize = GROUP;
+const SERVER_CPU: usize = GROUP + 1;
+/// Not zero: nobody looks, so knock after posting. Both write it.
+pub(crate) const BELL: usize = 2 * GROUP;
+pub(crate) const FIRST_ENTRY: usize = 3 * GROUP;
+/// An entry: the generation, the segment's index below the key's length, and the key.
+pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
+
+/// How long a client waits for a worker that is on its way back before it knocks.
+const KNOCK_AFTER: Duration = Duration::from_micros(10);
+
+/// The client's end, for many threads.
+pub(super) struct Poster {
+    ring: Words,
+    /// How many requests were put in.
+    posted: Mutex<u64>,
+    spinner: Mutex<Spinner>,
+}
+
+impl Poster {
+    /// Over a fresh ring, all zeroes, that nobody else has mapped yet.
+    pub(super) fn new(ring: Words) -> Poster {
+        ring[BELL].store(1, Relaxed);
+        ring[SERVER_CPU].store(u64::from(current_cpu()), Relaxed); // no news of it yet: do not spin
+        Poster { ring, posted: Mutex::new(0), spinner: Mutex::new(Spinner::new()) }
+    }
+
+    /// Puts a request in, and returns its number; `None` if it does not fit.
+    pub(super) fn post(&self, index: u32, generation: u64, key: &[u8]) -> Option<u64> {
+        if key.len() > KEY_ROOM {
+            return None;
+        }
+        let mut posted = lock(&self.posted);
+        let taken = self.ring[TAKEN].load(Acquire); // pair 2
+        // A server that claims to have taken what was never there has no room for us either.
+        if posted.wrapping_sub(taken) >= ENTRIES {
+            return None;
+        }
+        let entry = entry(&self.ring, *posted);
+        entry[0].store(generation, Relaxed);
+        entry[1].store(u64::from(index) | (key.len() as u64) << 32, Relaxed);
+        for (word, bytes) in entry[2..].iter().zip(key.chunks(8)) {
+            let mut eight = [0; 8];
+            eight[..bytes.len()].copy_from_slice(bytes);
+            word.store(u64::from_ne_bytes(eight), Relaxed);
+        }
+        self.ring[CLIENT_CPU].store(u64::from(current_cpu()), Relaxed);
+        let number = *posted;
+        *posted += 1;
+        self.ring[POSTED].store(*posted, Release); // pair 1
+        Some(number)
+    }
+
+    /// Whether the caller has to wake the server, after posting request `number`.
+    pub(super) fn must_knock(&self, number: u64) -> bool {
+        fence(SeqCst); // pair 3
+        let bell = &self.ring[BELL];
+        if bell.load(Relaxed) == 0 {
+            return false;
+        }
+        // Whoever served the last request is most often on its way back, and will find this one.
+        if let Ok(mut spinner) = self.spinner.try_lock() {
+            let seen = || (self.was_taken(number) || bell.load(Relaxed) == 0).then_some(());
+            let is_elsewhere = self.ring[SERVER_CPU].load(Relaxed) != u64::from(current_cpu());
+            if spinner.spin(is_elsewhere, KNOCK_AFTER, seen).is_some() {
+                return false;
+            }
+        }
+        bell.compare_exchange(1, 0, Relaxed, Relaxed).is_ok()
+    }
+
+    /// Whether the server says that it has taken request `number`.
+    pub(super) fn was_taken(&self, number: u64) -> bool {
+        self.ring[TAKEN].load(Acquire) > number
+    }
+}
+
+/// The server's end. One worker takes at a time; any may ask whether there is something to take.
+pub(super) struct Taker {
+    ring: Words,
+    /// How many requests were taken out. Ours alone: what stands in the ring is for the client.
+    taken: AtomicU64,
+}
+
+/// A request as it stood in the ring, copied out.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) index: u32,
+    pub(super) generation: u64,
+    key: [u8; KEY_ROOM],
+    key_len: usize,
+}
+
+impl Entry {
+    pub(super) fn key(&self) -> &[u8] {
+        &self.key[..self.key_len]
+    }
+}
+
+impl Taker {
+    pub(super) fn new(ring: Words) -> Taker {
+        Taker { ring, taken: AtomicU64::new(0) }
+    }
+
+    /// Whether there is something to take, if only nonsense.
+    pub(super) fn has_entries(&self) -> bool {
+        self.ring[POSTED].load(Acquire) != self.taken.load(Relaxed)
+    }
+
+    /// The oldest request, if there is one; left where it is. For one worker at a time.
+    pub(super) fn peek(&self) -> Result<Option<Entry>, PeerFault> {
+        let taken = self.taken.load(Relaxed);
+        let posted = self.ring[POSTED].load(Acquire); // pair 1
+        if posted == taken {
+            return Ok(None);
+        }
+        if posted.wrapping_sub(taken) > ENTRIES {
+            return Err(PeerFault::ImpossibleRing { posted, taken });
+        }
+        let entry = entry(&self.ring, taken);
+        // Each word is read once, checked, and only then used (rule P3).
+        let generation = entry[0].load(Relaxed);
+        let word = entry[1].load(Relaxed);
+        let (index, key_len) = (word as u32, (word >> 32) as usize);
+        if key_len > KEY_ROOM {
+            return Err(PeerFault::MalformedMessage { len: key_len });
+        }
+        let mut key = [0; KEY_ROOM];
+        for (bytes, word) in key[..key_len].chunks_mut(8).zip(&entry[2..]) {
+            bytes.copy_from_slice(&word.load(Relaxed).to_ne_bytes()[..bytes.len()]);
+        }
+        Ok(Some(Entry { index, generation, key, key_len }))
+    }
+
+    /// Takes out what [`peek`](Self::peek) has shown.
+    pub(super) fn advance(&self) {
+        let taken = self.taken.load(Relaxed) + 1;
+        self.taken.store(taken, Relaxed);
+        self.ring[SERVER_CPU].store(u64::from(current_cpu()), Relaxed);
+        self.ring[TAKEN].store(taken, Release); // pair 2
+    }
+
+    /// Has the client knock when it posts next; `true` if there is something to take already.
+    pub(super) fn arm(&self) -> bool {
+        self.ring[BELL].store(1, Relaxed);
+        fence(SeqCst); // pair 3
+        self.has_entries()
+    }
+
+    /// Spares the client the knock: somebody looks.
+    pub(super) fn disarm(&self) {
+        self.ring[BELL].store(0, Relaxed);
+    }
+
+    /// The processor that posted last.
+    pub(super) fn client_cpu(&self) -> u32 {
+        self.ring[CLIENT_CPU].load(Relaxed) as u32
+    }
+}
+
+/// The words of request `number`.
+fn entry(ring: &Words, number: u64) -> &[AtomicU64] {
+    let at = FIRST_ENTRY + (number % ENTRIES) as usize * ENTRY_WORDS;
+    &ring[at..at + ENTRY_WORDS]
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::segment::{attach_words, create_words};
+
+    fn ring() -> (Poster, Taker) {
+        let (ours, fd) = create_words("test", RING_LEN).unwrap();
+        let poster = Poster::new(ours);
+        (poster, Taker::new(attach_words(&fd, RING_LEN).unwrap()))
+    }
+
+    fn take(taker: &Taker) -> Option<(u32, u64, Vec<u8>)> {
+        let entry = taker.peek().unwrap()?;
+        taker.advance();
+        Some((entry.index, entry.generation, entry.key().to_vec()))
+    }
+
+    #[test]
+    fn requests_come_out_as_they_went_in() {
+        let (poster, taker) = ring();
+        assert_eq!(take(&taker), None);
+        let long = vec![b'k'; KEY_ROOM];
+        for round in 0..3 * ENTRIES {
+            let key = &long[..(round as usize * 7) % (KEY_ROOM + 1)];
+            assert_eq!(poster.post(round as u32, 1 << 50 | round, key), Some(round));
+            assert!(!poster.was_taken(round));
+            assert!(taker.has_entries());
+            assert_eq!(take(&taker), Some((round as u32, 1 << 50 | round, key.to_vec())));
+            assert!(poster.was_taken(round) && !taker.has_entries());
+        }
+        assert_eq!(poster.post(u32::MAX, u64::MAX, &long), Some(3 * ENTRIES));
+        assert_eq!(take(&taker), Some((u32::MAX, u64::MAX, long)));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_not_posted() {
+        let (poster, taker) = ring();
+        assert_eq!(poster.post(0, 1, &[b'k'; KEY_ROOM + 1]), None);
+        assert!(!taker.has_entries());
+        for number in 0..ENTRIES {
+            assert_eq!(poster.post(0, 1, b"key"), Some(number));
+        }
+        assert_eq!(poster.post(0, 1, b"key"), None, "full");
+        assert!(take(&taker).is_some());
+        assert_eq!(poster.post(0, 1, b"key"), Some(ENTRIES));
+        assert_eq!(poster.post(0, 1, b"key"), None, "full again");
+    }
+
+    #[test]
+    fn one_knock_until_the_bell_is_raised_again() {
+        let (poster, taker) = ring();
+        let knocks = || poster.must_knock(poster.post(0, 1, b"").unwrap());
+        assert!(knocks(), "a new ring is one that nobody looks at");
+        assert!(!knocks() && !knocks());
+        assert!(taker.arm(), "there is something to take");
+        while take(&taker).is_some() {}
+        taker.disarm();
+        assert!(!knocks());
+        assert!(take(&taker).is_some());
+        assert!(!taker.arm());
+        assert!(knocks());
+    }
+
+    #[test]
+    fn a_ring_that_lies_is_told() {
+        let (poster, taker) = ring();
+        poster.ring[POSTED].store(ENTRIES + 1, Relaxed);
+        assert_eq!(taker.peek(), Err(PeerFault::ImpossibleRing { posted: ENTRIES + 1, taken: 0 }));
+        poster.ring[POSTED].store(1, Relaxed);
+        poster.ring[FIRST_ENTRY + 1].store((KEY_ROOM as u64 + 1) << 32, Relaxed);
+        assert_eq!(taker.peek(), Err(PeerFault::MalformedMessage { len: KEY_ROOM + 1 }));
+        poster.ring[FIRST_ENTRY + 1].store(0, Relaxed);
+        assert!(take(&taker).is_some());
+        poster.ring[POSTED].store(0, Relaxed);
+        assert_eq!(taker.peek(), Err(PeerFault::ImpossibleRing { posted: 0, taken: 1 }));
+        // And a server that does.
+        poster.ring[TAKEN].store(u64::MAX, Relaxed);
+        assert_eq!(poster.post(0, 1, b""), Some(0), "one too many taken: room for one");
+        poster.ring[TAKEN].store(u64::MAX / 2, Relaxed);
+        assert_eq!(poster.post(0, 1, b""), None);
+    }
+}
