@@ -24,12 +24,12 @@ case " $* " in *" -f "* | *" --file "*) files=() ;; esac
 # Left out: what is not built here (the other parker, loom's stand-ins), and tests.
 mutants() {
     cargo mutants --output "$output" "${files[@]}" \
-        -e src/sync/raw_sync.rs -e src/sync/warden.rs -e src/sync/model.rs -e src/segment/mapping_model.rs \
-        -e src/protocol/model.rs -e src/protocol/tests.rs \
+        -e src/sync/raw_sync.rs -e src/sync/warden.rs -e src/segment/mapping_model.rs \
+        -e "src/**/model.rs" -e src/protocol/tests.rs \
         --jobs 6 --no-shuffle --colors never "$@"
 }
 
-quick=(--cargo-arg=--lib --cargo-arg=--test=conformance --cargo-arg=--test=transfer --cargo-arg=--test=properties)
+quick=(--cargo-arg=--lib --cargo-arg=--test=conformance --cargo-arg=--test=transfer --cargo-arg=--test=properties --cargo-arg=--test=rings)
 mutants --timeout 25 "${quick[@]}" "$@" || [ $? -lt 4 ]
 case " $* " in *" --list "*) exit ;; esac
 slow=(--cargo-arg=--examples --cargo-arg=--test=processes --cargo-arg=--test=faults --cargo-arg=--test=endings)

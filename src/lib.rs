@@ -169,6 +169,8 @@ pub use protocol::{
 };
 #[cfg(target_os = "linux")]
 pub use segment::Memfd;
+#[cfg(not(loom))]
+pub use segment::SharedByte;
 pub use segment::{
     Backing, Geometry, Lease, Named, PoolId, PoolStats, ReadSlots, Segment, SegmentId, SegmentPool,
     SegmentPoolBuilder, WriteSlots,

@@ -29,6 +29,8 @@ pub(crate) use memfd::{attach as attach_memfd, attach_words, create_words};
 pub(crate) use named::{Owner, attach as attach_named, sweep};
 pub(crate) use pool::{Holding, Stock};
 
+#[cfg(not(loom))]
+pub use mapping::SharedByte;
 #[cfg(target_os = "linux")]
 pub use memfd::Memfd;
 pub use named::Named;

@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use shmferry::SharedByte;
+
 /// Bytes of each file, and how often it is fetched in a round.
 const FILES: [(u64, usize); 5] =
     [(1 << 10, 1000), (64 << 10, 300), (1 << 20, 60), (16 << 20, 8), (256 << 20, 1)];
@@ -27,13 +29,45 @@ const ROUNDS: usize = 7;
 const BUFFER: usize = 128 << 10;
 
 /// A way to get a file from the server process.
-trait Client {
-    /// Has `sink` see all bytes of a file, in order, in memory of this process.
-    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()>;
+pub trait Client {
+    /// Has `sink` see all bytes of a file, in order, where this process can read them.
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()>;
+}
+
+pub type Sink<'s> = &'s mut dyn FnMut(Bytes<'_>);
+
+/// Bytes that can be read, in private memory or in memory that the server shares.
+pub enum Bytes<'b> {
+    Private(&'b [u8]),
+    Shared(&'b [SharedByte]),
+}
+
+impl Bytes<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Bytes::Private(bytes) => bytes.len(),
+            Bytes::Shared(bytes) => bytes.len(),
+        }
+    }
+
+    /// One byte of each cache line.
+    fn touch(&self) {
+        match self {
+            Bytes::Private(bytes) => bytes.iter().step_by(64).for_each(|byte| drop(black_box(*byte))),
+            Bytes::Shared(bytes) => bytes.iter().step_by(64).for_each(|byte| drop(black_box(byte.read()))),
+        }
+    }
+
+    fn copy(&self) -> Vec<u8> {
+        match self {
+            Bytes::Private(bytes) => bytes.to_vec(),
+            Bytes::Shared(bytes) => bytes.iter().map(SharedByte::read).collect(),
+        }
+    }
 }
 
 /// A way, by name.
-struct Method {
+pub struct Method {
     name: &'static str,
     /// What runs in the server process, with the directory of the files.
     serve: fn(&Path) -> io::Result<()>,
@@ -41,20 +75,25 @@ struct Method {
     connect: fn(&Path, &mut Child) -> io::Result<Box<dyn Client>>,
 }
 
-fn methods() -> Vec<Method> {
+pub fn methods() -> Vec<Method> {
     [peers::methods(), ours::methods()].into_iter().flatten().collect()
 }
 
 fn main() -> io::Result<()> {
+    run(methods())
+}
+
+/// Times these methods. The server processes are this program, run again.
+pub fn run(methods: Vec<Method>) -> io::Result<()> {
     if let Ok(name) = env::var("SHMFERRY_BENCH_ROLE") {
         let dir = env::current_dir()?;
-        let method = methods().into_iter().find(|method| method.name == name).expect("a method's name");
+        let method = methods.into_iter().find(|method| method.name == name).expect("a method's name");
         return (method.serve)(&dir);
     }
     let dir = tempfile::tempdir()?;
     furnish(dir.path())?;
     let mut contenders = Vec::new();
-    for method in methods() {
+    for method in methods {
         contenders.push(Contender::start(method, dir.path())?);
     }
     for contender in &mut contenders {
@@ -112,7 +151,7 @@ impl Contender {
             self.client.fetch(file, &mut |bytes| {
                 expected.resize(bytes.len(), 0);
                 source.read_exact_at(&mut expected, at).expect("a file of our own");
-                assert!(bytes == expected, "{}: wrong bytes at {at} of {len}", self.name);
+                assert!(bytes.copy() == expected, "{}: wrong bytes at {at} of {len}", self.name);
                 at += bytes.len() as u64;
             })?;
             assert_eq!(at, len, "{}: a file cut short", self.name);
@@ -128,9 +167,7 @@ impl Contender {
             let start = Instant::now();
             self.client.fetch(file, &mut |bytes| {
                 seen += bytes.len() as u64;
-                bytes.iter().step_by(64).for_each(|byte| {
-                    black_box(byte);
-                });
+                bytes.touch();
             })?;
             if file == 0 {
                 self.smallest.push(start.elapsed().as_secs_f64());

@@ -11,14 +11,14 @@ use shmferry::{
     Seqpacket,
 };
 
-use super::{BUFFER, Client, Method, PATIENCE, await_ready, files_beside, say_ready};
+use super::{BUFFER, Bytes, Client, Method, PATIENCE, Sink, await_ready, files_beside, say_ready};
 
 /// Bytes of payload in a segment, however many slots it is cut into.
 const SEGMENT: u64 = 512 << 10;
 
 pub fn methods() -> Vec<Method> {
     macro_rules! seqpacket {
-        ($name:literal, $slots:literal) => {
+        ($name:literal, $slots:literal, $copies:literal) => {
             Method {
                 name: $name,
                 serve: |place| serve(&Seqpacket::new(place.join("queue")).bind()?, place),
@@ -26,15 +26,16 @@ pub fn methods() -> Vec<Method> {
                     await_ready(server)?;
                     let pool = pool::<Memfd>($slots)?;
                     let requester = Seqpacket::new(place.join("queue")).requester(&pool)?;
-                    Ok(ours(pool, requester))
+                    Ok(ours(pool, requester, $copies))
                 },
             }
         };
     }
     vec![
-        seqpacket!("shmferry, socket, 1 slot", 1),
-        seqpacket!("shmferry, socket, 4 slots", 4),
-        seqpacket!("shmferry, socket, 8 slots", 8),
+        seqpacket!("shmferry, socket, 1 slot", 1, false),
+        seqpacket!("shmferry, socket, 4 slots", 4, false),
+        seqpacket!("shmferry, socket, 4 slots, copied out", 4, true),
+        seqpacket!("shmferry, socket, 8 slots", 8, false),
         Method {
             name: "shmferry, message queue, 4 slots",
             serve: |place| serve(&PosixMq::new(queue_name(std::process::id()))?.bind()?, place),
@@ -42,7 +43,7 @@ pub fn methods() -> Vec<Method> {
                 await_ready(server)?;
                 let pool = pool::<Named>(4)?;
                 let requester = PosixMq::new(queue_name(server.id()))?.requester(&pool);
-                Ok(ours(pool, requester))
+                Ok(ours(pool, requester, false))
             },
         },
         Method {
@@ -52,7 +53,7 @@ pub fn methods() -> Vec<Method> {
                 let queue = InProcess::bounded(1);
                 let (files, taking) = (files_beside(place)?, queue.clone());
                 thread::spawn(move || answer(&taking, &files));
-                Ok(ours(pool::<Memfd>(4)?, queue))
+                Ok(ours(pool::<Memfd>(4)?, queue, false))
             },
         },
     ]
@@ -92,23 +93,33 @@ fn answer(queue: &dyn RequestQueue, files: &[File]) {
 struct Ours<B: Backing> {
     pool: SegmentPool<B>,
     requester: Arc<dyn Requester<B>>,
+    /// Copies the bytes out, rather than reading them where they are.
+    copies: bool,
     buffer: Vec<u8>,
 }
 
-fn ours<B: Backing>(pool: SegmentPool<B>, requester: impl Requester<B> + 'static) -> Box<dyn Client> {
-    Box::new(Ours { pool, requester: Arc::new(requester), buffer: vec![0; BUFFER] })
+fn ours<B: Backing>(
+    pool: SegmentPool<B>,
+    requester: impl Requester<B> + 'static,
+    copies: bool,
+) -> Box<dyn Client> {
+    Box::new(Ours { pool, requester: Arc::new(requester), copies, buffer: vec![0; BUFFER] })
 }
 
 impl<B: Backing> Client for Ours<B> {
-    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
         let deadline = Deadline::after(PATIENCE);
         let (request, transfer) = self.pool.lease(deadline)?.request([file as u8])?;
         self.requester.send(request, deadline).map_err(shmferry::Error::from)?;
         let Reply::Found(mut body) = transfer.reply(deadline)? else { panic!("refused") };
         while let Some(mut chunk) = body.next_chunk(deadline)? {
-            while !chunk.is_empty() {
-                let len = chunk.copy_to(&mut self.buffer);
-                sink(&self.buffer[..len]);
+            if self.copies {
+                while !chunk.is_empty() {
+                    let len = chunk.copy_to(&mut self.buffer);
+                    sink(Bytes::Private(&self.buffer[..len]));
+                }
+            } else {
+                sink(Bytes::Shared(chunk.bytes()));
             }
         }
         Ok(())

@@ -21,7 +21,7 @@ use rustix::net::{
 };
 use shared_memory::{Shmem, ShmemConf};
 
-use super::{BUFFER, Client, FILES, Method, await_ready, files_beside, say_ready};
+use super::{BUFFER, Bytes, Client, FILES, Method, Sink, await_ready, files_beside, say_ready};
 
 pub fn methods() -> Vec<Method> {
     vec![
@@ -81,17 +81,17 @@ impl Local {
 }
 
 impl Client for Local {
-    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
         read_through(&self.0[file], &mut self.1, sink)
     }
 }
 
-fn read_through(file: &File, buffer: &mut [u8], sink: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+fn read_through(file: &File, buffer: &mut [u8], sink: Sink<'_>) -> io::Result<()> {
     let mut at = 0;
     loop {
         match file.read_at(buffer, at)? {
             0 => return Ok(()),
-            len => sink(&buffer[..len]),
+            len => sink(Bytes::Private(&buffer[..len])),
         }
         at += buffer.len() as u64;
     }
@@ -198,7 +198,7 @@ fn send_by_copy(out: &mut dyn Connection, file: &File, _len: u64) -> io::Result<
     let mut buffer = vec![0; BUFFER];
     let mut failed = Ok(());
     read_through(file, &mut buffer, &mut |bytes| {
-        if failed.is_ok() {
+        if let (Ok(()), Bytes::Private(bytes)) = (&failed, bytes) {
             failed = out.write_all(bytes);
         }
     })?;
@@ -215,7 +215,7 @@ impl<C: Read + Write + 'static> Stream<C> {
 }
 
 impl<C: Read + Write> Client for Stream<C> {
-    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
         let Stream(connection, buffer) = self;
         connection.write_all(&[file as u8])?;
         let mut len = [0; 8];
@@ -225,19 +225,14 @@ impl<C: Read + Write> Client for Stream<C> {
 }
 
 /// Reads exactly `left` bytes.
-fn take(
-    mut from: impl Read,
-    mut left: u64,
-    buffer: &mut [u8],
-    sink: &mut dyn FnMut(&[u8]),
-) -> io::Result<()> {
+fn take(mut from: impl Read, mut left: u64, buffer: &mut [u8], sink: Sink<'_>) -> io::Result<()> {
     while left > 0 {
         let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         let len = from.read(&mut buffer[..most])?;
         if len == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        sink(&buffer[..len]);
+        sink(Bytes::Private(&buffer[..len]));
         left -= len as u64;
     }
     Ok(())
@@ -273,7 +268,7 @@ impl Pipe {
 }
 
 impl Client for Pipe {
-    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
         self.0.write_all(&[file as u8])?;
         take(&mut self.1, FILES[file].0, &mut self.2, sink)
     }
@@ -309,7 +304,7 @@ fn ask_for_descriptor(mut connection: &UnixStream, file: usize) -> io::Result<Ow
 struct Passed(UnixStream, Vec<u8>);
 
 impl Client for Passed {
-    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
         read_through(&ask_for_descriptor(&self.0, file)?.into(), &mut self.1, sink)
     }
 }
@@ -317,13 +312,13 @@ impl Client for Passed {
 struct Mapped(UnixStream);
 
 impl Client for Mapped {
-    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
         let (fd, len) = (ask_for_descriptor(&self.0, file)?, FILES[file].0 as usize);
         let flags = MapFlags::SHARED | MapFlags::POPULATE;
         // SAFETY: fresh addresses, and nobody changes or shortens the files of this bench.
         let base = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, flags, &fd, 0)? };
         // SAFETY: the mapping above, alive until below.
-        sink(unsafe { slice::from_raw_parts(base.cast::<u8>(), len) });
+        sink(Bytes::Private(unsafe { slice::from_raw_parts(base.cast::<u8>(), len) }));
         // SAFETY: all of it, and the slice is gone.
         unsafe { munmap(base, len)? };
         Ok(())
@@ -410,26 +405,25 @@ fn serve_turns(place: &Path) -> io::Result<()> {
     })
 }
 
-struct Turns(UnixStream, Channel, Vec<u8>);
+struct Turns(UnixStream, Channel);
 
 impl Turns {
     fn new(connection: UnixStream, place: &Path) -> io::Result<Turns> {
         let id = std::fs::read_to_string(place.join("id"))?;
-        Ok(Turns(connection, Channel::open(&id)?, vec![0; SLOT_LEN]))
+        Ok(Turns(connection, Channel::open(&id)?))
     }
 }
 
 impl Client for Turns {
-    fn fetch(&mut self, file: usize, sink: &mut dyn FnMut(&[u8])) -> io::Result<()> {
-        let Turns(connection, channel, buffer) = self;
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
+        let Turns(connection, channel) = self;
         connection.write_all(&[file as u8])?;
         let mut left = FILES[file].0;
         while left > 0 {
             Channel::wait(&*channel.filled)?;
             let len = *channel.length() as usize;
-            buffer[..len].copy_from_slice(&channel.slot()[..len]);
+            sink(Bytes::Private(&channel.slot()[..len]));
             Channel::signal(&*channel.free)?;
-            sink(&buffer[..len]);
             left -= len as u64;
         }
         Ok(())

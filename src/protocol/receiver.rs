@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
+#[cfg(not(loom))]
+use crate::segment::SharedByte;
 use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::{Deadline, Interrupted, Permit, Spinner};
@@ -318,8 +320,8 @@ impl io::Read for ShmTransfer<Receiver, Receiving> {
 
 /// Bytes in a slot, lent to the receiver; the slot goes back to the sender on drop.
 ///
-/// The sender's memory is never shown as a slice, since it could change under it; the bytes are
-/// copied out, or written to a descriptor by the kernel (rule S1).
+/// The sender's memory is never shown as plain bytes, since it could change under them (rule S1): they are
+/// copied out, written to a descriptor by the kernel, or read one by one.
 pub struct Chunk<'t> {
     transfer: &'t mut ShmTransfer<Receiver, Receiving>,
 }
@@ -333,6 +335,17 @@ impl Chunk<'_> {
     /// Whether everything has been consumed.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The bytes not yet consumed, where they are: to look at them without copying all of them.
+    ///
+    /// What was read is what was sent only if the sender keeps to the rules: it could write there still, so
+    /// that two reads of one byte may differ. Whoever checks bytes before using them copies them first.
+    #[cfg(not(loom))]
+    pub fn bytes(&self) -> &[SharedByte] {
+        let ShmTransfer { side, state } = &*self.transfer;
+        let read = state.open.as_ref().map_or(0, |open| open.read);
+        side.holding.segment.readable().slot_bytes(state.cursor, read, self.len())
     }
 
     /// Consumes as many bytes as fit into `into`; returns how many.

@@ -8,12 +8,14 @@
 //! - **M2** The first `HEADER_LEN` bytes of it are writable too.
 //! - **M3** So are the slots, if `slots_writable`.
 //! - **M4** Into the memory of M1 there are no references but to `Header`, which is all atomics (and cells,
-//!   with the `raw_sync` parker). Slots are touched through raw pointers and by system calls only (rule
-//!   S1): a peer that breaks rule P3 can spoil the bytes that are copied, and nothing else.
+//!   with the `raw_sync` parker), and to `SharedByte`s, which are atomics that can only be read. Otherwise,
+//!   slots are touched through raw pointers and by system calls (rule S1): a peer that breaks rule P3 can
+//!   spoil the bytes that are read, and nothing else.
 #![allow(unsafe_code)]
 
 #[cfg(unix)]
 use std::ffi::c_void;
+use std::fmt;
 use std::io;
 use std::ptr::{self, NonNull};
 
@@ -21,9 +23,28 @@ use shared_memory::Shmem;
 
 #[cfg(target_os = "linux")]
 use crate::sync::atomic::AtomicU64;
+use crate::sync::atomic::{AtomicU8, Relaxed};
 
 use super::header::{HEADER_LEN, Header};
 use super::{Geometry, PAGE};
+
+/// A byte that another process can write at any time: each [`read`](Self::read) may find another value.
+#[repr(transparent)]
+pub struct SharedByte(AtomicU8);
+
+impl SharedByte {
+    /// What it is now.
+    #[inline]
+    pub fn read(&self) -> u8 {
+        self.0.load(Relaxed)
+    }
+}
+
+impl fmt::Debug for SharedByte {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.read().fmt(f)
+    }
+}
 
 /// A mapped segment.
 pub(crate) struct Mapping {
@@ -123,6 +144,15 @@ impl Mapping {
         // private memory, so the two cannot overlap; the peer leaves the slot alone until we post
         // it (P3), and if it does not, bytes are spoilt and no more (M4).
         unsafe { ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Bytes of a slot, where they are.
+    pub(crate) fn slot_bytes(&self, slot: u32, offset: usize, len: usize) -> &[SharedByte] {
+        let from = self.slot_range(slot, offset, len).cast::<SharedByte>();
+        // SAFETY: `from` is valid for `len` reads as long as `self` lives (M1 and the range check). Every
+        // bit pattern is a `SharedByte`, and it may change under a shared reference. Nothing but relaxed
+        // loads of a byte can be done with it, which are allowed in memory that is mapped read-only.
+        unsafe { std::slice::from_raw_parts(from, len) }
     }
 
     /// Copies bytes from private memory into a slot.
