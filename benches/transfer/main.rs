@@ -53,8 +53,8 @@ impl Bytes<'_> {
     /// One byte of each cache line.
     fn touch(&self) {
         match self {
-            Bytes::Private(bytes) => bytes.iter().step_by(64).for_each(|byte| drop(black_box(*byte))),
-            Bytes::Shared(bytes) => bytes.iter().step_by(64).for_each(|byte| drop(black_box(byte.read()))),
+            Bytes::Private(bytes) => bytes.iter().step_by(64).copied().for_each(see),
+            Bytes::Shared(bytes) => bytes.iter().step_by(64).map(SharedByte::read).for_each(see),
         }
     }
 
@@ -64,6 +64,10 @@ impl Bytes<'_> {
             Bytes::Shared(bytes) => bytes.iter().map(SharedByte::read).collect(),
         }
     }
+}
+
+fn see(byte: u8) {
+    black_box(byte);
 }
 
 /// A way, by name.
