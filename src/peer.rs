@@ -4,7 +4,7 @@
 //! connection hangs up, the process's one watcher thread severs the link, which poisons all that is
 //! enrolled, and so wakes every waiter at once.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -67,7 +67,7 @@ pub(crate) struct Link {
 struct LinkState {
     severed: bool,
     rejection: Option<Rejection>,
-    enrolled: HashMap<u64, Option<Arc<dyn Poison>>>,
+    enrolled: BTreeMap<u64, Option<Arc<dyn Poison>>>,
     next: u64,
     relief: Option<Relief>,
 }

@@ -5,7 +5,7 @@
 //! one event at a time: whoever is woken for it has it to itself, reads what has come, at most one
 //! request, and arms it again.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -88,7 +88,7 @@ struct Client {
 #[derive(Default)]
 struct ClientState {
     pool: Option<(PoolId, Geometry)>,
-    segments: HashMap<u32, Arc<Segment<WriteSlots>>>,
+    segments: BTreeMap<u32, Arc<Segment<WriteSlots>>>,
 }
 
 /// What one message was.
