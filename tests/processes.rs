@@ -143,6 +143,7 @@ over_both! {
     an_absent_server_is_waited_for_as_long_as_told,
     a_server_killed_before_its_reply,
     a_server_killed_between_chunks,
+    segments_of_a_killed_server_do_not_linger,
     a_server_killed_while_idle,
     a_receiver_killed_between_chunks,
     a_receiver_killed_before_its_request_is_taken_up,
@@ -482,6 +483,29 @@ fn a_server_killed_between_chunks<C: Carrier>() {
     let _server = Other::start("serve", &place);
     assert!(read_all(ask::<C>(&requester, &pool, 5000).unwrap()) == pattern(5000));
     assert_eq!(pool.stats().retired, u64::from(cfg!(feature = "raw-sync")));
+}
+
+/// What lingers holds on to its dead sender's descriptor: it must not wait until nothing else is idle.
+fn segments_of_a_killed_server_do_not_linger<C: Carrier>() {
+    let _watchdog = watchdog();
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(3, 2);
+    let requester = C::requester(address, &pool);
+    let mut server = Other::start("send one chunk and halt", &place);
+    let body = ask::<C>(&requester, &pool, 5000).unwrap();
+    server.wait_for("sent");
+    drop(body);
+    server.kill();
+    assert_eq!(pool.stats().lingering, 1);
+    let limit = soon();
+    while pool.stats().lingering > 0 && !cfg!(feature = "raw-sync") {
+        assert!(!limit.has_passed(), "it lingers, though its sender is dead");
+        drop(pool.lease(soon()).unwrap());
+        thread::yield_now();
+    }
+    let _server = Other::start("serve", &place);
+    assert!(read_all(ask::<C>(&requester, &pool, 5000).unwrap()) == pattern(5000));
 }
 
 fn a_server_killed_while_idle<C: Carrier>() {

@@ -95,12 +95,15 @@ impl<B: Backing> SegmentPool<B> {
             return Err(Error::Timeout(Awaited::Lease));
         }
         // From here on a segment is ours: idle, or lingering.
-        let (idle, lingering) = {
+        let (idle, lingering, others_linger) = {
             let mut state = lock(&pool.state);
             let idle = state.idle.pop();
             let lingering = if idle.is_none() { state.lingering.pop_front() } else { None };
-            (idle, lingering)
+            (idle, lingering, !state.lingering.is_empty())
         };
+        if others_linger {
+            pool.tidy();
+        }
         let stock = match (idle, lingering) {
             (Some(stock), _) if stock.is_sound() => stock,
             (Some(spoilt), _) => pool.replace(spoilt)?,
@@ -377,6 +380,22 @@ impl<B: Backing> Shared<B> {
     fn put_lingering(&self, lingering: Lingering<B>) {
         lock(&self.state).lingering.push_back(lingering);
         self.available.leave();
+    }
+
+    /// Looks after the segment that has lingered longest, without waiting: most often its sender is off it by
+    /// now, or dead. As long as it lingers, it holds on to the link, and that to descriptors.
+    fn tidy(&self) {
+        if !self.available.try_enter() {
+            return;
+        }
+        let oldest = lock(&self.state).lingering.pop_front();
+        match oldest {
+            Some(lingering) if lingering.settle(Deadline::after(Duration::ZERO)) => {
+                self.put_idle(lingering.stock);
+            }
+            Some(lingering) => self.put_lingering(lingering),
+            None => self.available.leave(),
+        }
     }
 
     /// Makes a lingering segment usable, or puts a fresh one in its place.
