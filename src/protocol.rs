@@ -9,7 +9,7 @@ use crate::peer::{Enrolment, Link};
 use crate::segment::{MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::modelled::{Mutex, lock};
-use crate::sync::{Deadline, Interrupted, Permit, Semaphore, Spinner, current_cpu};
+use crate::sync::{Deadline, Interrupted, Permit, Presence, Semaphore, Spinner, current_cpu};
 
 mod metadata;
 #[cfg(all(test, loom))]
@@ -254,13 +254,14 @@ impl Offer {
 /// while another of this process's crew may work in our place.
 fn await_permit(
     semaphore: &Semaphore,
-    spinner: &mut Spinner,
+    (spinner, presence): (&mut Spinner, &Presence),
     (our_cpu, peer_cpu): (&AtomicU32, &AtomicU32),
     deadline: Deadline,
     is_severed: impl Fn() -> bool,
 ) -> Result<Permit, Interrupted> {
     let cpu = publish_cpu(our_cpu);
-    match spinner.try_wait(semaphore, cpu, peer_cpu.load(Relaxed)) {
+    let can_pay = cpu != peer_cpu.load(Relaxed) && !presence.is_crowded();
+    match spinner.try_wait(semaphore, can_pay) {
         Err(Interrupted::TimedOut) => {}
         settled => return settled,
     }

@@ -1,7 +1,7 @@
 //! Real file contents between two real processes, by every method that a user could pick instead, in one run.
 //!
-//! `cargo bench --bench transfer`; with `-- --write DIRECTORY`, `benchmarks.md` and its plot are written
-//! there. A server process has the files in its page cache; the client asks for one and must hold its bytes
+//! `cargo bench --bench transfer`; with `-- --write DIRECTORY`, `benchmarks.md` and its plot are written there;
+//! with `-- --only WORD`, methods with that in their names and the anchors are measured. A server process has the files in its page cache; the client asks for one and must hold its bytes
 //! readable. First every byte is compared; then, timed, one byte of each cache line is touched. Methods are
 //! interleaved, round by round, so that whatever else the machine does meets all of them.
 
@@ -97,7 +97,10 @@ pub fn run(methods: Vec<Method>) -> io::Result<()> {
     let dir = tempfile::tempdir()?;
     furnish(dir.path())?;
     let mut contenders = Vec::new();
-    for method in methods {
+    // `--only WORD`: methods with that in their names, and the anchors.
+    let only = env::args().skip_while(|argument| argument != "--only").nth(1).unwrap_or_default();
+    let is_wanted = |name: &str| name.contains(&only) || report::ANCHORS.contains(&name);
+    for method in methods.into_iter().filter(|method| is_wanted(method.name)) {
         contenders.push(Contender::start(method, dir.path())?);
     }
     for contender in &mut contenders {

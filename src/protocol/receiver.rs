@@ -6,6 +6,7 @@ use std::io;
 #[cfg(unix)]
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
@@ -13,7 +14,7 @@ use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::segment::SharedByte;
 use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
-use crate::sync::{Deadline, Interrupted, Permit, Spinner};
+use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
     DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, publish_cpu,
@@ -25,8 +26,12 @@ pub struct Receiver {
     generation: u64,
     offer: Arc<Offer>,
     spinner: Spinner,
+    presence: Presence,
     patience: Duration,
 }
+
+/// How many of them there are in this process.
+static RECEIVERS: AtomicUsize = AtomicUsize::new(0);
 
 /// A generation that no turn word can name.
 const NO_GENERATION: u64 = u64::MAX;
@@ -108,6 +113,7 @@ impl ShmTransfer<Receiver, Offered> {
             generation,
             offer: Arc::clone(&offer),
             spinner: Spinner::new(),
+            presence: Presence::among(&RECEIVERS),
             patience: DEFAULT_PATIENCE,
         };
         (ShmTransfer { side, state: Offered(()) }, offer, generation)
@@ -388,7 +394,7 @@ impl Receiver {
         let header = self.holding.segment.header();
         let is_severed = || self.offer.is_severed();
         let cpus: (&AtomicU32, &AtomicU32) = (&header.receiver.cpu, &header.announcement.cpu);
-        match await_permit(&header.filled, &mut self.spinner, cpus, deadline, is_severed) {
+        match await_permit(&header.filled, (&mut self.spinner, &self.presence), cpus, deadline, is_severed) {
             Ok(permit) => Ok(permit),
             Err(Interrupted::TimedOut) => Err(Error::Timeout(awaited)),
             Err(Interrupted::Poisoned) => Err(self.why_poisoned()),

@@ -7,13 +7,14 @@ use std::ops::Range;
 #[cfg(unix)]
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::peer::{Enrolment, Link, Peer};
 use crate::segment::{ChunkLen, Header, Phase, Segment, WriteSlots};
 use crate::sync::atomic::Relaxed;
-use crate::sync::{Deadline, Interrupted, Permit, Spinner};
+use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
     DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit, publish_cpu,
@@ -29,8 +30,12 @@ pub struct Sender {
     /// Given up before the last write: the link must not poison what may be in other hands by then.
     enrolment: Option<Enrolment>,
     spinner: Spinner,
+    presence: Presence,
     patience: Duration,
 }
+
+/// How many of them there are in this process.
+static SENDERS: AtomicUsize = AtomicUsize::new(0);
 
 /// A request has come in; nothing has been answered yet.
 #[derive(Debug)]
@@ -66,6 +71,7 @@ impl ShmTransfer<Sender, Starting> {
             link: Arc::clone(link),
             enrolment: Some(enrolment),
             spinner: Spinner::new(),
+            presence: Presence::among(&SENDERS),
             patience: DEFAULT_PATIENCE,
         };
         ShmTransfer { side, state: Starting { key } }
@@ -424,7 +430,7 @@ impl Sender {
         }
         let cpus = (&header.announcement.cpu, &header.receiver.cpu);
         let is_severed = || self.link.is_severed();
-        match await_permit(&header.free, &mut self.spinner, cpus, deadline, is_severed) {
+        match await_permit(&header.free, (&mut self.spinner, &self.presence), cpus, deadline, is_severed) {
             Ok(permit) => Ok(permit),
             Err(Interrupted::TimedOut) => Err(Error::Timeout(Awaited::FreeSlot)),
             Err(Interrupted::Poisoned) => Err(self.why_poisoned()),

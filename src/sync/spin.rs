@@ -1,6 +1,9 @@
 //! When to spin before sleeping (rule P8): only when the peer can be running now, and answers fast.
 
 use std::hint;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use super::{Interrupted, Permit, Semaphore};
@@ -32,31 +35,27 @@ impl Spinner {
     }
 
     /// Tries for a permit, spinning for a while if that can pay. `TimedOut` means: sleep now.
-    pub(crate) fn try_wait(
-        &mut self,
-        semaphore: &Semaphore,
-        our_cpu: u32,
-        peer_cpu: u32,
-    ) -> Result<Permit, Interrupted> {
+    pub(crate) fn try_wait(&mut self, semaphore: &Semaphore, can_pay: bool) -> Result<Permit, Interrupted> {
         let attempt = || match semaphore.try_wait() {
             Err(Interrupted::TimedOut) => None,
             settled => Some(settled),
         };
-        self.spin(our_cpu != peer_cpu, BUDGET, attempt).unwrap_or(Err(Interrupted::TimedOut))
+        self.spin(can_pay, BUDGET, attempt).unwrap_or(Err(Interrupted::TimedOut))
     }
 
     /// Tries once, and then again and again within the budget, if that can pay.
     ///
-    /// Spinning is in vain when the peer last ran on our own processor, where it cannot go on while
-    /// we are there, and when it has lately been slower than the budget.
+    /// Spinning is in vain when the peer last ran on our own processor, where it cannot go on while we are
+    /// there, and when others wait for a processor: the caller knows both. And when the peer has lately been
+    /// slower than the budget.
     pub(crate) fn spin<T>(
         &mut self,
-        peer_is_elsewhere: bool,
+        can_pay: bool,
         budget: Duration,
         mut attempt: impl FnMut() -> Option<T>,
     ) -> Option<T> {
         let settled = attempt();
-        if settled.is_some() || !peer_is_elsewhere {
+        if settled.is_some() || !can_pay {
             return settled;
         }
         if self.credit == 0 && self.unspun < PROBE {
@@ -85,6 +84,32 @@ impl Spinner {
         if took < BUDGET {
             self.credit = MOST_CREDIT.min(self.credit + 1);
         }
+    }
+}
+
+/// One of those in this process who may wait for a peer, counted while it lives: what the processors are busy
+/// with, as far as we know.
+#[derive(Debug)]
+pub(crate) struct Presence(&'static AtomicUsize);
+
+impl Presence {
+    pub(crate) fn among(all: &'static AtomicUsize) -> Presence {
+        all.fetch_add(1, Relaxed);
+        Presence(all)
+    }
+
+    /// Whether there are more of them than processors for both sides, so that spinning would take a
+    /// processor from one that has work for it.
+    pub(crate) fn is_crowded(&self) -> bool {
+        static PAIRS: OnceLock<usize> = OnceLock::new();
+        let pairs = PAIRS.get_or_init(|| available_parallelism().map_or(1, |n| n.get().div_ceil(2)));
+        self.0.load(Relaxed) > *pairs
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
     }
 }
 

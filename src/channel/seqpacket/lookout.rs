@@ -26,6 +26,8 @@ pub(super) trait Watched {
     fn arm(&self) -> bool;
     /// Lets its client post without a knock.
     fn disarm(&self);
+    /// Whether its client waits for nothing now, so that its next request may come at any moment.
+    fn is_at_rest(&self) -> bool;
     /// The processor that its client last posted from.
     fn client_cpu(&self) -> u32;
 }
@@ -82,7 +84,9 @@ impl<R: Watched> Lookout<R> {
             let mut state = lock(&self.state);
             let cpu = current_cpu();
             let is_elsewhere = state.active.iter().any(|ring| ring.client_cpu() != cpu);
-            let spinner = if state.active.is_empty() { None } else { state.spinner.take() }?;
+            // While transfers are under way, there is better use for a processor.
+            let can_pay = !state.active.is_empty() && state.active.iter().all(|ring| ring.is_at_rest());
+            let spinner = if can_pay { state.spinner.take() } else { None }?;
             state.active.iter().for_each(|ring| ring.disarm());
             (spinner, is_elsewhere)
         };

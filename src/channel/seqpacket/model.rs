@@ -75,6 +75,10 @@ impl Watched for Ring {
         self.taker.disarm();
     }
 
+    fn is_at_rest(&self) -> bool {
+        true
+    }
+
     fn client_cpu(&self) -> u32 {
         self.taker.client_cpu()
     }
@@ -106,7 +110,7 @@ impl Shared {
                 None => thread::yield_now(),
             }
         };
-        if ring.poster.must_knock(number) {
+        if ring.poster.must_knock(number, true) {
             self.doorway.tell(Event::Knock(Arc::clone(ring)));
         }
     }

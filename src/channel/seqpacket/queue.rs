@@ -496,6 +496,10 @@ impl Watched for Client {
         }
     }
 
+    fn is_at_rest(&self) -> bool {
+        self.link.is_below(1)
+    }
+
     fn client_cpu(&self) -> u32 {
         self.ring.get().map_or(u32::MAX, Taker::client_cpu)
     }

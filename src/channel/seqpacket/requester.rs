@@ -170,7 +170,7 @@ impl Connection {
         let Some((ring, number)) = self.post(index, generation, key) else {
             return self.say(Message::Request { index, generation, key }, None, deadline);
         };
-        if !ring.must_knock(number) {
+        if !ring.must_knock(number, self.link.is_below(1)) {
             return Ok(());
         }
         match self.say(Message::Knock, None, Deadline::after(Duration::ZERO)) {

@@ -93,15 +93,16 @@ impl Poster {
         Some(number)
     }
 
-    /// Whether the caller has to wake the server, after posting request `number`.
-    pub(super) fn must_knock(&self, number: u64) -> bool {
+    /// Whether the caller has to wake the server, after posting request `number`. If the client is
+    /// `at_rest`, waiting for nothing else, it waits a moment for a worker first.
+    pub(super) fn must_knock(&self, number: u64, at_rest: bool) -> bool {
         fence(SeqCst); // pair 3
         let bell = &self.ring[BELL];
         if bell.load(Relaxed) == 0 {
             return false;
         }
         // Whoever served the last request is most often on its way back, and will find this one.
-        if let Ok(mut spinner) = self.spinner.try_lock() {
+        if let (true, Ok(mut spinner)) = (at_rest, self.spinner.try_lock()) {
             let seen = || (self.was_taken(number) || bell.load(Relaxed) == 0).then_some(());
             let is_elsewhere = self.ring[SERVER_CPU].load(Relaxed) != u64::from(current_cpu());
             if spinner.spin(is_elsewhere, KNOCK_AFTER, seen).is_some() {
@@ -257,7 +258,7 @@ mod tests {
     #[test]
     fn one_knock_until_the_bell_is_raised_again() {
         let (poster, taker) = ring();
-        let knocks = || poster.must_knock(poster.post(0, 1, b"").unwrap());
+        let knocks = || poster.must_knock(poster.post(0, 1, b"").unwrap(), true);
         assert!(knocks(), "a new ring is one that nobody looks at");
         assert!(!knocks() && !knocks());
         assert!(taker.arm(), "there is something to take");
