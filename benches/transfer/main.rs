@@ -5,8 +5,8 @@
 //! readable. First every byte is compared; then, timed, one byte of each cache line is touched. Methods are
 //! interleaved, round by round, so that whatever else the machine does meets all of them.
 
-mod ours;
-mod peers;
+pub mod ours;
+pub mod peers;
 mod report;
 
 use std::env;
@@ -21,17 +21,22 @@ use std::time::{Duration, Instant};
 use shmferry::SharedByte;
 
 /// Bytes of each file, and how often it is fetched in a round.
-const FILES: [(u64, usize); 5] =
+pub const FILES: [(u64, usize); 5] =
     [(1 << 10, 1000), (64 << 10, 300), (1 << 20, 60), (16 << 20, 8), (256 << 20, 1)];
 const ROUNDS: usize = 7;
 
 /// What methods with a buffer of their own use: as much as one of our slots holds.
-const BUFFER: usize = 128 << 10;
+pub const BUFFER: usize = 128 << 10;
 
 /// A way to get a file from the server process.
 pub trait Client {
     /// Has `sink` see all bytes of a file, in order, where this process can read them.
     fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()>;
+
+    /// Others are timed now: a server that polls for requests stops until the next one.
+    fn rest(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 pub type Sink<'s> = &'s mut dyn FnMut(Bytes<'_>);
@@ -72,11 +77,11 @@ fn see(byte: u8) {
 
 /// A way, by name.
 pub struct Method {
-    name: &'static str,
+    pub name: &'static str,
     /// What runs in the server process, with the directory of the files.
-    serve: fn(&Path) -> io::Result<()>,
+    pub serve: fn(&Path) -> io::Result<()>,
     /// What runs here, beside that process.
-    connect: fn(&Path, &mut Child) -> io::Result<Box<dyn Client>>,
+    pub connect: fn(&Path, &mut Child) -> io::Result<Box<dyn Client>>,
 }
 
 pub fn methods() -> Vec<Method> {
@@ -84,11 +89,11 @@ pub fn methods() -> Vec<Method> {
 }
 
 fn main() -> io::Result<()> {
-    run(methods())
+    run("cargo bench --bench transfer -- --write docs", methods())
 }
 
-/// Times these methods. The server processes are this program, run again.
-pub fn run(methods: Vec<Method>) -> io::Result<()> {
+/// Times these methods, as this command does. The server processes are this program, run again.
+pub fn run(command: &str, methods: Vec<Method>) -> io::Result<()> {
     if let Ok(name) = env::var("SHMFERRY_BENCH_ROLE") {
         let dir = env::current_dir()?;
         let method = methods.into_iter().find(|method| method.name == name).expect("a method's name");
@@ -119,7 +124,7 @@ pub fn run(methods: Vec<Method>) -> io::Result<()> {
     print!("{}", report::table(&results));
     let mut arguments = env::args().skip_while(|argument| argument != "--write");
     if let Some(directory) = arguments.nth(1) {
-        report::write(Path::new(&directory), &results)?;
+        report::write(Path::new(&directory), command, &results)?;
     }
     Ok(())
 }
@@ -163,7 +168,7 @@ impl Contender {
             })?;
             assert_eq!(at, len, "{}: a file cut short", self.name);
         }
-        Ok(())
+        self.client.rest()
     }
 
     fn time(&mut self, file: usize) -> io::Result<()> {
@@ -182,7 +187,7 @@ impl Contender {
         }
         self.rounds[file].push(begin.elapsed().as_secs_f64() / times as f64);
         assert_eq!(seen, FILES[file].0 * times as u64, "{}: a file cut short", self.name);
-        Ok(())
+        self.client.rest()
     }
 
     /// Lets the server end by itself, since its client is gone: so that it leaves nothing behind.
@@ -220,20 +225,20 @@ fn open(dir: &Path, file: usize) -> io::Result<File> {
 }
 
 /// All files, as a server has them open; its directory is beneath that of the files.
-fn files_beside(place: &Path) -> io::Result<Vec<File>> {
+pub fn files_beside(place: &Path) -> io::Result<Vec<File>> {
     let dir = place.parent().expect("made beneath the files' directory");
     (0..FILES.len()).map(|file| open(dir, file)).collect()
 }
 
 /// Tells the client that the server is ready.
-fn say_ready() -> io::Result<()> {
+pub fn say_ready() -> io::Result<()> {
     let mut stdout = io::stdout();
     stdout.write_all(b"!")?;
     stdout.flush()
 }
 
 /// Waits until the server says so.
-fn await_ready(server: &mut Child) -> io::Result<()> {
+pub fn await_ready(server: &mut Child) -> io::Result<()> {
     let stdout = server.stdout.as_mut().expect("piped");
     stdout.read_exact(&mut [0])
 }

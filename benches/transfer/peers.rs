@@ -103,13 +103,13 @@ fn read_through(file: &File, buffer: &mut [u8], sink: Sink<'_>) -> io::Result<()
 trait Connection: Read + Write + AsFd {}
 impl<T: Read + Write + AsFd> Connection for T {}
 
-fn unix(place: &Path) -> io::Result<UnixStream> {
+pub fn unix(place: &Path) -> io::Result<UnixStream> {
     let listener = UnixListener::bind(place.join("socket"))?;
     say_ready()?;
     Ok(listener.accept()?.0)
 }
 
-fn connect_unix(place: &Path, server: &mut Child) -> io::Result<UnixStream> {
+pub fn connect_unix(place: &Path, server: &mut Child) -> io::Result<UnixStream> {
     await_ready(server)?;
     UnixStream::connect(place.join("socket"))
 }
@@ -124,7 +124,7 @@ fn tcp(place: &Path) -> io::Result<TcpStream> {
 }
 
 /// Answers requests, each the number of a file in one byte, until the client leaves.
-fn serve_requests(
+pub fn serve_requests(
     mut connection: impl Read,
     place: &Path,
     mut answer: impl FnMut(&File, usize) -> io::Result<()>,

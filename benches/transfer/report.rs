@@ -45,7 +45,7 @@ pub fn table(results: &[Result]) -> String {
 }
 
 /// Writes `benchmarks.md` and `throughput.svg` into a directory.
-pub fn write(directory: &Path, results: &[Result]) -> io::Result<()> {
+pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<()> {
     let said = |program: &str, argument: &str| {
         let output = Command::new(program).arg(argument).output();
         output.map_or("unknown".to_owned(), |out| String::from_utf8_lossy(&out.stdout).trim().to_owned())
@@ -56,7 +56,7 @@ pub fn write(directory: &Path, results: &[Result]) -> io::Result<()> {
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let document = format!(
         "# Benchmarks\n\n\
-        Written by `cargo bench --bench transfer -- --write docs`, from one run; whatever came out worse stays in.\n\n\
+        Written by `{command}`, from one run; whatever came out worse stays in.\n\n\
         | | |\n| --- | --- |\n\
         | processor | {}, {processors} seen |\n| kernel | {} |\n| compiler | {} |\n| load at the end | {} |\n\
         | rounds | {ROUNDS}, methods interleaved; per round {} fetches |\n\
