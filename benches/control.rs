@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_open, mq_receive, mq_send, mq_unlink};
 use nix::sys::stat::Mode;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::thread::futex;
 use shmferry::{
     Backing, Deadline, InProcess, Memfd, Named, PosixMq, Refusal, Reply, RequestQueue, Requester,
@@ -248,7 +248,8 @@ fn words<const SLEEPS: bool>(place: &Path) -> io::Result<Trip> {
 // ---------------------------------------------------------------- messages
 
 fn socket() -> io::Result<OwnedFd> {
-    Ok(rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None)?)
+    let (kind, flags) = (SocketType::SEQPACKET, SocketFlags::CLOEXEC);
+    Ok(rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?)
 }
 
 fn serve_seqpacket(place: &Path) -> io::Result<()> {
