@@ -1230,13 +1230,14 @@ fn hostile_server(path: &Path) {
         let (mut slots, mut slot_len) = (0, 0);
         let mut known = BTreeMap::new();
         let mut ring: Option<(Memory, u64)> = None;
+        let mut bells = 2u64..;
         while let Some((message, fd)) = line.hear() {
             let mut asked = Vec::new();
             match message[0] {
                 6 => ring = Some((Memory::map(fd.unwrap(), RING_LEN), 0)),
                 7 => {
                     let (ring, taken) = ring.as_mut().expect("it knocks at a ring");
-                    ring.long(BELL).store(1, SeqCst);
+                    ring.long(BELL).swap(bells.next().unwrap(), SeqCst);
                     while *taken < ring.long(POSTED).load(SeqCst) {
                         asked.push(ring.entry(*taken));
                         *taken += 1;
@@ -1256,7 +1257,8 @@ fn hostile_server(path: &Path) {
                 kind => panic!("a message of kind {kind}"),
             }
             let goes_on = asked.into_iter().all(|(index, generation, key)| {
-                let deal = Deal { line: &line, memory: known[&index], generation, slots, slot_len };
+                let Some(&memory) = known.get(&index) else { return true }; // withdrawn and retired
+                let deal = Deal { line: &line, memory, generation, slots, slot_len };
                 let all: Vec<Memory> = known.values().copied().collect();
                 let key = String::from_utf8(key).unwrap();
                 if let ("ring words", Some((ring, _))) = (&*key, &ring) {
@@ -1264,7 +1266,7 @@ fn hostile_server(path: &Path) {
                     (0..1000).for_each(|_| ring.spoil_ring(&mut random));
                     ring.long(POSTED).store(0, SeqCst);
                     ring.long(TAKEN).store([1 << 40, u64::MAX][random.below(2)], SeqCst);
-                    ring.long(BELL).store(1, SeqCst);
+                    ring.long(BELL).swap(bells.next().unwrap(), SeqCst);
                 }
                 answer(&key, &deal, all, &mut random)
             });

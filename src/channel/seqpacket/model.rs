@@ -110,9 +110,17 @@ impl Shared {
                 None => thread::yield_now(),
             }
         };
-        if ring.poster.must_knock(number, true) {
+        if let Some(bell) = ring.poster.bell(number, true) {
             self.doorway.tell(Event::Knock(Arc::clone(ring)));
+            ring.poster.lower(bell);
         }
+    }
+
+    /// Posts a request, and fails to knock.
+    fn post_in_vain(&self, generation: u64) {
+        let ring = &self.rings[0];
+        let number = ring.poster.post(0, generation, &generation.to_ne_bytes()).unwrap();
+        let _ = ring.poster.bell(number, true);
     }
 
     /// Takes one request, as a worker does.
@@ -182,6 +190,18 @@ fn two_threads_of_one_client() {
         let posters = [1, 2].map(|generation| spawn(&shared, move |shared| shared.post(0, generation)));
         let taken = [shared.recv(), shared.recv()];
         assert!(taken == [1, 2] || taken == [2, 1], "{taken:?}");
+        posters.into_iter().for_each(|poster| poster.join().unwrap());
+    });
+}
+
+#[test]
+fn a_knock_that_fails_costs_nobody_else_anything() {
+    model(|| {
+        let shared = shared(1);
+        let posters =
+            [spawn(&shared, |shared| shared.post_in_vain(1)), spawn(&shared, |shared| shared.post(0, 2))];
+        // Whoever comes later finds what was posted in vain, or knocks for both.
+        while shared.recv() != 2 {}
         posters.into_iter().for_each(|poster| poster.join().unwrap());
     });
 }

@@ -170,12 +170,13 @@ impl Connection {
         let Some((ring, number)) = self.post(index, generation, key) else {
             return self.say(Message::Request { index, generation, key }, None, deadline);
         };
-        if !ring.must_knock(number, self.link.is_below(1)) {
-            return Ok(());
-        }
+        let Some(bell) = ring.bell(number, self.link.is_below(1)) else { return Ok(()) };
         match self.say(Message::Knock, None, Deadline::after(Duration::ZERO)) {
             // What fills the connection wakes the server as well.
-            Ok(()) | Err(Error::Timeout(_)) => Ok(()),
+            Ok(()) | Err(Error::Timeout(_)) => {
+                ring.lower(bell);
+                Ok(())
+            }
             // A server takes nothing more once it has hung up.
             Err(_) if ring.was_taken(number) => Ok(()),
             Err(error) => Err(error),

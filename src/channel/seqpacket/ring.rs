@@ -15,7 +15,10 @@
 //!    comes first, and then the server sees the entry and looks on, or the server's does, and then the
 //!    client sees `BELL` raised and knocks.
 //!
-//! Everything else is `Relaxed`: whoever lowers `BELL` has looked, or is about to, or will knock.
+//! Everything else is `Relaxed`: whoever lowers `BELL` is about to look, or has knocked. A client lowers it only
+//! after the knock, since a knock can fail, and others would rely on it; and only the bell that it knocked for.
+//! Both sides change it by read-modify-write: with plain stores on the server's side, loom finds a bell that is
+//! lowered too late.
 
 use std::time::Duration;
 
@@ -42,11 +45,15 @@ const CLIENT_CPU: usize = 1;
 /// How many the server has taken out; ever growing.
 pub(crate) const TAKEN: usize = GROUP;
 const SERVER_CPU: usize = GROUP + 1;
-/// Not zero: nobody looks, so knock after posting. Both write it.
+/// Not zero: nobody looks, so knock after posting. The server raises it to another number each time; the client
+/// lowers that number, and no later one.
 pub(crate) const BELL: usize = 2 * GROUP;
 pub(crate) const FIRST_ENTRY: usize = 3 * GROUP;
 /// An entry: the generation, the segment's index below the key's length, and the key.
 pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
+
+/// The bell of a new ring, at which nobody looks.
+const NEW: u64 = 1;
 
 /// How long a client waits for a worker that is on its way back before it knocks.
 const KNOCK_AFTER: Duration = Duration::from_micros(10);
@@ -62,7 +69,7 @@ pub(super) struct Poster {
 impl Poster {
     /// Over a fresh ring, all zeroes, that nobody else has mapped yet.
     pub(super) fn new(ring: Words) -> Poster {
-        ring[BELL].store(1, Relaxed);
+        ring[BELL].store(NEW, Relaxed);
         ring[SERVER_CPU].store(u64::from(current_cpu()), Relaxed); // no news of it yet: do not spin
         Poster { ring, posted: Mutex::new(0), spinner: Mutex::new(Spinner::new()) }
     }
@@ -93,23 +100,28 @@ impl Poster {
         Some(number)
     }
 
-    /// Whether the caller has to wake the server, after posting request `number`. If the client is
-    /// `at_rest`, waiting for nothing else, it waits a moment for a worker first.
-    pub(super) fn must_knock(&self, number: u64, at_rest: bool) -> bool {
+    /// The bell, if it is raised, so that the caller has to wake the server after posting request `number`,
+    /// and to [`lower`](Self::lower) it then. If the client is `at_rest`, waiting for nothing else, it waits
+    /// a moment for a worker first.
+    pub(super) fn bell(&self, number: u64, at_rest: bool) -> Option<u64> {
         fence(SeqCst); // pair 3
-        let bell = &self.ring[BELL];
-        if bell.load(Relaxed) == 0 {
-            return false;
-        }
+        let bell = || Some(self.ring[BELL].load(Relaxed)).filter(|bell| *bell != 0);
+        let raised = bell()?;
         // Whoever served the last request is most often on its way back, and will find this one.
         if let (true, Ok(mut spinner)) = (at_rest, self.spinner.try_lock()) {
-            let seen = || (self.was_taken(number) || bell.load(Relaxed) == 0).then_some(());
+            let seen = || (self.was_taken(number) || bell().is_none()).then_some(());
             let is_elsewhere = self.ring[SERVER_CPU].load(Relaxed) != u64::from(current_cpu());
             if spinner.spin(is_elsewhere, KNOCK_AFTER, seen).is_some() {
-                return false;
+                return None;
             }
         }
-        bell.compare_exchange(1, 0, Relaxed, Relaxed).is_ok()
+        Some(raised)
+    }
+
+    /// Says that the server was woken for this bell.
+    pub(super) fn lower(&self, bell: u64) {
+        // Fails if another has lowered it, or if the server has raised the next one.
+        let _ = self.ring[BELL].compare_exchange(bell, 0, Relaxed, Relaxed);
     }
 
     /// Whether the server says that it has taken request `number`.
@@ -123,6 +135,8 @@ pub(super) struct Taker {
     ring: Words,
     /// How many requests were taken out. Ours alone: what stands in the ring is for the client.
     taken: AtomicU64,
+    /// How often the bell was raised.
+    raised: AtomicU64,
 }
 
 /// A request as it stood in the ring, copied out.
@@ -142,7 +156,7 @@ impl Entry {
 
 impl Taker {
     pub(super) fn new(ring: Words) -> Taker {
-        Taker { ring, taken: AtomicU64::new(0) }
+        Taker { ring, taken: AtomicU64::new(0), raised: AtomicU64::new(NEW) }
     }
 
     /// Whether there is something to take, if only nonsense.
@@ -185,14 +199,15 @@ impl Taker {
 
     /// Has the client knock when it posts next; `true` if there is something to take already.
     pub(super) fn arm(&self) -> bool {
-        self.ring[BELL].store(1, Relaxed);
+        let bell = self.raised.fetch_add(1, Relaxed) + 1;
+        self.ring[BELL].swap(bell, Relaxed);
         fence(SeqCst); // pair 3
         self.has_entries()
     }
 
     /// Spares the client the knock: somebody looks.
     pub(super) fn disarm(&self) {
-        self.ring[BELL].store(0, Relaxed);
+        self.ring[BELL].swap(0, Relaxed);
     }
 
     /// The processor that posted last.
@@ -258,8 +273,10 @@ mod tests {
     #[test]
     fn one_knock_until_the_bell_is_raised_again() {
         let (poster, taker) = ring();
-        let knocks = || poster.must_knock(poster.post(0, 1, b"").unwrap(), true);
-        assert!(knocks(), "a new ring is one that nobody looks at");
+        let bell = || poster.bell(poster.post(0, 1, b"").unwrap(), true);
+        let knocks = || bell().map(|bell| poster.lower(bell)).is_some();
+        assert!(bell().is_some(), "a new ring is one that nobody looks at");
+        assert!(knocks(), "the knock before failed");
         assert!(!knocks() && !knocks());
         assert!(taker.arm(), "there is something to take");
         while take(&taker).is_some() {}
@@ -267,7 +284,11 @@ mod tests {
         assert!(!knocks());
         assert!(take(&taker).is_some());
         assert!(!taker.arm());
-        assert!(knocks());
+        let late = bell().unwrap();
+        assert!(taker.arm());
+        poster.lower(late);
+        assert!(knocks(), "a bell raised later is not lowered by an earlier knock");
+        assert!(!knocks());
     }
 
     #[test]
