@@ -1231,8 +1231,8 @@ fn hostile_server(path: &Path) {
         let mut known = BTreeMap::new();
         let mut ring: Option<(Memory, u64)> = None;
         let mut bells = 2u64..;
+        let mut asked = Vec::new();
         while let Some((message, fd)) = line.hear() {
-            let mut asked = Vec::new();
             match message[0] {
                 6 => ring = Some((Memory::map(fd.unwrap(), RING_LEN), 0)),
                 7 => {
@@ -1256,16 +1256,21 @@ fn hostile_server(path: &Path) {
                 }
                 kind => panic!("a message of kind {kind}"),
             }
-            let goes_on = asked.into_iter().all(|(index, generation, key)| {
-                let Some(&memory) = known.get(&index) else { return true }; // withdrawn and retired
+            // A segment that is asked for in the ring may still have to be heard of on the connection.
+            let (now, later) = asked.into_iter().partition(|(index, ..)| known.contains_key(index));
+            asked = later;
+            let now: Vec<(u32, u64, Vec<u8>)> = now;
+            let goes_on = now.into_iter().all(|(index, generation, key)| {
+                let memory = known[&index];
                 let deal = Deal { line: &line, memory, generation, slots, slot_len };
                 let all: Vec<Memory> = known.values().copied().collect();
                 let key = String::from_utf8(key).unwrap();
-                if let ("ring words", Some((ring, _))) = (&*key, &ring) {
-                    // It has taken all that was put in: what stands there now keeps nobody from asking.
+                if let ("ring words", Some((ring, taken))) = (&*key, &ring) {
+                    // It has taken all that was put in: what stands there now keeps nobody from asking. (To
+                    // say that it has taken what is still to come would: then nobody knocks.)
                     (0..1000).for_each(|_| ring.spoil_ring(&mut random));
                     ring.long(POSTED).store(0, SeqCst);
-                    ring.long(TAKEN).store([1 << 40, u64::MAX][random.below(2)], SeqCst);
+                    ring.long(TAKEN).store([1 << 40, *taken][random.below(2)], SeqCst);
                     ring.long(BELL).swap(bells.next().unwrap(), SeqCst);
                 }
                 answer(&key, &deal, all, &mut random)
