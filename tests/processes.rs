@@ -853,6 +853,33 @@ impl<Q: RequestQueue> Drop for Closing<'_, Q> {
     }
 }
 
+/// A child that is started while everything is open gets nothing of it.
+#[test]
+fn no_descriptor_outlives_an_exec() {
+    let _watchdog = watchdog();
+    let mut listing = Command::new("ls");
+    let (_dir, path) = socket();
+    let place = Place::over(Mq::TRANSPORT);
+    let seqpacket = Seqpacket::new(&path).bind().unwrap();
+    let posix_mq = Mq::bind(&place.cache_address()).unwrap();
+    let (memfds, named) = (pool::<Unix>(2, 1), pool::<Mq>(2, 1));
+    let requester = Seqpacket::new(&path).requester(&memfds).unwrap();
+    let other = Mq::requester(&place.cache_address(), &named);
+    thread::scope(|scope| {
+        scope.spawn(|| seqpacket.recv(soon()).unwrap().accept(1).unwrap().write_all(b"1").unwrap());
+        scope.spawn(|| posix_mq.recv(soon()).unwrap().accept(1).unwrap().write_all(b"1").unwrap());
+        read_all(ask::<Unix>(&requester, &memfds, 1).unwrap());
+        read_all(ask::<Mq>(&other, &named, 1).unwrap());
+    });
+    let listed = listing.args(["-l", "/proc/self/fd"]).stdin(Stdio::null()).output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let ours: Vec<_> = listed
+        .lines()
+        .filter(|line| ["shmferry", "socket:", "anon_inode:"].iter().any(|word| line.contains(word)))
+        .collect();
+    assert!(ours.is_empty(), "{ours:#?}");
+}
+
 #[test]
 fn a_client_that_frees_nothing_ties_up_a_bounded_number_of_transfers() {
     let _watchdog = watchdog();

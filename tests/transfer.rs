@@ -29,6 +29,9 @@ over_both! {
     every_size_through_every_geometry,
     a_range_of_a_file,
     bytes_written_before_a_file_go_out_first,
+    bytes_written_before_a_range_count,
+    a_wait_lasts_as_long_as_its_deadline,
+    bytes_are_read_where_they_are,
     the_files_own_position_neither_matters_nor_moves,
     a_file_that_shrinks_is_an_error_on_both_sides,
     a_source_longer_than_announced_is_an_error_on_both_sides,
@@ -119,6 +122,63 @@ fn every_size_through_every_geometry<B: Backing>() {
             }
         }
     }
+}
+
+fn bytes_written_before_a_range_count<B: Backing>() {
+    let pool = pool::<B>(1, 4096, 2);
+    let (sent, received) = ferry(
+        &pool,
+        |t| {
+            let mut sending = t.accept(110).unwrap();
+            sending.write_all(&[1; 10]).unwrap();
+            sending.send_file_range(file_of(&[2; 200]), 0..100).unwrap()
+        },
+        read_all,
+    );
+    assert_eq!(sent, 110);
+    assert!(received == [vec![1; 10], vec![2; 100]].concat());
+}
+
+/// Sleepers look up once a second, and sleep on.
+fn a_wait_lasts_as_long_as_its_deadline<B: Backing>() {
+    let pool = pool::<B>(1, 4096, 2);
+    let ((), body) = ferry(
+        &pool,
+        |t| {
+            let mut sending = t.accept(2).unwrap();
+            sending.next_slot(soon()).unwrap().send(b"1").unwrap();
+            // Not for a state: a sender that takes its time.
+            thread::sleep(Duration::from_millis(1300));
+            sending.next_slot(soon()).unwrap().send(b"2").unwrap();
+        },
+        |body| {
+            assert!(body.metadata::<Vec<u8>>().unwrap().is_empty(), "none was attached");
+            read_all(body)
+        },
+    );
+    assert_eq!(body, b"12");
+}
+
+fn bytes_are_read_where_they_are<B: Backing>() {
+    let pool = pool::<B>(1, 4096, 2);
+    let bytes = pattern(10_000);
+    let expected = bytes.clone();
+    let ((), seen) = ferry(
+        &pool,
+        move |t| t.accept(10_000).unwrap().write_all(&bytes).unwrap(),
+        |mut body| {
+            let mut seen = Vec::new();
+            while let Some(mut chunk) = body.next_chunk(soon()).unwrap() {
+                let mut first = [0; 3];
+                let copied = chunk.copy_to(&mut first);
+                seen.extend(&first[..copied]);
+                assert_eq!(chunk.bytes().len(), chunk.len());
+                seen.extend(chunk.bytes().iter().map(shmferry::SharedByte::read));
+            }
+            seen
+        },
+    );
+    assert!(seen == expected);
 }
 
 fn a_range_of_a_file<B: Backing>() {

@@ -136,3 +136,136 @@ impl<R: Watched> State<R> {
         self.spinner.is_some() && self.active.iter().any(|ring| ring.arm())
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    /// A ring of a client that posts from another processor.
+    #[derive(Default)]
+    struct Fake {
+        work: Cell<u32>,
+        armed: Cell<bool>,
+        busy: Cell<bool>,
+        is_here: bool,
+    }
+
+    impl Watched for Fake {
+        fn has_work(&self) -> bool {
+            self.work.get() > 0
+        }
+
+        fn arm(&self) -> bool {
+            self.armed.set(true);
+            self.has_work()
+        }
+
+        fn disarm(&self) {
+            self.armed.set(false);
+        }
+
+        fn is_at_rest(&self) -> bool {
+            !self.busy.get()
+        }
+
+        fn client_cpu(&self) -> u32 {
+            if self.is_here { current_cpu() } else { u32::MAX - 1 }
+        }
+    }
+
+    fn ring() -> Arc<Fake> {
+        Arc::new(Fake { armed: Cell::new(true), ..Default::default() })
+    }
+
+    fn looking_at(rings: &[Arc<Fake>]) -> Lookout<Fake> {
+        let lookout = Lookout::new();
+        rings.iter().for_each(|ring| lookout.activate(ring));
+        lookout
+    }
+
+    #[test]
+    fn rings_with_work_take_turns() {
+        let rings = [(); 4].map(|()| ring());
+        let lookout = looking_at(&rings);
+        assert!(lookout.find().is_none());
+        [0, 1, 3].iter().for_each(|n: &usize| rings[*n].work.set(1));
+        let found: Vec<_> = (0..6).map(|_| lookout.find().unwrap()).collect();
+        let order: Vec<_> = found
+            .iter()
+            .map(|found| rings.iter().position(|ring| Arc::ptr_eq(ring, found)).unwrap())
+            .collect();
+        assert_eq!(order, [0, 1, 3, 0, 1, 3]);
+        lookout.forget(&rings[1]);
+        assert!(!Arc::ptr_eq(&lookout.find().unwrap(), &rings[1]));
+    }
+
+    #[test]
+    fn whoever_sleeps_arms_the_rings_and_stays_awake_for_work() {
+        let rings = [ring(), ring()];
+        let lookout = looking_at(&rings);
+        rings.iter().for_each(|ring| ring.armed.set(false));
+        assert!(lookout.lie_down());
+        assert!(rings.iter().all(|ring| ring.armed.get()));
+        rings[1].work.set(1);
+        assert!(!lookout.lie_down());
+        // One sleeps: it is woken for what there is.
+        assert!(lookout.leave());
+        rings[1].work.set(0);
+        assert!(!lookout.leave());
+        // Nobody does: whoever comes back looks.
+        lookout.rise();
+        rings[1].work.set(1);
+        rings[0].armed.set(false);
+        assert!(!lookout.leave() && !rings[0].armed.get());
+    }
+
+    #[test]
+    fn one_goes_on_looking_where_that_can_pay() {
+        let ring = ring();
+        let lookout = looking_at(std::slice::from_ref(&ring));
+        // What comes while it looks is found.
+        let looks = Cell::new(0);
+        let found = lookout.look(|| {
+            assert!(!ring.armed.get(), "clients need not knock meanwhile");
+            // Another one that sleeps now leaves the bell to whoever looks, and so does one that leaves.
+            assert!(lookout.lie_down() && !lookout.leave() && !ring.armed.get());
+            lookout.rise();
+            assert!(lookout.look(|| unreachable!("two look")).is_none());
+            looks.set(looks.get() + 1);
+            ring.work.set(u32::from(looks.get() == 3));
+            false
+        });
+        assert!(found.is_some() && looks.get() == 3, "{looks:?}");
+        ring.work.set(0);
+        // Told that it is over.
+        looks.set(0);
+        assert!(lookout.look(|| looks.replace(looks.get() + 1) == 1).is_none());
+        assert_eq!(looks.get(), 2);
+        // A client with a transfer under way is no reason to look.
+        ring.busy.set(true);
+        assert!(lookout.look(|| unreachable!("it looks")).is_none());
+        // Nor is one on this processor: one look, and no more.
+        let here = Arc::new(Fake { is_here: true, ..Default::default() });
+        let lookout = looking_at(&[here]);
+        looks.set(0);
+        if lookout.look(|| looks.replace(looks.get() + 1) > 1000).is_none() {
+            assert!(looks.get() <= 1001, "it may have moved to another processor");
+        }
+    }
+
+    #[test]
+    fn the_ring_that_was_used_longest_ago_is_put_aside_armed() {
+        let rings: Vec<_> = (0..MOST_ACTIVE).map(|_| ring()).collect();
+        let lookout = looking_at(&rings);
+        rings.iter().for_each(|ring| ring.armed.set(false));
+        rings[0].work.set(1);
+        lookout.activate(&ring());
+        // The first has work, and stays.
+        assert!(lookout.find().is_some_and(|found| Arc::ptr_eq(&found, &rings[0])));
+        lookout.activate(&ring());
+        assert!(rings[1].armed.get() && !rings[5].armed.get());
+        lookout.activate(&rings[5]);
+        assert_eq!(lock(&lookout.state).active.len(), MOST_ACTIVE, "none twice");
+    }
+}
