@@ -32,5 +32,5 @@ mutants() {
 quick=(--cargo-arg=--lib --cargo-arg=--test=conformance --cargo-arg=--test=transfer --cargo-arg=--test=properties --cargo-arg=--test=rings)
 mutants --timeout 25 "${quick[@]}" "$@" || [ $? -lt 4 ]
 case " $* " in *" --list "*) exit ;; esac
-slow=(--cargo-arg=--examples --cargo-arg=--test=processes --cargo-arg=--test=faults --cargo-arg=--test=endings)
-mutants --iterate --timeout 250 "${slow[@]}" "$@"
+slow=(--cargo-arg=--test=processes --cargo-arg=--test=hostile)
+mutants --iterate --timeout 150 "${quick[@]}" "${slow[@]}" "$@"
