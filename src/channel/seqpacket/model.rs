@@ -149,12 +149,14 @@ impl Shared {
 }
 
 /// Runs `body` in every interleaving; says how many there were.
-fn model(body: impl Fn() + Sync + Send + 'static) {
+fn model(most_preemptions: usize, body: impl Fn() + Sync + Send + 'static) {
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     let runs = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&runs);
     let mut builder = loom::model::Builder::new();
     builder.max_branches = 10_000;
+    // More take hours with four threads.
+    builder.preemption_bound = builder.preemption_bound.map(|bound| bound.min(most_preemptions));
     builder.check(move || {
         counted.fetch_add(1, Relaxed);
         body();
@@ -172,7 +174,7 @@ fn spawn<T: 'static>(
 
 #[test]
 fn two_requests_one_worker_each() {
-    model(|| {
+    model(3, || {
         let shared = shared(1);
         let workers = [(); 2].map(|()| spawn(&shared, Shared::recv));
         shared.post(0, 1);
@@ -185,7 +187,7 @@ fn two_requests_one_worker_each() {
 
 #[test]
 fn two_threads_of_one_client() {
-    model(|| {
+    model(3, || {
         let shared = shared(1);
         let posters = [1, 2].map(|generation| spawn(&shared, move |shared| shared.post(0, generation)));
         let taken = [shared.recv(), shared.recv()];
@@ -196,7 +198,7 @@ fn two_threads_of_one_client() {
 
 #[test]
 fn a_knock_that_fails_costs_nobody_else_anything() {
-    model(|| {
+    model(3, || {
         let shared = shared(1);
         let posters =
             [spawn(&shared, |shared| shared.post_in_vain(1)), spawn(&shared, |shared| shared.post(0, 2))];
@@ -208,7 +210,7 @@ fn a_knock_that_fails_costs_nobody_else_anything() {
 
 #[test]
 fn two_clients_one_of_them_active() {
-    model(|| {
+    model(2, || {
         let shared = shared(2);
         let twice = spawn(&shared, |shared| vec![shared.recv(), shared.recv()]);
         let once = spawn(&shared, |shared| vec![shared.recv()]);
@@ -223,7 +225,7 @@ fn two_clients_one_of_them_active() {
 
 #[test]
 fn a_ring_that_fills_up() {
-    model(|| {
+    model(3, || {
         let shared = shared(1);
         let worker = spawn(&shared, |shared| [shared.recv(), shared.recv(), shared.recv()]);
         (1..=3).for_each(|generation| shared.post(0, generation));
