@@ -17,7 +17,7 @@ use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
-    DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, publish_cpu,
+    DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, own_pid, publish_cpu,
 };
 
 /// The side that owns the segment and takes the bytes out of it.
@@ -101,7 +101,7 @@ impl ShmTransfer<Receiver, Offered> {
         header.filled.reset(0);
         header.free.reset(segment.geometry().slot_count());
         header.receiver.cancelled.store(0, Relaxed);
-        header.receiver.pid.store(std::process::id(), Relaxed);
+        header.receiver.pid.store(own_pid(), Relaxed);
         publish_cpu(&header.receiver.cpu);
         header.turn.open_next(generation)
     }

@@ -17,7 +17,8 @@ use crate::sync::atomic::Relaxed;
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
-    DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit, publish_cpu,
+    DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit, own_pid,
+    publish_cpu,
 };
 
 /// The side that answers a request and puts the bytes in.
@@ -409,7 +410,7 @@ impl Sender {
         if let Some(enrolment) = &self.enrolment {
             enrolment.cover(Arc::clone(&self.segment) as _);
         }
-        header.announcement.pid.store(std::process::id(), Relaxed);
+        header.announcement.pid.store(own_pid(), Relaxed);
         publish_cpu(&header.announcement.cpu);
         Ok(())
     }
