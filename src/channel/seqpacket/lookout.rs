@@ -141,32 +141,33 @@ impl<R: Watched> State<R> {
 mod tests {
     use super::*;
     use std::cell::Cell;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
     /// A ring of a client that posts from another processor.
     #[derive(Default)]
     struct Fake {
-        work: Cell<u32>,
-        armed: Cell<bool>,
-        busy: Cell<bool>,
+        work: AtomicU32,
+        armed: AtomicBool,
+        busy: AtomicBool,
         is_here: bool,
     }
 
     impl Watched for Fake {
         fn has_work(&self) -> bool {
-            self.work.get() > 0
+            self.work.load(Relaxed) > 0
         }
 
         fn arm(&self) -> bool {
-            self.armed.set(true);
+            self.armed.store(true, Relaxed);
             self.has_work()
         }
 
         fn disarm(&self) {
-            self.armed.set(false);
+            self.armed.store(false, Relaxed);
         }
 
         fn is_at_rest(&self) -> bool {
-            !self.busy.get()
+            !self.busy.load(Relaxed)
         }
 
         fn client_cpu(&self) -> u32 {
@@ -175,7 +176,7 @@ mod tests {
     }
 
     fn ring() -> Arc<Fake> {
-        Arc::new(Fake { armed: Cell::new(true), ..Default::default() })
+        Arc::new(Fake { armed: AtomicBool::new(true), ..Default::default() })
     }
 
     fn looking_at(rings: &[Arc<Fake>]) -> Lookout<Fake> {
@@ -189,7 +190,7 @@ mod tests {
         let rings = [(); 4].map(|()| ring());
         let lookout = looking_at(&rings);
         assert!(lookout.find().is_none());
-        [0, 1, 3].iter().for_each(|n: &usize| rings[*n].work.set(1));
+        [0, 1, 3].iter().for_each(|n: &usize| rings[*n].work.store(1, Relaxed));
         let found: Vec<_> = (0..6).map(|_| lookout.find().unwrap()).collect();
         let order: Vec<_> = found
             .iter()
@@ -204,20 +205,20 @@ mod tests {
     fn whoever_sleeps_arms_the_rings_and_stays_awake_for_work() {
         let rings = [ring(), ring()];
         let lookout = looking_at(&rings);
-        rings.iter().for_each(|ring| ring.armed.set(false));
+        rings.iter().for_each(|ring| ring.armed.store(false, Relaxed));
         assert!(lookout.lie_down());
-        assert!(rings.iter().all(|ring| ring.armed.get()));
-        rings[1].work.set(1);
+        assert!(rings.iter().all(|ring| ring.armed.load(Relaxed)));
+        rings[1].work.store(1, Relaxed);
         assert!(!lookout.lie_down());
         // One sleeps: it is woken for what there is.
         assert!(lookout.leave());
-        rings[1].work.set(0);
+        rings[1].work.store(0, Relaxed);
         assert!(!lookout.leave());
         // Nobody does: whoever comes back looks.
         lookout.rise();
-        rings[1].work.set(1);
-        rings[0].armed.set(false);
-        assert!(!lookout.leave() && !rings[0].armed.get());
+        rings[1].work.store(1, Relaxed);
+        rings[0].armed.store(false, Relaxed);
+        assert!(!lookout.leave() && !rings[0].armed.load(Relaxed));
     }
 
     #[test]
@@ -227,23 +228,23 @@ mod tests {
         // What comes while it looks is found.
         let looks = Cell::new(0);
         let found = lookout.look(|| {
-            assert!(!ring.armed.get(), "clients need not knock meanwhile");
+            assert!(!ring.armed.load(Relaxed), "clients need not knock meanwhile");
             // Another one that sleeps now leaves the bell to whoever looks, and so does one that leaves.
-            assert!(lookout.lie_down() && !lookout.leave() && !ring.armed.get());
+            assert!(lookout.lie_down() && !lookout.leave() && !ring.armed.load(Relaxed));
             lookout.rise();
             assert!(lookout.look(|| unreachable!("two look")).is_none());
             looks.set(looks.get() + 1);
-            ring.work.set(u32::from(looks.get() == 3));
+            ring.work.store(u32::from(looks.get() == 3), Relaxed);
             false
         });
         assert!(found.is_some() && looks.get() == 3, "{looks:?}");
-        ring.work.set(0);
+        ring.work.store(0, Relaxed);
         // Told that it is over.
         looks.set(0);
         assert!(lookout.look(|| looks.replace(looks.get() + 1) == 1).is_none());
         assert_eq!(looks.get(), 2);
         // A client with a transfer under way is no reason to look.
-        ring.busy.set(true);
+        ring.busy.store(true, Relaxed);
         assert!(lookout.look(|| unreachable!("it looks")).is_none());
         // Nor is one on this processor: one look, and no more.
         let here = Arc::new(Fake { is_here: true, ..Default::default() });
@@ -258,13 +259,13 @@ mod tests {
     fn the_ring_that_was_used_longest_ago_is_put_aside_armed() {
         let rings: Vec<_> = (0..MOST_ACTIVE).map(|_| ring()).collect();
         let lookout = looking_at(&rings);
-        rings.iter().for_each(|ring| ring.armed.set(false));
-        rings[0].work.set(1);
+        rings.iter().for_each(|ring| ring.armed.store(false, Relaxed));
+        rings[0].work.store(1, Relaxed);
         lookout.activate(&ring());
         // The first has work, and stays.
         assert!(lookout.find().is_some_and(|found| Arc::ptr_eq(&found, &rings[0])));
         lookout.activate(&ring());
-        assert!(rings[1].armed.get() && !rings[5].armed.get());
+        assert!(rings[1].armed.load(Relaxed) && !rings[5].armed.load(Relaxed));
         lookout.activate(&rings[5]);
         assert_eq!(lock(&lookout.state).active.len(), MOST_ACTIVE, "none twice");
     }
