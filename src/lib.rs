@@ -118,7 +118,9 @@
 //!   there are named segments, transfers, and the queue within a process; none of it has been run there.
 //! - A segment has 1 to 512 slots of up to 1 GiB; a key up to 4,096 bytes, metadata up to 1,024.
 //! - Each segment costs its owner one file descriptor; a named one costs the server one, too.
-//! - Bytes are copied twice: by the kernel into the slot (`pread`), and out of it. Nothing is lent.
+//! - Bytes are copied twice: by the kernel into the slot (`pread`), and out of it, unless they are read where
+//!   they are ([`Chunk::bytes`]). Nothing is lent beyond that.
+//! - A waiting side, or a server's worker, may spin for up to 50 µs at a time, while processors are to spare.
 //! - Memory pages of 4 KiB.
 //! - A process with a limit on file sizes (`ulimit -f`) below a segment gets `SIGXFSZ` when it makes
 //!   one; ignored or handled, that is an error like any other.

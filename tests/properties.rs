@@ -601,6 +601,14 @@ impl World {
             assert!(matches!(leased, Err(Error::Timeout(Awaited::Lease))), "{leased:?}");
             return;
         }
+        // Each lease looks after one that lingers, too.
+        if let Some(oldest) = self.lingering.pop_front() {
+            if self.transfers[oldest].model.is_off() {
+                self.idle += 1
+            } else {
+                self.lingering.push_back(oldest)
+            }
+        }
         let (request, offered) = leased.unwrap().request("key").unwrap();
         let geometry = self.pool.geometry();
         let mut model = Model::new(geometry.slot_count() as usize, geometry.slot_len() as usize);

@@ -103,13 +103,13 @@ impl Client for Channel {
 
 // ---------------------------------------------------------------- iceoryx2
 
-// Settings: request and response, the latter slices of 128 KiB that are lent and filled in place, six in
-// all, of which four may wait; no overflow: the server retries until there is room, as is the default.
+// Settings: request and response, the latter slices of 128 KiB that are lent and filled in place, eight in
+// all, of which six may wait; no overflow: the server retries until there is room, as is the default.
 // Blocking: both sides sleep in listeners, and are notified of each message. Busy polling: neither does,
 // but the server sleeps while other methods are timed.
 
 /// Waiting responses; besides them there are the one that the server fills and the one that the client sees.
-const WAITING: usize = 4;
+const WAITING: usize = 6;
 
 /// No file's number: polling is to stop.
 const REST: u8 = u8::MAX;
@@ -270,11 +270,11 @@ impl<const POLLS: bool> Client for Iceoryx<POLLS> {
 
 // ---------------------------------------------------------------- shmem-ipc
 
-// Settings: a ring of 512 KiB, written and read in place, by at most 128 KiB at a time so that both sides
+// Settings: a ring of 1 MiB, written and read in place, by at most 128 KiB at a time so that both sides
 // are at work; its descriptors and the requests go over a Unix socket.
 
 /// With the ring's head, of 64 bytes, whole pages.
-const CAPACITY: usize = (512 << 10) - 64;
+const CAPACITY: usize = (1 << 20) - 64;
 
 fn serve_ring(place: &Path) -> Outcome<()> {
     let mut ring = sharedring::Sender::<u8>::new(CAPACITY)?;

@@ -60,7 +60,7 @@ pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<
         | | |\n| --- | --- |\n\
         | processor | {}, {processors} seen |\n| kernel | {} |\n| compiler | {} |\n| load at the end | {} |\n\
         | rounds | {ROUNDS}, methods interleaved; per round {} fetches |\n\
-        | buffers | {} KiB for every method that has one; shmferry: one segment of 1 MiB; pipe: 1 MiB; iceoryx2: six slices; shmem-ipc: 512 KiB |\n\n\
+        | buffers | {} KiB for every method that has one; shmferry: one segment of 1 MiB; pipe: 1 MiB; iceoryx2: eight slices; shmem-ipc: 1 MiB |\n\n\
         The server is another process, with the files in its page cache. Each method's bytes are compared, all\n\
         of them, before the timing; timed, the client touches one byte of each cache line. One transfer at a\n\
         time. `local pread` is one process reading the file by itself: the limit for whoever copies.\n\

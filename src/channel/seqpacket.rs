@@ -37,6 +37,9 @@ pub use requester::SeqpacketRequester;
 /// first, and each outlives the other: a client connects by itself, and again when the server was
 /// restarted.
 ///
+/// Requests with keys of up to 240 bytes travel in a ring in shared memory that each connection has, without
+/// a system call as long as the server is awake; what does not fit there travels over the socket.
+///
 /// ```
 /// use shmferry::{Deadline, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket};
 /// use std::thread;
