@@ -510,6 +510,14 @@ fn a_pool_beyond_the_memory_says_how_much_was_asked_for<B: Backing>() {
 }
 
 #[test]
+fn a_pool_is_what_its_builder_says_unless_told_otherwise() {
+    let pool = SegmentPool::<Memfd>::builder().create().unwrap();
+    let geometry = pool.geometry();
+    assert_eq!(pool.stats().segments, 8);
+    assert_eq!((geometry.slot_count(), geometry.slot_len()), (8, 128 << 10));
+}
+
+#[test]
 fn a_request_goes_only_where_its_pool_is_known() {
     let dir = tempfile::tempdir().unwrap();
     turns_a_stranger_away(|ours| Seqpacket::new(dir.path().join("s")).requester(ours).unwrap());

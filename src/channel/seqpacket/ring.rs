@@ -52,6 +52,16 @@ pub(crate) const FIRST_ENTRY: usize = 3 * GROUP;
 /// An entry: the generation, the segment's index below the key's length, and the key.
 pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
 
+// As docs/protocol.md has them (rule L1).
+#[cfg(not(loom))]
+const _: () = {
+    assert!(RING_LEN == 20_480 && ENTRIES == 64 && ENTRY_WORDS == 32 && KEY_ROOM == 240);
+    assert!(
+        POSTED == 0 && CLIENT_CPU == 1 && TAKEN == 16 && SERVER_CPU == 17 && BELL == 32 && FIRST_ENTRY == 48
+    );
+    assert!(RING_WORDS * size_of::<u64>() <= RING_LEN);
+};
+
 /// The bell of a new ring, at which nobody looks.
 const NEW: u64 = 1;
 
