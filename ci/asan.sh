@@ -16,10 +16,11 @@ if [ $# -eq 0 ]; then
     suites=(--lib) examples=(--examples)
     for file in tests/*.rs; do suites+=(--test "$(basename "$file" .rs)"); done
 fi
-test() {
+with_sanitizer() {
     RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" PROPTEST_CASES=${PROPTEST_CASES:-200} \
-        cargo test --locked --no-fail-fast --target x86_64-unknown-linux-gnu "$@"
+        cargo "$1" --locked --target x86_64-unknown-linux-gnu "${@:2}"
 }
+test() { with_sanitizer test --no-fail-fast "$@"; }
 
 # The hostile peers' test asks how much memory they cost. There, freed blocks are not kept back.
 others=() hostile=()
@@ -32,7 +33,9 @@ for ((i = 0; i < ${#suites[@]}; i++)); do
     fi
 done
 if [ ${#others[@]} -gt 0 ]; then
-    test "${examples[@]}" "${others[@]}"
+    # As programs, which `cargo test` would not build of itself.
+    if [ ${#examples[@]} -gt 0 ]; then with_sanitizer build --examples; fi
+    test "${others[@]}"
 fi
 if [ ${#hostile[@]} -gt 0 ]; then
     ASAN_OPTIONS=quarantine_size_mb=0:thread_local_quarantine_size_kb=0:malloc_context_size=0:detect_stack_use_after_return=0:allocator_release_to_os_interval_ms=10 \

@@ -13,7 +13,7 @@ use loom::thread;
 use crate::segment::Words;
 
 use super::lookout::{Lookout, Watched};
-use super::ring::{Poster, RING_WORDS, Taker};
+use super::ring::{Posted, Poster, RING_WORDS, Taker};
 
 /// What workers sleep at: each event wakes one of them.
 #[derive(Default)]
@@ -110,7 +110,7 @@ impl Shared {
                 None => thread::yield_now(),
             }
         };
-        if let Some(bell) = ring.poster.bell(number, true) {
+        if let Posted::MustKnock(bell) = ring.poster.follow(number, true) {
             self.doorway.tell(Event::Knock(Arc::clone(ring)));
             ring.poster.lower(bell);
         }
@@ -120,7 +120,7 @@ impl Shared {
     fn post_in_vain(&self, generation: u64) {
         let ring = &self.rings[0];
         let number = ring.poster.post(0, generation, &generation.to_ne_bytes()).unwrap();
-        let _ = ring.poster.bell(number, true);
+        let _ = ring.poster.follow(number, true);
     }
 
     /// Takes one request, as a worker does.

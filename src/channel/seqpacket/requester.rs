@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SocketAddrUnix};
 
@@ -20,9 +21,9 @@ use crate::error::{Awaited, Error, Rejection, Result};
 use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, on_hang_up};
 use crate::segment::{Memfd, SegmentPool, create_words};
 use crate::sync::atomic::{Acquire, AtomicU64, Release};
-use crate::sync::{Deadline, Turnstile, lock};
+use crate::sync::{Deadline, Turnstile, lock, wait_ready};
 
-use super::ring::{Poster, RING_LEN};
+use super::ring::{Posted, Poster, RING_LEN};
 use super::wire::{MAX_MESSAGE, Message, VERSION};
 use super::{Policy, send, socket, socket_address};
 
@@ -170,16 +171,34 @@ impl Connection {
         let Some((ring, number)) = self.post(index, generation, key) else {
             return self.say(Message::Request { index, generation, key }, None, deadline);
         };
-        let Some(bell) = ring.bell(number, self.link.is_below(1)) else { return Ok(()) };
-        match self.say(Message::Knock, None, Deadline::after(Duration::ZERO)) {
-            // What fills the connection wakes the server as well.
-            Ok(()) | Err(Error::Timeout(_)) => {
-                ring.lower(bell);
-                Ok(())
+        let heard = match ring.follow(number, self.link.is_below(1)) {
+            Posted::Taken => Ok(()),
+            // The watcher may not have told us yet.
+            Posted::Awaiting => self.check_open(),
+            Posted::MustKnock(bell) => {
+                match self.say(Message::Knock, None, Deadline::after(Duration::ZERO)) {
+                    // What fills the connection wakes the server as well.
+                    Ok(()) | Err(Error::Timeout(_)) => {
+                        ring.lower(bell);
+                        Ok(())
+                    }
+                    failed => failed,
+                }
             }
-            // A server takes nothing more once it has hung up.
-            Err(_) if ring.was_taken(number) => Ok(()),
-            Err(error) => Err(error),
+        };
+        // A server takes nothing more once it has hung up.
+        heard.or_else(|error| if ring.was_taken(number) { Ok(()) } else { Err(error) })
+    }
+
+    /// Fails if the server has hung up, or is dead; finding that severs the link.
+    fn check_open(&self) -> Result<()> {
+        match wait_ready(&*self.socket, PollFlags::empty(), Deadline::after(Duration::ZERO)) {
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                self.link.sever(|| last_words(&self.socket));
+                Err(self.link.obituary())
+            }
+            Err(errno) => Err(Error::os("poll")(errno)),
         }
     }
 

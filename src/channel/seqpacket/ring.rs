@@ -110,22 +110,23 @@ impl Poster {
         Some(number)
     }
 
-    /// The bell, if it is raised, so that the caller has to wake the server after posting request `number`,
-    /// and to [`lower`](Self::lower) it then. If the client is `at_rest`, waiting for nothing else, it waits
-    /// a moment for a worker first.
-    pub(super) fn bell(&self, number: u64, at_rest: bool) -> Option<u64> {
+    /// What becomes of request `number`, after it was posted. If the client is `at_rest`, waiting for nothing
+    /// else, it waits a moment for a worker first: whoever served the last request is most often on its way
+    /// back, and will find this one.
+    pub(super) fn follow(&self, number: u64, at_rest: bool) -> Posted {
         fence(SeqCst); // pair 3
-        let bell = || Some(self.ring[BELL].load(Relaxed)).filter(|bell| *bell != 0);
-        let raised = bell()?;
-        // Whoever served the last request is most often on its way back, and will find this one.
         if let (true, Ok(mut spinner)) = (at_rest, self.spinner.try_lock()) {
-            let seen = || (self.was_taken(number) || bell().is_none()).then_some(());
+            let taken = || self.was_taken(number).then_some(());
             let is_elsewhere = self.ring[SERVER_CPU].load(Relaxed) != u64::from(current_cpu());
-            if spinner.spin(is_elsewhere, KNOCK_AFTER, seen).is_some() {
-                return None;
+            if spinner.spin(is_elsewhere, KNOCK_AFTER, taken).is_some() {
+                return Posted::Taken;
             }
         }
-        Some(raised)
+        match self.ring[BELL].load(Relaxed) {
+            0 if self.was_taken(number) => Posted::Taken,
+            0 => Posted::Awaiting,
+            bell => Posted::MustKnock(bell),
+        }
     }
 
     /// Says that the server was woken for this bell.
@@ -138,6 +139,17 @@ impl Poster {
     pub(super) fn was_taken(&self, number: u64) -> bool {
         self.ring[TAKEN].load(Acquire) > number
     }
+}
+
+/// What became of a request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Posted {
+    /// The server says that it has taken it.
+    Taken,
+    /// A worker looks, or will when it is done, if the server lives.
+    Awaiting,
+    /// The server has to be woken, and this bell to be [lowered](Poster::lower) then.
+    MustKnock(u64),
 }
 
 /// The server's end. One worker takes at a time; any may ask whether there is something to take.
@@ -283,7 +295,13 @@ mod tests {
     #[test]
     fn one_knock_until_the_bell_is_raised_again() {
         let (poster, taker) = ring();
-        let bell = || poster.bell(poster.post(0, 1, b"").unwrap(), true);
+        let bell = || match poster.follow(poster.post(0, 1, b"").unwrap(), true) {
+            Posted::MustKnock(bell) => Some(bell),
+            posted => {
+                assert_eq!(posted, Posted::Awaiting);
+                None
+            }
+        };
         let knocks = || bell().map(|bell| poster.lower(bell)).is_some();
         assert!(bell().is_some(), "a new ring is one that nobody looks at");
         assert!(knocks(), "the knock before failed");
