@@ -54,11 +54,11 @@ fn a_kernel_that_lacks_memory_for_a_moment_leaves_no_client_unheard() {
                 eprintln!("left out: no strace, or it may not trace");
                 return;
             };
-            for _ in 0..20 {
-                assert_eq!(proxy.get("/a"), ok("hello"));
+            for n in 0..20 {
+                assert_eq!(proxy.get("/a"), ok("hello"), "{transport}, {errno}, {n}");
             }
             drop(strace);
-            assert_eq!(proxy.get("/a"), ok("hello"));
+            assert_eq!(proxy.get("/a"), ok("hello"), "{transport}, {errno}");
         }
         place.wind_up([proxy, cache]);
     }
