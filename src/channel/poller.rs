@@ -50,16 +50,18 @@ impl Poller {
             .map_err(Error::os("epoll_ctl"))
     }
 
-    /// Has the next event of a descriptor told to one worker. While the kernel lacks memory, tries
-    /// again until it is closed: of what is not armed, nobody would ever hear again.
+    /// Has the next event of a descriptor told to one worker. While the kernel will not, for lack of memory or
+    /// for whatever reason, tries again until it is closed: of what is not armed, nobody would ever hear
+    /// again. Fails for a descriptor that is not there any more.
     pub(super) fn arm(&self, fd: impl AsFd, token: u64) -> Result<()> {
         loop {
             match epoll::modify(&self.epoll, &fd, epoll::EventData::new_u64(token), ONE_EVENT) {
-                Err(Errno::NOMEM | Errno::NOSPC) => {
+                Ok(()) => return Ok(()),
+                Err(gone @ (Errno::NOENT | Errno::BADF)) => return Err(Error::os("epoll_ctl")(gone)),
+                Err(_) => {
                     self.check_open()?;
                     thread::sleep(PAUSE);
                 }
-                armed => return armed.map_err(Error::os("epoll_ctl")),
             }
         }
     }
