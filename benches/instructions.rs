@@ -19,13 +19,13 @@ use shmferry::{
 const TIMES: u64 = 500;
 
 /// The function of a step below, and the most instructions that it may take: about a quarter more than it
-/// took when the limit was set. A post may spin, in vain here: twice as much.
+/// took when the limit was set.
 const LIMITS: [(&str, u64); 11] = [
     ("lease", 200),
     ("request", 500),
     ("send_within_the_process", 1600),
     ("receive_within_the_process", 750),
-    ("post_to_the_ring", 3000),
+    ("post_to_the_ring", 1800),
     ("take_from_the_ring", 1300),
     ("accept", 400),
     ("wait_for_a_slot_fill_it_and_post", 800),
