@@ -72,7 +72,7 @@ pub struct PoolStats {
 
 impl<B: Backing> SegmentPool<B> {
     /// Starts describing a pool: 8 segments of 1 MiB, in 8 slots each, unless told otherwise:
-    /// what did best where one transfer ran at a time, and close to the best where many did.
+    /// `docs/design.md`, *Speed*, says why.
     pub fn builder() -> SegmentPoolBuilder<B> {
         SegmentPoolBuilder {
             segments: 8,
