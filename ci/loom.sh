@@ -54,7 +54,7 @@ seeded "poison seen without Acquire"           $s semaphore::model 's/let mut se
 seeded "no fence before the sleep"             $s semaphore::model '/let slept/,/let slept/!s/^            fence\(SeqCst\); \/\/ pair 2$//'
 seeded "no fence before the wake"              $s semaphore::model 's/^        fence\(SeqCst\); \/\/ pair 2$//'
 seeded "a sleeper that does not say so"        $s semaphore::model 's/self.sleepers.fetch_add\(1, Relaxed\);//; s/self.sleepers.fetch_sub\(1, Relaxed\);//'
-seeded "a post that does not wake"             $s semaphore::model '/pub\(crate\) fn post/,/^    }/s/self.wake\(\);//'
+seeded "a post that does not wake"             $s semaphore::model '/fn post/,/^    }/s/self.wake\(\);//'
 seeded "nothing that wakes"                    $s semaphore::model 's/self.parker.unpark_all\(&self.word\);$//'
 
 # The same, through a whole transfer.
@@ -78,7 +78,7 @@ seeded "a withdrawn request counted as held"        $h $m 's/Aborted \| Withdraw
 t=protocol/sender.rs
 seeded "a late request accepted whatever its generation" $t $m 's/header.turn.advance\(self.generation, Phase::Offered, Phase::Accepted\)/{ self.generation = header.turn.load()?.0; header.turn.advance(self.generation, Phase::Offered, Phase::Accepted) }/'
 seeded "an accept that takes no turn"               $t $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Accepted\).is_err\(\)/if header.turn.phase_of(self.generation) != Some(Phase::Offered)/'
-seeded "the last turn before the last permit"       $t $m '/fn end/,/^    }/{s/^        header.filled.add\(permit\);$//; s/^        header.filled.wake\(\);.*/header.filled.post(permit);/}'
+seeded "the last turn before the last permit"       $t $m '/fn end/,/^    }/{s/^        header.filled.add\(permit\);$//; s/^        header.filled.wake\(\);.*/header.filled.add(permit); header.filled.wake();/}'
 seeded "an end that does not wake"                  $t $m '/fn end/,/^    }/s/^        header.filled.wake\(\);.*//'
 seeded "an end that leaves no turn"                 $t $m '/fn end/,/^    }/s/header.turn.advance\(.*\);/Ok::<(), PeerFault>(());/'
 seeded "out of reach of the link after the last turn" $t $m '/fn end/,/^    }/{s/^        self.enrolment = None;$//; s/^        self.phase = phase;$/&self.enrolment = None;/}'
@@ -86,8 +86,9 @@ seeded "the last turn before the poison"            $t $m '/fn abort/,/^    }/{s
 seeded "an abort that does not wake"                $t $m '/fn abort/,/^    }/s/^            header.filled.wake\(\);.*//'
 seeded "an abort that poisons nothing"              $t $m '/fn abort/,/^    }/s/^            header.filled.set_poison\(\);$//'
 seeded "an abort that leaves no turn"               $t $m '/fn abort/,/^    }/s/^            let _ = header.turn.advance\(.*//'
-seeded "a chunk that wakes nobody"                  $t $m 's/^            self.side.segment.header\(\).filled.post\(permit\);/self.side.segment.header().filled.add(permit);/'
-seeded "a chunk word written after its permit"      $t $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            self.side.segment.header\(\).filled.post\(permit\);/{ let header = self.side.segment.header(); header.filled.post(permit); header.chunks[slot].store(chunk); }/; s/^            self.side.end\(Phase::Finished, permit\)/{ self.side.segment.header().chunks[slot].store(chunk); self.side.end(Phase::Finished, permit) }/'
+seeded "a chunk that wakes nobody"                  $t $m '/fn hand_over/,/^    }/s/^            header.filled.wake\(\);//'
+seeded "a wake-up put off with nothing left to fill" $t $m 's/&& can_put_off\(.*/\&\& true/'
+seeded "a chunk word written after its permit"      $t $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            self.side.hand_over\(permit, self.state.in_batches\);/self.side.hand_over(permit, self.state.in_batches); self.side.header().chunks[slot].store(chunk);/; s/^            self.side.end\(Phase::Finished, permit\)/{ self.side.segment.header().chunks[slot].store(chunk); self.side.end(Phase::Finished, permit) }/'
 seeded "a slot written before it is free"           $t $m 's/^            self.state.permit = Some\(self.side.await_free\(deadline\)\?\);$/self.side.segment.writable().write_slot(self.state.cursor, 0, \&[0]);&/'
 seeded "a cover that overlooks a severed link"      peer.rs $m::a_severed 's/^            subject.poison\(\);$//'
 seeded "a severed link that poisons nothing"        peer.rs $m::a_severed 's/^        state.enrolled.values\(\).*$//'
@@ -102,8 +103,8 @@ seeded "permits left over from the last transfer"   $r $m 's/^        header.fil
 seeded "free slots left over from the last transfer" $r $m 's/^        header.free.reset\(.*//'
 seeded "a cancellation left over from the last transfer" $r $m 's/^        header.receiver.cancelled.store\(0, Relaxed\);$//'
 seeded "reset after the offer"                      $r $m 's/^        header.filled.reset\(0\);$//; s/^        header.free.reset\(.*//; s/^        header.turn.open_next\(generation\)$/let next = header.turn.open_next(generation); header.filled.reset(0); header.free.reset(segment.geometry().slot_count()); next/'
-seeded "a slot that goes back unannounced"          $r $m 's/^            header.free.post\(permit\);$/header.free.add(permit);/'
-seeded "a slot read after it went back"             $r $m 's/^            header.free.post\(permit\);$/&self.side.holding.segment.readable().read_slot((self.state.cursor + slots - 1) % slots, 0, \&mut [0]);/'
+seeded "a slot that goes back unannounced"          $r $m 's/^                header.free.wake\(\);$//'
+seeded "a slot read after it went back"             $r $m 's/^            header.free.add\(permit\);$/&self.side.holding.segment.readable().read_slot((self.state.cursor + slots - 1) % slots, 0, \&mut [0]);/'
 
 p=segment/pool.rs
 seeded "a segment reclaimed while its sender is on it" $p $m '/^fn reclaim/,/^}/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'

@@ -280,6 +280,15 @@ fn await_permit(
     outcome
 }
 
+/// Whether whoever has just posted may wake its peer later, for several slots at once. Where others wait for a
+/// processor, a peer that is woken for each slot runs dry and sleeps again, slot by slot.
+///
+/// No wake-up is lost: at least half of the slots are in `ours`, which only we take from. So we do not sleep
+/// before we have posted again; and a transfer's end, of whatever kind, wakes in any case.
+fn can_put_off(ours: &Semaphore, slots: u32, presence: &Presence) -> bool {
+    presence.is_crowded() && ours.permits() >= slots.div_ceil(2)
+}
+
 /// Death is pushed, by poison; but a peer that hangs up and lives on can wipe the poison off again.
 /// So a sleeper looks at what only its own process knows, this often.
 const GLANCE: Duration = if cfg!(loom) { Duration::MAX } else { Duration::from_secs(1) };

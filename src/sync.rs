@@ -10,9 +10,7 @@ mod spin;
 mod turnstile;
 
 pub(crate) use semaphore::{Interrupted, Permit, Semaphore};
-#[cfg(target_os = "linux")]
-pub(crate) use spin::BUDGET;
-pub(crate) use spin::{Presence, Spinner, current_cpu};
+pub(crate) use spin::{BUDGET, Presence, Spinner, current_cpu};
 pub(crate) use turnstile::Turnstile;
 
 /// Atomics and fences, through one door, so that a model checker can stand in for them.

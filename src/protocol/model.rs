@@ -160,6 +160,38 @@ fn two_slots_in_flight() {
 }
 
 #[test]
+fn wake_ups_in_batches() {
+    model(|| {
+        let pool = pool(2, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || {
+            let mut sending = asking.accept(3).unwrap().in_batches();
+            for byte in 1..=3 {
+                sending.next_slot(Deadline::NEVER).unwrap().send(&[byte]).unwrap();
+            }
+        });
+        assert_eq!(receive(asked).unwrap(), [1, 2, 3]);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_wake_up_put_off_comes_with_an_abort() {
+    model(|| {
+        let pool = pool(2, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || {
+            let mut sending = asking.accept(3).unwrap().in_batches();
+            sending.next_slot(Deadline::NEVER).unwrap().send(&[1]).unwrap();
+        });
+        let mut body = found(asked).unwrap();
+        assert_eq!(next(&mut body).unwrap(), Some(1));
+        assert!(matches!(next(&mut body), Err(Error::Aborted)));
+        sender.join().unwrap();
+    });
+}
+
+#[test]
 fn a_stream_and_its_marked_end() {
     model(|| {
         let pool = pool(1, PATIENT);

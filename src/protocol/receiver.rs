@@ -17,7 +17,8 @@ use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
-    DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, own_pid, publish_cpu,
+    DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, can_put_off,
+    own_pid, publish_cpu,
 };
 
 /// The side that owns the segment and takes the bytes out of it.
@@ -304,7 +305,10 @@ impl ShmTransfer<Receiver, Receiving> {
         } else {
             let header = self.side.header();
             publish_cpu(&header.receiver.cpu);
-            header.free.post(permit);
+            header.free.add(permit);
+            if !can_put_off(&header.filled, slots, &self.side.presence) {
+                header.free.wake();
+            }
         }
     }
 }

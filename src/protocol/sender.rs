@@ -8,17 +8,17 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::peer::{Enrolment, Link, Peer};
 use crate::segment::{ChunkLen, Header, Phase, Segment, WriteSlots};
 use crate::sync::atomic::Relaxed;
-use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
+use crate::sync::{BUDGET, Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
-    DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit, own_pid,
-    publish_cpu,
+    DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit,
+    can_put_off, own_pid, publish_cpu,
 };
 
 /// The side that answers a request and puts the bytes in.
@@ -32,6 +32,8 @@ pub struct Sender {
     enrolment: Option<Enrolment>,
     spinner: Spinner,
     presence: Presence,
+    /// Since when the receiver's wake-up has been put off.
+    unwoken: Option<Instant>,
     patience: Duration,
 }
 
@@ -55,6 +57,8 @@ pub struct Sending {
     permit: Option<Permit>,
     /// Bytes already in that slot, by `io::Write`.
     pending: usize,
+    /// Whether the next chunk follows at once, unless its source is slow.
+    in_batches: bool,
 }
 
 impl ShmTransfer<Sender, Starting> {
@@ -73,6 +77,7 @@ impl ShmTransfer<Sender, Starting> {
             enrolment: Some(enrolment),
             spinner: Spinner::new(),
             presence: Presence::among(&SENDERS),
+            unwoken: None,
             patience: DEFAULT_PATIENCE,
         };
         ShmTransfer { side, state: Starting { key } }
@@ -127,7 +132,7 @@ impl ShmTransfer<Sender, Starting> {
         for (to, byte) in announcement.metadata.iter().zip(metadata) {
             to.store(byte, Relaxed);
         }
-        let state = Sending { size, sent: 0, cursor: 0, permit: None, pending: 0 };
+        let state = Sending { size, sent: 0, cursor: 0, permit: None, pending: 0, in_batches: false };
         Ok(ShmTransfer { side: self.side, state })
     }
 
@@ -223,6 +228,7 @@ impl ShmTransfer<Sender, Sending> {
 
     #[cfg(unix)]
     fn send_from(mut self, file: impl AsFd, start: u64, len: Option<u64>) -> Result<u64> {
+        self.state.in_batches = true;
         let mut done = 0;
         while Some(done) != len {
             let left = len.map_or(usize::MAX, |len| usize::try_from(len - done).unwrap_or(usize::MAX));
@@ -237,6 +243,13 @@ impl ShmTransfer<Sender, Sending> {
             };
         }
         self.finish()
+    }
+
+    /// As `send_file` sends, for models, which have no files.
+    #[cfg(loom)]
+    pub(crate) fn in_batches(mut self) -> Self {
+        self.state.in_batches = true;
+        self
     }
 
     /// Bytes that may still be sent.
@@ -284,7 +297,7 @@ impl ShmTransfer<Sender, Sending> {
         if chunk.last {
             self.side.end(Phase::Finished, permit)
         } else {
-            self.side.segment.header().filled.post(permit);
+            self.side.hand_over(permit, self.state.in_batches);
             Ok(())
         }
     }
@@ -439,6 +452,21 @@ impl Sender {
         }
     }
 
+    /// Hands a filled slot over and wakes the receiver; in batches, not for each slot, but for each again once
+    /// the source is slower than a wake-up.
+    fn hand_over(&mut self, permit: Permit, in_batches: bool) {
+        let header = self.segment.header();
+        header.filled.add(permit);
+        let slots = self.segment.geometry().slot_count();
+        let put_off = in_batches
+            && can_put_off(&header.free, slots, &self.presence)
+            && self.unwoken.get_or_insert_with(Instant::now).elapsed() < BUDGET;
+        if !put_off {
+            self.unwoken = None;
+            header.filled.wake();
+        }
+    }
+
     /// Who ended the wait for free slots: the receiver, or its death.
     fn why_poisoned(&self) -> Error {
         if self.header().receiver.cancelled.load(Relaxed) != 0 {
@@ -493,5 +521,53 @@ impl fmt::Debug for Sender {
             .field("generation", generation)
             .field("phase", phase)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::channel::{InProcess, RequestQueue, Requester};
+    use crate::segment::{Memfd, SegmentPool};
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(30))
+    }
+
+    /// Both sides of a transfer of unknown size, in a crowd.
+    fn crowded(in_batches: bool) -> (ShmTransfer<Sender, Sending>, impl Sized) {
+        let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(8).slots(8).create().unwrap();
+        let queue = InProcess::bounded(1);
+        let (request, asking) = pool.lease(soon()).unwrap().request("key").unwrap();
+        queue.send(request, soon()).unwrap();
+        let mut sending = queue.recv(soon()).unwrap().accept(Size::Unknown).unwrap();
+        sending.state.in_batches = in_batches;
+        let crowd: Vec<_> = (0..4096).map(|_| Presence::among(&SENDERS)).collect();
+        (sending, (asking, crowd))
+    }
+
+    /// Sends a chunk; says whether the receiver's wake-up was put off.
+    fn puts_off(sending: &mut ShmTransfer<Sender, Sending>) -> bool {
+        sending.next_slot(soon()).unwrap().send(b"x").unwrap();
+        sending.side.unwoken.is_some()
+    }
+
+    #[test]
+    fn a_wake_up_is_put_off_for_a_batch_and_no_longer_than_it_would_take() {
+        let (mut sending, _others) = crowded(true);
+        // More than one try: this thread itself may be put off in the middle of one.
+        assert!((0..3).any(|_| puts_off(&mut sending)));
+        std::thread::sleep(2 * BUDGET);
+        assert!(!puts_off(&mut sending), "too long ago");
+        while sending.side.header().free.permits() > 4 {
+            puts_off(&mut sending);
+        }
+        assert!(!puts_off(&mut sending), "more than half is filled");
+    }
+
+    #[test]
+    fn whoever_may_take_its_time_puts_no_wake_up_off() {
+        let (mut sending, _others) = crowded(false);
+        assert!((0..8).all(|_| !puts_off(&mut sending)));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use super::*;
@@ -355,6 +356,38 @@ fn a_source_that_cannot_be_read_aborts() {
     assert!(matches!(error, Error::Source(_)), "{error:?}");
     assert!(matches!(transfer.reply(soon()), Err(Error::Aborted)));
     assert_eq!(pool.stats().idle, 1);
+}
+
+#[test]
+fn both_sides_say_who_and_where_they_are() {
+    let pool = one_segment();
+    let segment = only(&pool);
+    let (starting, _transfer) = asked(&pool);
+    let sending = starting.accept(1).unwrap();
+    let header = segment.header();
+    assert_eq!(header.receiver.pid.load(Relaxed), std::process::id());
+    assert_eq!(header.announcement.pid.load(Relaxed), std::process::id());
+    drop(sending);
+    let cpu = AtomicU32::new(u32::MAX);
+    assert_eq!(publish_cpu(&cpu), cpu.load(Relaxed));
+}
+
+#[test]
+fn wake_ups_wait_only_where_it_is_crowded_and_half_of_the_slots_are_left() {
+    static ONE: AtomicUsize = AtomicUsize::new(0);
+    static MANY: AtomicUsize = AtomicUsize::new(0);
+    let alone = Presence::among(&ONE);
+    let crowd: Vec<_> = (0..4096).map(|_| Presence::among(&MANY)).collect();
+    let pool = one_segment();
+    let segment = only(&pool);
+    let free = &segment.header().free;
+    for (slots, left, put_off) in
+        [(1, 0, false), (2, 0, false), (2, 1, true), (3, 1, false), (3, 2, true), (8, 3, false), (8, 4, true)]
+    {
+        free.reset(left);
+        assert_eq!(can_put_off(free, slots, &crowd[0]), put_off, "{left} of {slots} left");
+        assert!(!can_put_off(free, slots, &alone));
+    }
 }
 
 impl crate::segment::Turn {

@@ -91,6 +91,11 @@ impl Semaphore {
         self.word.load(Acquire) & POISON != 0
     }
 
+    /// How many permits there are to take, at this moment: a hint.
+    pub(crate) fn permits(&self) -> u32 {
+        self.word.load(Relaxed) & !POISON
+    }
+
     /// Takes a permit if there is one. Fails with `Poisoned` only when none is left (rule P7: what
     /// was filled stays readable), with `TimedOut` when there is nothing yet.
     pub(crate) fn try_wait(&self) -> Result<Permit, Interrupted> {
@@ -123,13 +128,14 @@ impl Semaphore {
     }
 
     /// Hands a permit over, and wakes whoever sleeps for one.
+    #[cfg(test)]
     pub(crate) fn post(&self, permit: Permit) {
         self.add(permit);
         self.wake();
     }
 
-    /// The first half of [`post`](Self::post): from here on the permit can be taken. For a caller
-    /// that has one more thing to write before it lets the other side run.
+    /// Hands a permit over: from here on it can be taken. Whoever sleeps for it learns of it by
+    /// [`wake`](Self::wake), which is the caller's to call before it sleeps itself.
     pub(crate) fn add(&self, Permit(()): Permit) {
         self.word.fetch_add(1, Release); // pair 1
     }
@@ -146,7 +152,7 @@ impl Semaphore {
         self.word.fetch_or(POISON, Release); // pair 1
     }
 
-    /// The second half of `post` and `poison`. Writes nothing to shared memory, but what the parker
+    /// Wakes whoever sleeps for what has been added, or poisoned. Writes nothing to shared memory, but what the parker
     /// keeps there for itself.
     pub(crate) fn wake(&self) {
         fence(SeqCst); // pair 2

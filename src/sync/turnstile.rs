@@ -69,7 +69,10 @@ impl Turnstile {
     pub(crate) fn leave(&self) {
         let mut state = lock(&self.state);
         match state.queue.pop_front() {
-            Some(first) => first.called.notify_one(),
+            Some(first) => {
+                drop(state); // which `first` needs first of all
+                first.called.notify_one();
+            }
             None => state.permits += 1,
         }
     }
