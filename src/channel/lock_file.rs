@@ -82,3 +82,41 @@ impl Drop for LockFile {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_holds_it_is_named_to_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let (mut held, found) = LockFile::take(&path, "here").unwrap();
+        assert_eq!(found, "", "nobody was there before");
+        held.sign("a note\n").unwrap();
+        match LockFile::take(&path, "here") {
+            Err(Error::AddressInUse { address, pid }) => {
+                assert_eq!((&*address, pid), ("here", std::process::id()));
+            }
+            other => panic!("{:?}", other.map(|(_, found)| found)),
+        }
+        drop(held);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_a_killed_server_left_stays_until_somebody_signs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        fs::write(&path, "7\na note that is longer than what will be there\n").unwrap();
+        let (unsigned, found) = LockFile::take(&path, "here").unwrap();
+        assert_eq!(pid_in(&found), Some(7));
+        drop(unsigned);
+        let (mut held, again) = LockFile::take(&path, "here").unwrap();
+        assert_eq!(again, found);
+        held.sign("").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+        drop(held);
+        assert!(!path.exists());
+    }
+}

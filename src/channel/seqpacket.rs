@@ -20,6 +20,7 @@ use crate::segment::{Memfd, SegmentPool};
 use crate::sync::{Deadline, wait_ready};
 
 mod address;
+mod client;
 mod lookout;
 #[cfg(all(test, loom))]
 mod model;

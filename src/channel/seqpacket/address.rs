@@ -153,6 +153,8 @@ mod tests {
         assert_eq!(fs::metadata(address.path()).unwrap().mode() & 0o777, 0o600);
         drop(address);
         assert!(!made.exists());
+        let failed = Address::listen(&made.join("deeper/queue.sock")).map(drop).unwrap_err();
+        assert!(failed.to_string().contains("making the socket's directory"), "{failed}");
 
         let (address, _listener) = Address::listen(&dir.path().join("queue.sock")).unwrap();
         drop(address);

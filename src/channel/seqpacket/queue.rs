@@ -7,28 +7,25 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SocketFlags};
+use rustix::net::SocketFlags;
 
 use crate::channel::RequestQueue;
 use crate::channel::poller::Poller;
-use crate::error::{Awaited, Error, PeerFault, Rejection, Result};
-use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, is_behind, on_hang_up};
+use crate::error::{Awaited, Error, Rejection, Result};
+use crate::peer::{Link, Peer, Socket, is_behind, on_hang_up};
 use crate::protocol::{Sender, ShmTransfer, Starting};
-use crate::segment::{Geometry, PoolId, Segment, SegmentId, WriteSlots, attach_memfd, attach_words};
 use crate::sync::{Deadline, lock};
 
 use super::address::Address;
+use super::client::{Client, Heard};
 use super::lookout::{Lookout, Watched};
-use super::ring::{RING_LEN, Taker};
-use super::wire::{MAX_MESSAGE, Message, VERSION};
+use super::wire::Message;
 use super::{Policy, send};
 
 const LISTENER: u64 = 0;
@@ -41,8 +38,10 @@ const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(100);
 /// How many control messages a worker reads from one client before it looks at the others.
 const BATCH: usize = 64;
 
-/// How many requests may come from rings in a row before somebody looks at the connections.
+/// How many requests may come from rings in a row before somebody looks at the connections, if that is due.
 const RINGS_IN_A_ROW: u32 = 16;
+/// How often a look is due: it costs as much as a request of 1 KiB.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// Takes requests at one path. Shared by many workers, by reference or in an `Arc`.
 ///
@@ -55,8 +54,11 @@ pub struct SeqpacketQueue {
     policy: Policy,
     clients: Mutex<Clients>,
     lookout: Arc<Lookout<Client>>,
-    /// Requests from rings since the connections were looked at.
+    /// Requests from rings since it was asked whether a look at the connections is due.
     from_rings: AtomicU32,
+    started: Instant,
+    /// When the connections were looked at, in whole [`LOOK_EVERY`] since the start.
+    looked: AtomicU64,
     address: Address,
 }
 
@@ -65,39 +67,6 @@ struct Clients {
     next: u64,
     /// By token, and so in the order in which they came.
     connected: BTreeMap<u64, Arc<Client>>,
-}
-
-/// One connection.
-struct Client {
-    token: u64,
-    socket: Arc<Socket>,
-    link: Arc<Link>,
-    peer: Peer,
-    /// Locked by whoever the epoll woke for it, and by whoever takes from its ring.
-    state: Mutex<ClientState>,
-    /// Set once it has handed one over.
-    ring: OnceLock<Taker>,
-    /// It has as many requests under way as honesty needs: nothing more is taken from its ring.
-    resting: AtomicBool,
-    /// We have hung up: nothing is taken from its ring any more. Set under the lock of `state`.
-    over: AtomicBool,
-    greeted: AtomicBool,
-    _watch: Watch,
-}
-
-#[derive(Default)]
-struct ClientState {
-    pool: Option<(PoolId, Geometry)>,
-    segments: BTreeMap<u32, Arc<Segment<WriteSlots>>>,
-}
-
-/// What one message was.
-enum Heard {
-    /// None has come.
-    Nothing,
-    /// It was taken note of.
-    Noted,
-    Request(ShmTransfer<Sender, Starting>),
 }
 
 impl SeqpacketQueue {
@@ -114,6 +83,8 @@ impl SeqpacketQueue {
             clients: Mutex::new(Clients { next: FIRST_CLIENT, connected: BTreeMap::new() }),
             lookout: Arc::new(Lookout::new()),
             from_rings: AtomicU32::new(0),
+            started: Instant::now(),
+            looked: AtomicU64::new(0),
             address,
         })
     }
@@ -139,15 +110,14 @@ impl SeqpacketQueue {
     fn next(&self, deadline: Deadline) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         let is_over = || deadline.has_passed() || self.poller.check_open().is_err();
         self.poller.check_open()?;
-        let in_a_row = self.from_rings.fetch_add(1, Ordering::Relaxed);
-        if in_a_row < RINGS_IN_A_ROW {
+        let must_look = self.is_look_due();
+        if !must_look {
             let found = self.lookout.find().or_else(|| self.lookout.look(is_over));
             if let Some(client) = found {
                 return self.attend(&client, Self::take_from_ring);
             }
         }
-        self.from_rings.store(0, Ordering::Relaxed);
-        let token = if in_a_row >= RINGS_IN_A_ROW {
+        let token = if must_look {
             self.wait(Deadline::after(Duration::ZERO))?
         } else if self.lookout.lie_down() {
             let woken = self.wait(deadline);
@@ -162,11 +132,19 @@ impl SeqpacketQueue {
                 let client = lock(&self.clients).connected.get(&token).cloned();
                 client.map_or(Ok(None), |client| self.attend(&client, Self::listen_to))
             }
-            None if in_a_row < RINGS_IN_A_ROW && deadline.has_passed() => {
-                Err(Error::Timeout(Awaited::Request))
-            }
+            None if !must_look && deadline.has_passed() => Err(Error::Timeout(Awaited::Request)),
             None => Ok(None),
         }
+    }
+
+    /// Whether it is the turn of the connections: busy rings keep no newcomer out.
+    fn is_look_due(&self) -> bool {
+        if self.from_rings.fetch_add(1, Ordering::Relaxed) < RINGS_IN_A_ROW {
+            return false;
+        }
+        self.from_rings.store(0, Ordering::Relaxed);
+        let now = (self.started.elapsed().as_nanos() / LOOK_EVERY.as_nanos()) as u64;
+        self.looked.swap(now, Ordering::Relaxed) != now
     }
 
     /// Takes a request from a client in the given way; a client that misbehaves is turned away.
@@ -235,18 +213,7 @@ impl SeqpacketQueue {
             let mut clients = lock(&self.clients);
             let token = clients.next;
             clients.next += 1;
-            let client = Client {
-                token,
-                socket: Arc::clone(&socket),
-                link,
-                peer,
-                state: Mutex::default(),
-                ring: OnceLock::new(),
-                resting: AtomicBool::new(false),
-                over: AtomicBool::new(false),
-                greeted: AtomicBool::new(false),
-                _watch: watch,
-            };
+            let client = Client::new(token, Arc::clone(&socket), peer, link, watch);
             clients.connected.insert(token, Arc::new(client));
             token
         };
@@ -280,7 +247,7 @@ impl SeqpacketQueue {
         if client.link.is_below(client.bound()) {
             let mut state = lock(&client.state);
             for _ in 0..BATCH {
-                match self.hear(client, &mut state)? {
+                match client.hear(&mut state, &self.policy)? {
                     Heard::Nothing => break,
                     Heard::Noted => {}
                     Heard::Request(transfer) => {
@@ -311,7 +278,7 @@ impl SeqpacketQueue {
                     Some(ShmTransfer::begin(segment, entry.generation, key, &client.link))
                 }
                 // Its segment was handed over on the connection before; the request stays for now.
-                None => match self.hear(client, &mut state)? {
+                None => match client.hear(&mut state, &self.policy)? {
                     Heard::Request(transfer) => Some(transfer),
                     Heard::Noted => None,
                     // Withdrawn, and its segment retired, before we came.
@@ -327,56 +294,6 @@ impl SeqpacketQueue {
             self.let_next_in(client);
         }
         Ok(request)
-    }
-
-    /// Reads one message of a client, and does what it says.
-    fn hear(&self, client: &Client, state: &mut ClientState) -> Result<Heard> {
-        let mut buffer = [0; MAX_MESSAGE + 1];
-        let Some((len, mut fds)) = receive(&client.socket, &mut buffer)? else { return Ok(Heard::Nothing) };
-        let message = Message::decode(&buffer[..len])?;
-        let malformed = PeerFault::MalformedMessage { len };
-        match (message, state.pool, &*fds.0) {
-            (Message::Hello { version, .. }, None, _) if version != VERSION => {
-                return Err(Rejection::Version { theirs: version, ours: VERSION }.into());
-            }
-            (Message::Hello { pool, slot_count, slot_len, .. }, None, _) => {
-                state.pool = Some((PoolId(pool), Geometry::new(slot_count, slot_len)?));
-                client.greeted.store(true, Ordering::Relaxed);
-            }
-            (Message::Segment { index }, Some((pool, geometry)), [fd]) => {
-                if state.segments.contains_key(&index) {
-                    return Err(PeerFault::RepeatedSegment(index).into());
-                }
-                let count = state.segments.len() as u64 + 1;
-                if count > u64::from(self.policy.max_segments) {
-                    return Err(Rejection::TooManySegments(self.policy.max_segments).into());
-                }
-                if count.saturating_mul(geometry.mapped_len() as u64) > self.policy.max_bytes {
-                    return Err(Rejection::TooManyBytes(self.policy.max_bytes).into());
-                }
-                let segment = attach_memfd(fd, SegmentId { pool, index }, geometry)?;
-                state.segments.insert(index, Arc::new(segment));
-                fds.0.clear(); // memory, which closes at once
-            }
-            (Message::Retire { index }, Some(_), _) => {
-                state.segments.remove(&index).ok_or(PeerFault::UnknownSegment(index))?;
-            }
-            (Message::Ring, Some(_), [fd]) => {
-                let ring = Taker::new(attach_words(fd, RING_LEN)?);
-                client.ring.set(ring).map_err(|_| malformed)?;
-                fds.0.clear();
-            }
-            (Message::Knock, Some(_), _) if client.ring.get().is_some() => {}
-            (Message::Request { index, generation, key }, Some(_), _) => {
-                // Unknown if it was withdrawn, and its segment retired, while it was being sent.
-                if let Some(segment) = state.segments.get(&index).cloned() {
-                    let transfer = ShmTransfer::begin(segment, generation, key.into(), &client.link);
-                    return Ok(Heard::Request(transfer));
-                }
-            }
-            _ => return Err(malformed.into()),
-        }
-        Ok(Heard::Noted)
     }
 
     /// Lets workers read the client's next request; but only once its requests under way are no
@@ -411,7 +328,7 @@ impl SeqpacketQueue {
     fn remove(&self, token: u64) {
         let gone = lock(&self.clients).connected.remove(&token);
         if let Some(client) = gone {
-            hang_up(&client);
+            client.hang_up();
             self.lookout.forget(&client);
         }
     }
@@ -445,7 +362,7 @@ impl RequestQueue for SeqpacketQueue {
 
 impl Drop for SeqpacketQueue {
     fn drop(&mut self) {
-        lock(&self.clients).connected.values().for_each(|client| hang_up(client));
+        lock(&self.clients).connected.values().for_each(|client| client.hang_up());
     }
 }
 
@@ -458,18 +375,6 @@ impl fmt::Debug for SeqpacketQueue {
     }
 }
 
-impl Client {
-    /// How many requests it may have under way: one for each segment, one more that was withdrawn and asked
-    /// anew, and a few ending now.
-    fn bound(&self) -> usize {
-        2 * lock(&self.state).segments.len() + 8
-    }
-
-    fn is_over(&self) -> bool {
-        self.over.load(Ordering::Relaxed)
-    }
-}
-
 /// Has workers look at a client's ring, unless we have hung up.
 fn activate(lookout: &Lookout<Client>, client: &Arc<Client>) {
     lookout.activate(client);
@@ -479,74 +384,7 @@ fn activate(lookout: &Lookout<Client>, client: &Arc<Client>) {
     }
 }
 
-impl Watched for Client {
-    fn has_work(&self) -> bool {
-        !self.is_over()
-            && !self.resting.load(Ordering::Relaxed)
-            && self.ring.get().is_some_and(Taker::has_entries)
-    }
-
-    fn arm(&self) -> bool {
-        self.ring.get().is_some_and(Taker::arm) && self.has_work()
-    }
-
-    fn disarm(&self) {
-        if let Some(ring) = self.ring.get() {
-            ring.disarm();
-        }
-    }
-
-    fn is_at_rest(&self) -> bool {
-        self.link.is_below(1)
-    }
-
-    fn client_cpu(&self) -> u32 {
-        self.ring.get().map_or(u32::MAX, Taker::client_cpu)
-    }
-}
-
-/// Ends a connection for both sides, whoever still holds the socket.
-fn hang_up(client: &Client) {
-    // First: a client that finds nobody on the connection tries its requests elsewhere.
-    {
-        let _nobody_takes = lock(&client.state);
-        client.over.store(true, Ordering::Relaxed);
-    }
-    client.link.sever(|| None);
-    // Fails only if the other end has hung up already.
-    let _ = rustix::net::shutdown(&*client.socket, rustix::net::Shutdown::Both);
-}
-
 /// Says farewell, if the client's buffer has room for it.
 fn dismiss(socket: &Socket, why: Rejection) {
     let _ = send(socket, &Message::farewell(why).encode(), None, Deadline::after(Duration::ZERO));
-}
-
-/// Takes one message and its descriptors, if there is one.
-fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, Strays)>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let received = loop {
-        match rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags) {
-            Ok(received) => break received,
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Ok(None),
-            Err(Errno::CONNRESET | Errno::PIPE) => return Err(Error::Disconnected),
-            Err(errno) => return Err(Error::os("recvmsg")(errno)),
-        }
-    };
-    // Whatever came along is owned, and closed, from here on.
-    let fds = Strays::of(&mut control);
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        // There was one, and we had no number left for it.
-        return Err(Error::os("receiving a descriptor")(Errno::MFILE));
-    }
-    if received.flags.contains(ReturnFlags::TRUNC) {
-        return Err(PeerFault::MalformedMessage { len: received.bytes }.into());
-    }
-    match received.bytes {
-        0 => Err(Error::Disconnected), // its end; an empty message is none of ours either
-        len => Ok(Some((len, fds))),
-    }
 }

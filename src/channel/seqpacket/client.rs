@@ -1,0 +1,198 @@
+//! One client's connection, as the server has it: its segments, its ring, and what its messages do.
+
+use std::collections::BTreeMap;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags};
+
+use crate::error::{Error, PeerFault, Rejection, Result};
+use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch};
+use crate::protocol::{Sender, ShmTransfer, Starting};
+use crate::segment::{Geometry, PoolId, Segment, SegmentId, WriteSlots, attach_memfd, attach_words};
+use crate::sync::lock;
+
+use super::Policy;
+use super::lookout::Watched;
+use super::ring::{RING_LEN, Taker};
+use super::wire::{MAX_MESSAGE, Message, VERSION};
+
+/// One connection.
+pub(super) struct Client {
+    pub(super) token: u64,
+    pub(super) socket: Arc<Socket>,
+    pub(super) link: Arc<Link>,
+    pub(super) peer: Peer,
+    /// Locked by whoever the epoll woke for it, and by whoever takes from its ring.
+    pub(super) state: Mutex<ClientState>,
+    /// Set once it has handed one over.
+    pub(super) ring: OnceLock<Taker>,
+    /// It has as many requests under way as honesty needs: nothing more is taken from its ring.
+    pub(super) resting: AtomicBool,
+    /// We have hung up: nothing is taken from its ring any more. Set under the lock of `state`.
+    over: AtomicBool,
+    pub(super) greeted: AtomicBool,
+    _watch: Watch,
+}
+
+#[derive(Default)]
+pub(super) struct ClientState {
+    pool: Option<(PoolId, Geometry)>,
+    pub(super) segments: BTreeMap<u32, Arc<Segment<WriteSlots>>>,
+}
+
+/// What one message was.
+pub(super) enum Heard {
+    /// None has come.
+    Nothing,
+    /// It was taken note of.
+    Noted,
+    Request(ShmTransfer<Sender, Starting>),
+}
+
+impl Client {
+    pub(super) fn new(token: u64, socket: Arc<Socket>, peer: Peer, link: Arc<Link>, watch: Watch) -> Client {
+        Client {
+            token,
+            socket,
+            link,
+            peer,
+            state: Mutex::default(),
+            ring: OnceLock::new(),
+            resting: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            greeted: AtomicBool::new(false),
+            _watch: watch,
+        }
+    }
+
+    /// Reads one message, and does what it says.
+    pub(super) fn hear(&self, state: &mut ClientState, policy: &Policy) -> Result<Heard> {
+        let mut buffer = [0; MAX_MESSAGE + 1];
+        let Some((len, mut fds)) = receive(&self.socket, &mut buffer)? else { return Ok(Heard::Nothing) };
+        let message = Message::decode(&buffer[..len])?;
+        let malformed = PeerFault::MalformedMessage { len };
+        match (message, state.pool, &*fds.0) {
+            (Message::Hello { version, .. }, None, _) if version != VERSION => {
+                return Err(Rejection::Version { theirs: version, ours: VERSION }.into());
+            }
+            (Message::Hello { pool, slot_count, slot_len, .. }, None, _) => {
+                state.pool = Some((PoolId(pool), Geometry::new(slot_count, slot_len)?));
+                self.greeted.store(true, Ordering::Relaxed);
+            }
+            (Message::Segment { index }, Some((pool, geometry)), [fd]) => {
+                if state.segments.contains_key(&index) {
+                    return Err(PeerFault::RepeatedSegment(index).into());
+                }
+                let count = state.segments.len() as u64 + 1;
+                if count > u64::from(policy.max_segments) {
+                    return Err(Rejection::TooManySegments(policy.max_segments).into());
+                }
+                if count.saturating_mul(geometry.mapped_len() as u64) > policy.max_bytes {
+                    return Err(Rejection::TooManyBytes(policy.max_bytes).into());
+                }
+                let segment = attach_memfd(fd, SegmentId { pool, index }, geometry)?;
+                state.segments.insert(index, Arc::new(segment));
+                fds.0.clear(); // memory, which closes at once
+            }
+            (Message::Retire { index }, Some(_), _) => {
+                state.segments.remove(&index).ok_or(PeerFault::UnknownSegment(index))?;
+            }
+            (Message::Ring, Some(_), [fd]) => {
+                let ring = Taker::new(attach_words(fd, RING_LEN)?);
+                self.ring.set(ring).map_err(|_| malformed)?;
+                fds.0.clear();
+            }
+            (Message::Knock, Some(_), _) if self.ring.get().is_some() => {}
+            (Message::Request { index, generation, key }, Some(_), _) => {
+                // Unknown if it was withdrawn, and its segment retired, while it was being sent.
+                if let Some(segment) = state.segments.get(&index).cloned() {
+                    let transfer = ShmTransfer::begin(segment, generation, key.into(), &self.link);
+                    return Ok(Heard::Request(transfer));
+                }
+            }
+            _ => return Err(malformed.into()),
+        }
+        Ok(Heard::Noted)
+    }
+
+    /// How many requests it may have under way: one for each segment, one more that was withdrawn and asked
+    /// anew, and a few ending now.
+    pub(super) fn bound(&self) -> usize {
+        2 * lock(&self.state).segments.len() + 8
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    /// Ends the connection for both sides, whoever still holds the socket.
+    pub(super) fn hang_up(&self) {
+        // First: a client that finds nobody on the connection tries its requests elsewhere.
+        {
+            let _nobody_takes = lock(&self.state);
+            self.over.store(true, Ordering::Relaxed);
+        }
+        self.link.sever(|| None);
+        // Fails only if the other end has hung up already.
+        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+    }
+}
+
+impl Watched for Client {
+    fn has_work(&self) -> bool {
+        !self.is_over()
+            && !self.resting.load(Ordering::Relaxed)
+            && self.ring.get().is_some_and(Taker::has_entries)
+    }
+
+    fn arm(&self) -> bool {
+        self.ring.get().is_some_and(Taker::arm) && self.has_work()
+    }
+
+    fn disarm(&self) {
+        if let Some(ring) = self.ring.get() {
+            ring.disarm();
+        }
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.link.is_below(1)
+    }
+
+    fn client_cpu(&self) -> u32 {
+        self.ring.get().map_or(u32::MAX, Taker::client_cpu)
+    }
+}
+
+/// Takes one message and its descriptors, if there is one.
+fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, Strays)>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let received = loop {
+        match rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags) {
+            Ok(received) => break received,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::CONNRESET | Errno::PIPE) => return Err(Error::Disconnected),
+            Err(errno) => return Err(Error::os("recvmsg")(errno)),
+        }
+    };
+    // Whatever came along is owned, and closed, from here on.
+    let fds = Strays::of(&mut control);
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        // There was one, and we had no number left for it.
+        return Err(Error::os("receiving a descriptor")(Errno::MFILE));
+    }
+    if received.flags.contains(ReturnFlags::TRUNC) {
+        return Err(PeerFault::MalformedMessage { len: received.bytes }.into());
+    }
+    match received.bytes {
+        0 => Err(Error::Disconnected), // its end; an empty message is none of ours either
+        len => Ok(Some((len, fds))),
+    }
+}
