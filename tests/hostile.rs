@@ -17,8 +17,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -30,26 +30,12 @@ use shmferry::{
     Awaited, Crew, Deadline, Error, Fault, Memfd, PeerFault, Refusal, Rejection, Reply, RequestQueue,
     Requester, SegmentPool, Seqpacket,
 };
+use watchdog::watchdog;
+
+mod watchdog;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(60))
-}
-
-/// Ends the whole test run if one test hangs: nothing here should come near this long.
-struct Watchdog {
-    _ended: mpsc::Sender<()>,
-}
-
-fn watchdog() -> Watchdog {
-    let (_ended, ended) = mpsc::channel();
-    let test = thread::current().name().unwrap_or("?").to_owned();
-    thread::spawn(move || {
-        if ended.recv_timeout(Duration::from_secs(240)) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("{test} hangs");
-            std::process::abort();
-        }
-    });
-    Watchdog { _ended }
 }
 
 #[track_caller]

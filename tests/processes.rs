@@ -12,11 +12,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use rustix::process::{Pid, Signal, kill_process};
 use shmferry::{
     Awaited, Backing, Crew, Deadline, Error, Memfd, Named, Peer, PosixMq, PosixMqQueue, PosixMqRequester,
@@ -24,10 +24,12 @@ use shmferry::{
     SeqpacketQueue, SeqpacketRequester, ShmTransfer, Size,
 };
 use support::{Place, Transport};
+use watchdog::watchdog;
 
 #[path = "processes/queues.rs"]
 mod queues;
 mod support;
+mod watchdog;
 
 /// The library's types for one transport. Addresses are as the programs have them.
 trait Carrier: 'static {
@@ -155,23 +157,6 @@ over_both! {
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
-}
-
-/// Ends the whole test run if one test hangs: nothing here should come near this long.
-struct Watchdog {
-    _ended: mpsc::Sender<()>,
-}
-
-fn watchdog() -> Watchdog {
-    let (_ended, ended) = mpsc::channel();
-    let test = thread::current().name().unwrap_or("?").to_owned();
-    thread::spawn(move || {
-        if ended.recv_timeout(Duration::from_secs(120)) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("{test} hangs");
-            std::process::abort();
-        }
-    });
-    Watchdog { _ended }
 }
 
 /// Another process in a role; killed at the latest when dropped.
@@ -581,13 +566,17 @@ fn a_queue_that_is_dropped_hangs_up_and_aborts_nothing<C: Carrier>() {
     let place = Place::over(C::TRANSPORT);
     let address = &place.cache_address();
     let pool = pool::<C>(1, 1);
-    for _ in 0..50 {
+    for round in 0..50 {
         let queue = C::bind(address).unwrap();
         let requester = C::requester(address, &pool);
         let (request, transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
         requester.send(request, soon()).unwrap();
         let mut held = queue.recv(soon()).unwrap().accept(Size::Unknown).unwrap();
         drop(queue);
+        if round % 2 == 0 {
+            let slot = held.next_slot(Deadline::NEVER).map(drop);
+            assert!(matches!(slot, Err(Error::Disconnected)), "told before its client was: {slot:?}");
+        }
         let reply = transfer.reply(Deadline::NEVER).map(drop);
         assert!(matches!(reply, Err(Error::Disconnected)), "{reply:?}");
         let slot = held.next_slot(Deadline::NEVER).map(drop);
@@ -842,6 +831,119 @@ fn nonsense_costs_its_own_connection_only() {
         honestly();
         drop(closing);
         workers.into_iter().for_each(|worker| worker.join().unwrap());
+    });
+}
+
+#[test]
+fn limits_are_what_works() {
+    let _watchdog = watchdog();
+    let (_dir, path) = socket();
+    let len = |segments: u64| segments * 2 * 4096; // each a page of header, and its slots
+    let queue = Seqpacket::new(&path).max_clients(2).max_segments(3).max_bytes(len(2)).bind().unwrap();
+    thread::scope(|scope| {
+        let closing = Closing(&queue);
+        scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
+        let connected = |segments| {
+            let pool = pool::<Unix>(segments, 1);
+            let requester = Seqpacket::new(&path).requester(&pool).unwrap();
+            let asked = ask::<Unix>(&requester, &pool, 10).map(read_all);
+            asked.map(|bytes| (assert!(bytes == pattern(10)), requester, pool))
+        };
+        let rejection = |segments| match connected(segments).map(drop) {
+            Err(Error::Rejected(rejection)) => rejection,
+            other => panic!("{segments} segments: {other:?}"),
+        };
+        let first = connected(2).unwrap();
+        assert!(matches!(rejection(3), Rejection::TooManyBytes(limit) if limit == len(2)));
+        let second = connected(1).unwrap();
+        assert!(matches!(rejection(1), Rejection::TooManyClients(2)));
+        drop((first, second, closing));
+    });
+    drop(queue);
+    let queue = Seqpacket::new(&path).max_segments(2).max_bytes(len(2)).bind().unwrap();
+    thread::scope(|scope| {
+        let closing = Closing(&queue);
+        scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
+        let pools = [pool::<Unix>(2, 1), pool::<Unix>(3, 1)];
+        let [reached, passed] = pools.each_ref().map(|pool| {
+            let requester = Seqpacket::new(&path).requester(pool).unwrap();
+            ask::<Unix>(&requester, pool, 10).map(read_all)
+        });
+        assert!(reached.unwrap() == pattern(10));
+        assert!(matches!(passed, Err(Error::Rejected(Rejection::TooManySegments(2)))), "{passed:?}");
+        drop(closing);
+    });
+}
+
+/// Whoever waits for room at the door does it until its deadline.
+#[test]
+fn a_server_that_lets_nobody_in_is_waited_for_as_long_as_told() {
+    use rustix::net::{accept, bind, connect, listen};
+    let _watchdog = watchdog();
+    let (_dir, path) = socket();
+    let address = SocketAddrUnix::new(&path).unwrap();
+    let socket = || {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+    };
+    let door = socket();
+    bind(&door, &address).unwrap();
+    listen(&door, 1).unwrap();
+    let mut crowd = Vec::new();
+    loop {
+        crowd.push(socket());
+        match connect(crowd.last().unwrap(), &address) {
+            Ok(()) => {}
+            Err(errno) => break assert_eq!(errno, rustix::io::Errno::AGAIN),
+        }
+    }
+    let pool = pool::<Unix>(1, 1);
+    let requester = Seqpacket::new(&path).requester(&pool).unwrap();
+    let (request, _transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
+    let failed = requester.send(request, Deadline::after(Duration::from_millis(20))).unwrap_err();
+    assert!(matches!(failed.error, Error::Timeout(Awaited::QueueRoom)), "{failed:?}");
+    // Let in by and by, and then left alone: it is connected, and waits for an answer in vain.
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| requester.send(failed.request, soon()));
+        let mut let_in = Vec::new();
+        while !asked.is_finished() {
+            match accept(&door) {
+                Ok(one) => let_in.push(one),
+                Err(_) => thread::yield_now(),
+            }
+        }
+        asked.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_server_of_named_segments_keeps_as_many_mapped_as_told() {
+    let _watchdog = watchdog();
+    let place = Place::over(Transport::Mq);
+    let address = &place.cache_address();
+    assert_eq!(format!("mq:{}", Mq::at(address).name()), *address);
+    let queue = Mq::at(address).max_segments(2).bind().unwrap();
+    thread::scope(|scope| {
+        let closing = Closing(&queue);
+        scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
+        let pool = pool::<Mq>(5, 1);
+        let requester = Mq::requester(address, &pool);
+        for _ in 0..3 {
+            let bodies: Vec<_> = (0..5).map(|_| ask::<Mq>(&requester, &pool, 10).unwrap()).collect();
+            bodies.into_iter().for_each(|body| assert!(read_all(body) == pattern(10)));
+            // Header and slots in one piece: a server's. A client may not write to its slots.
+            let name = format!("shmferry-{}-{}", std::process::id(), pool.id());
+            let maps = fs::read_to_string("/proc/self/maps").unwrap();
+            let of_server = |line: &&str| {
+                line.contains(&name) && {
+                    let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+                    let [start, end] = [start, end].map(|at| u64::from_str_radix(at, 16).unwrap());
+                    end - start == 2 * 4096
+                }
+            };
+            assert_eq!(maps.lines().filter(of_server).count(), 2, "{maps}");
+        }
+        drop(closing);
     });
 }
 

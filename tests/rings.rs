@@ -12,6 +12,9 @@ use shmferry::{
     Deadline, Error, KEY_LIMIT, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
     SeqpacketQueue,
 };
+use watchdog::watchdog;
+
+mod watchdog;
 
 /// What fits an entry of the ring, in bytes; longer keys go over the connection.
 const KEY_ROOM: usize = 240;
@@ -20,23 +23,6 @@ const ENTRIES: u32 = 64;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(60))
-}
-
-/// Ends the whole test run if one test hangs: nothing here should come near this long.
-struct Watchdog {
-    _ended: mpsc::Sender<()>,
-}
-
-fn watchdog() -> Watchdog {
-    let (_ended, ended) = mpsc::channel();
-    let test = thread::current().name().unwrap_or("?").to_owned();
-    thread::spawn(move || {
-        if ended.recv_timeout(Duration::from_secs(240)) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("{test} hangs");
-            std::process::abort();
-        }
-    });
-    Watchdog { _ended }
 }
 
 fn pool(segments: u32) -> SegmentPool<Memfd> {

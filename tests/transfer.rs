@@ -10,8 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use shmferry::{
-    Awaited, Backing, Deadline, Error, Fault, InProcess, Memfd, Misuse, Named, PosixMq, Receiver, Receiving,
-    Reply, RequestQueue, Requester, SegmentPool, Sender, Seqpacket, ShmTransfer, Size, Starting,
+    Awaited, Backing, Deadline, Error, Fault, InProcess, METADATA_LIMIT, Memfd, Misuse, Named, PosixMq,
+    Receiver, Receiving, Reply, RequestQueue, Requester, SegmentPool, Sender, Seqpacket, ShmTransfer, Size,
+    Starting,
 };
 
 /// Every test, over either backing.
@@ -27,8 +28,13 @@ macro_rules! over_both {
 }
 over_both! {
     every_size_through_every_geometry,
+    writes_of_any_length_fill_slots,
     a_range_of_a_file,
     bytes_written_before_a_file_go_out_first,
+    a_file_too_short_counts_from_what_went_out_before,
+    one_byte_too_many_is_refused_before_anything_goes_out,
+    metadata_has_a_limit,
+    a_chunk_can_be_written_on_its_own,
     bytes_written_before_a_range_count,
     a_wait_lasts_as_long_as_its_deadline,
     bytes_are_read_where_they_are,
@@ -124,6 +130,32 @@ fn every_size_through_every_geometry<B: Backing>() {
     }
 }
 
+fn writes_of_any_length_fill_slots<B: Backing>() {
+    let pool = pool::<B>(1, 14, 2);
+    for step in 1..=16 {
+        let bytes = pattern(50);
+        let sent = bytes.clone();
+        let write = move |transfer: ShmTransfer<Sender, Starting>| {
+            let mut sending = transfer.accept(50).unwrap();
+            sent.chunks(step).for_each(|part| sending.write_all(part).unwrap());
+            sending.finish().unwrap()
+        };
+        let (sent, received) = ferry(&pool, write, |mut body| {
+            let (mut lens, mut received) = (Vec::new(), Vec::new());
+            while let Some(mut chunk) = body.next_chunk(soon()).unwrap() {
+                lens.push(chunk.len());
+                let from = received.len();
+                received.resize(from + chunk.len(), 0);
+                assert_eq!(chunk.copy_to(&mut received[from..]), 7.min(50 - from));
+            }
+            assert_eq!(lens, [7, 7, 7, 7, 7, 7, 7, 1], "{step} at a time");
+            received
+        });
+        assert_eq!(sent, 50);
+        assert!(received == bytes, "{step} at a time");
+    }
+}
+
 fn bytes_written_before_a_range_count<B: Backing>() {
     let pool = pool::<B>(1, 4096, 2);
     let (sent, received) = ferry(
@@ -212,7 +244,7 @@ fn bytes_written_before_a_file_go_out_first<B: Backing>() {
     let (sent, received) = ferry(
         &pool,
         |t| {
-            let file = file_of(b"and the file");
+            let file = file_of(b"and the file, but not all of it");
             let mut sending = t.accept(18).unwrap();
             sending.write_all(b"first ").unwrap();
             sending.send_file(&file).unwrap()
@@ -220,6 +252,86 @@ fn bytes_written_before_a_file_go_out_first<B: Backing>() {
         read_all,
     );
     assert_eq!((sent, &received[..]), (18, &b"first and the file"[..]));
+}
+
+fn a_file_too_short_counts_from_what_went_out_before<B: Backing>() {
+    let pool = pool::<B>(1, 64, 2);
+    let (sent, _) = ferry(
+        &pool,
+        |t| {
+            let mut sending = t.accept(18).unwrap();
+            sending.write_all(b"first ").unwrap();
+            sending.send_file(file_of(b"and"))
+        },
+        |mut body| assert!(body.read_to_end(&mut Vec::new()).is_err()),
+    );
+    assert!(matches!(sent, Err(Error::SizeMismatch { announced: 18, found: 9 })), "{sent:?}");
+}
+
+fn one_byte_too_many_is_refused_before_anything_goes_out<B: Backing>() {
+    let pool = pool::<B>(1, 64, 2);
+    let (sent, received) = ferry(
+        &pool,
+        |t| {
+            let mut sending = t.accept(10).unwrap();
+            sending.write_all(b"12345").unwrap();
+            sending.flush().unwrap();
+            sending.write_all(b"678").unwrap();
+            sending.write_all(b"90+")
+        },
+        |mut body| {
+            let mut bytes = Vec::new();
+            body.read_to_end(&mut bytes).map(|_| ()).unwrap_err();
+            bytes
+        },
+    );
+    let error = sent.unwrap_err();
+    let error = error.get_ref().and_then(|error| error.downcast_ref());
+    assert!(matches!(error, Some(Error::SizeMismatch { announced: 10, found: 11 })), "{error:?}");
+    assert_eq!(received, b"12345", "what was flushed, and no more");
+}
+
+fn metadata_has_a_limit<B: Backing>() {
+    let pool = pool::<B>(1, 64, 2);
+    let ((), received) = ferry(
+        &pool,
+        |t| {
+            let sending = t.accept_with(0, &pattern(METADATA_LIMIT)).unwrap();
+            assert_eq!(sending.finish().unwrap(), 0);
+        },
+        |body| body.metadata::<Vec<u8>>().unwrap(),
+    );
+    assert!(received == pattern(METADATA_LIMIT));
+    let ((), ()) = ferry(
+        &pool,
+        |t| assert_eq!(t.accept(0).unwrap().finish().unwrap(), 0),
+        |body| body.metadata::<()>().unwrap(),
+    );
+    let queue = InProcess::bounded(1);
+    let (request, _transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+    queue.send(request, soon()).unwrap();
+    let error = queue.recv(soon()).unwrap().accept_with(0, &pattern(METADATA_LIMIT + 1)).unwrap_err();
+    assert!(matches!(error, Error::Misuse(Misuse::MetadataTooLong { len: 1025, limit: 1024 })), "{error}");
+}
+
+fn a_chunk_can_be_written_on_its_own<B: Backing>() {
+    let pool = pool::<B>(1, 8, 2);
+    let mut target = tempfile::tempfile().unwrap();
+    let (_, ()) = ferry(
+        &pool,
+        |t| t.accept(8).unwrap().send_file(file_of(b"abcdefgh")).unwrap(),
+        |mut body| {
+            drop(body.next_chunk(soon()).unwrap()); // the first four, unread
+            let mut chunk = body.next_chunk(soon()).unwrap().unwrap();
+            assert_eq!(chunk.copy_to(&mut [0]), 1);
+            chunk.write_to(&target).unwrap();
+            assert!(chunk.is_empty());
+        },
+    );
+    target.seek(SeekFrom::Start(0)).unwrap();
+    let mut written = String::new();
+    target.read_to_string(&mut written).unwrap();
+    assert_eq!(written, "fgh");
 }
 
 fn the_files_own_position_neither_matters_nor_moves<B: Backing>() {

@@ -159,7 +159,9 @@ mod tests {
 
     #[test]
     fn only_the_segment_that_was_announced() {
-        let (_owned, memory) = create().unwrap();
+        let (owned, memory) = create().unwrap();
+        assert_eq!(owned.header().turn.phase_of(0), Some(crate::segment::Phase::Idle));
+        assert_eq!(owned.header().turn.phase_of(1), None, "no such generation");
         let other = SegmentId { index: 4, ..ID };
         assert_eq!(
             refusal(&memory, other, geometry()),
@@ -213,11 +215,19 @@ mod tests {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         // The header is writable, the slots behind it are not (rule L4).
         let header = owned.header() as *const _ as usize;
-        let line = |start: usize| {
-            maps.lines().find(|line| line.starts_with(&format!("{start:x}-"))).unwrap().to_owned()
-        };
-        assert!(line(header).contains(" rw-s "));
-        assert!(line(header + 4096).contains(" r--s "));
+        for (start, end, rights) in [(0, 4096, "rw-s"), (4096, 20_480, "r--s")] {
+            let line = format!("{:x}-{:x} {rights} ", header + start, header + end);
+            assert!(maps.contains(&line), "{line}\n{maps}");
+        }
+    }
+
+    #[test]
+    fn words_are_as_many_as_fit_and_shared() {
+        let (ours, fd) = create_words("words", 4096).unwrap();
+        let theirs = attach_words(&fd, 4096).unwrap();
+        assert_eq!((ours.len(), theirs.len()), (512, 512));
+        ours[511].store(7, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(theirs[511].load(std::sync::atomic::Ordering::Relaxed), 7);
     }
 
     use proptest::collection::vec;
@@ -281,6 +291,7 @@ mod tests {
                     let shared = segment.header();
                     if let Ok((generation, phase)) = shared.turn.load() {
                         prop_assert_eq!(shared.turn.phase_of(generation), Some(phase));
+                        prop_assert_eq!(shared.turn.phase_of(generation + 1), None);
                     }
                     prop_assert!(shared.filled.try_wait().is_ok() == (word(1408) & !(1 << 31) != 0));
                     let chunk = shared.chunks[0].load();

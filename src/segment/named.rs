@@ -252,9 +252,10 @@ mod tests {
         let (owned, _memory) = Named::create(&own, id, geometry).unwrap();
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let header = std::ptr::from_ref(owned.header()).addr();
-        let line = |start: usize| maps.lines().find(|line| line.starts_with(&format!("{start:x}-"))).unwrap();
-        assert!(line(header).contains(" rw-s "));
-        assert!(line(header + 4096).contains(" r--s "));
+        for (start, end, rights) in [(0, 4096, "rw-s"), (4096, 20_480, "r--s")] {
+            let line = format!("{:x}-{:x} {rights} ", header + start, header + end);
+            assert!(maps.contains(&line), "{line}\n{maps}");
+        }
     }
 
     #[test]

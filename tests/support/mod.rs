@@ -182,11 +182,14 @@ impl Place {
         self.prepared(shell)
     }
 
-    /// As [`command`](Self::command), with the first call of this name failing. By `strace`: where there is
+    /// As [`command`](Self::command), with calls failing as these injections say. By `strace`: where there is
     /// none, or it may not trace, the program does not run.
-    pub fn command_failing(&self, call: &str, name: &str) -> Command {
+    pub fn command_failing(&self, injections: &[&str], name: &str) -> Command {
         let mut shell = Command::new("/bin/sh");
-        let strace = format!("strace -f -qq -o /dev/null -e trace={call} -e inject={call}:error=EIO:when=1");
+        let calls: Vec<_> = injections.iter().map(|injection| injection.split(':').next().unwrap()).collect();
+        let injections: String =
+            injections.iter().map(|injection| format!(" -e inject={injection}")).collect();
+        let strace = format!("strace -D -f -qq -o /dev/null -e trace={}{injections}", calls.join(","));
         shell.args(["-c", &format!("exec {strace} \"$@\""), "sh"]).arg(path_of(name));
         self.prepared(shell)
     }

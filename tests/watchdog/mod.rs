@@ -1,0 +1,26 @@
+//! A watchdog for tests: whoever hangs takes the whole run along, and is named.
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+/// Nothing here should come near this long.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// Watches the test that made it, until it is dropped.
+pub struct Watchdog {
+    _ended: mpsc::Sender<()>,
+}
+
+/// Ends the whole test run if this test hangs.
+pub fn watchdog() -> Watchdog {
+    let (_ended, ended) = mpsc::channel();
+    let test = thread::current().name().unwrap_or("?").to_owned();
+    thread::spawn(move || {
+        if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{test} hangs");
+            std::process::abort();
+        }
+    });
+    Watchdog { _ended }
+}
