@@ -28,7 +28,8 @@ pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
 #[cfg(fuzzing)]
 pub(crate) use {
-    posix_mq::wire::Message as QueueMessage, seqpacket::wire::Message, seqpacket::wire::VERSION,
+    posix_mq::wire::Message as QueueMessage, seqpacket::ring::fuzz as fuzz_ring, seqpacket::wire::Message,
+    seqpacket::wire::VERSION,
 };
 
 /// The longest key that a request carries, in bytes.

@@ -27,6 +27,11 @@ pub fn request(bytes: &[u8]) {
     }
 }
 
+/// A ring of requests, whose memory the fuzzer writes to between the steps of two honest ends.
+pub fn ring(script: &[u8]) {
+    let _ = crate::channel::fuzz_ring(script);
+}
+
 /// An honest receiver whose request was sent, and the memory as its sender has it.
 pub fn offered(pool: &SegmentPool<Memfd>) -> Result<(ShmTransfer<Receiver, Offered>, OwnedFd)> {
     let lease = pool.lease(Deadline::NEVER)?;

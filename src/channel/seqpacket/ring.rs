@@ -244,6 +244,46 @@ fn entry(ring: &Words, number: u64) -> &[AtomicU64] {
     &ring[at..at + ENTRY_WORDS]
 }
 
+/// Both ends, honest, while the fuzzer writes to the memory between their steps.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(script: &[u8]) -> crate::error::Result<()> {
+    use crate::segment::{attach_words, create_words};
+    let (ours, memory) = create_words("fuzz", RING_LEN)?;
+    let (poster, taker) = (Poster::new(ours), Taker::new(attach_words(&memory, RING_LEN)?));
+    let spoilt = attach_words(&memory, RING_LEN)?;
+    let mut accepted = 0;
+    for step in script.chunks_exact(11) {
+        let at = usize::from(u16::from_le_bytes([step[1], step[2]]));
+        let value = u64::from_le_bytes(std::array::from_fn(|i| step[3 + i]));
+        match step[0] % 6 {
+            0 | 1 => spoilt[at % RING_WORDS].store(value, Relaxed),
+            2 => {
+                let Some(number) =
+                    poster.post(at as u32, value, &[step[0]; KEY_ROOM + 8][..at % (KEY_ROOM + 9)])
+                else {
+                    continue;
+                };
+                assert_eq!(number, accepted);
+                accepted += 1;
+                if let Posted::MustKnock(bell) = poster.follow(number, false) {
+                    poster.lower(bell);
+                }
+            }
+            // A server hangs up on a client whose ring makes no sense.
+            3 | 4 => match taker.peek()? {
+                Some(entry) => {
+                    assert!(entry.key().len() <= KEY_ROOM);
+                    taker.advance();
+                }
+                None => assert!(!taker.has_entries()),
+            },
+            _ if at % 2 == 0 => drop(taker.arm()),
+            _ => taker.disarm(),
+        }
+    }
+    Ok(())
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
