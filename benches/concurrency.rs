@@ -4,7 +4,9 @@
 //! `cargo bench --bench concurrency`; with `-- --write DIRECTORY`, `concurrency.md` and its plot are written there.
 //! Each server is another process; the clients are threads of this one. Methods are interleaved, round by round.
 
+use std::collections::BTreeMap;
 use std::env;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -30,7 +32,7 @@ const ROUNDS: usize = 5;
 const SPAN: Duration = Duration::from_millis(300);
 /// Bytes of the file that everybody fetches.
 const LEN: u64 = 1 << 20;
-const BUFFER: usize = 128 << 10;
+const BUFFER: usize = 256 << 10;
 /// Jobs at work at once in our server.
 const WORKERS: usize = 8;
 const METHODS: [&str; 4] = [LOCAL, SENDFILE, "shmferry, socket", "shmferry, message queue"];
@@ -67,7 +69,8 @@ fn main() -> io::Result<()> {
             cells.push((to_tcp, clients, row));
         }
     }
-    let memory: Vec<_> = contenders.iter().map(|contender| contender.server.peak()).collect();
+    let memory: Vec<_> =
+        contenders.iter().map(|contender| peak(&contender.server.0.id().to_string())).collect();
     let text = report(&cells, &memory);
     print!("{text}");
     let mut arguments = env::args().skip_while(|argument| argument != "--write");
@@ -194,29 +197,48 @@ impl Contender {
             slowest: slowest / (count / clients as f64),
             times,
             processor: (after.0 - before.0) / (count * LEN as f64 / (1u64 << 30) as f64),
-            switches: after.1.saturating_sub(before.1) as f64 / count,
+            switches: switches(&before.1, &after.1) as f64 / count,
         })
     }
 
     /// Processor seconds and context switches so far, of this process and the server.
-    fn costs(&self) -> (f64, u64) {
-        let (ours, theirs) = (costs("self"), costs(&self.server.0.id().to_string()));
-        (ours.0 + theirs.0, ours.1 + theirs.1)
+    fn costs(&self) -> (f64, Switches) {
+        let (mut ours, theirs) = (costs("self"), costs(&self.server.0.id().to_string()));
+        ours.1.extend(theirs.1);
+        (ours.0 + theirs.0, ours.1)
     }
 }
 
-fn costs(process: &str) -> (f64, u64) {
+/// Context switches so far, by thread.
+type Switches = BTreeMap<OsString, u64>;
+
+/// How many there were meanwhile. A thread that has ended takes what it had since with it.
+fn switches(before: &Switches, after: &Switches) -> u64 {
+    after.iter().map(|(thread, count)| count - before.get(thread).unwrap_or(&0)).sum()
+}
+
+fn costs(process: &str) -> (f64, Switches) {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     // After the name in parentheses: user and system time are the 12th and 13th, in hundredths of a second.
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
     let threads = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
-    let switches = threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
-    let of = |status: String| -> u64 {
+    let of = |status: &str| -> u64 {
         let lines = status.lines().filter(|line| line.contains("ctxt_switches"));
         lines.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum()
     };
-    ((ticks(11) + ticks(12)) / 100.0, switches.map(of).sum())
+    let switches = threads.filter_map(|thread| {
+        let status = fs::read_to_string(thread.path().join("status")).ok()?;
+        Some((thread.file_name(), of(&status)))
+    });
+    ((ticks(11) + ticks(12)) / 100.0, switches.collect())
+}
+
+/// The most memory that a process had resident, in MiB.
+fn peak(process: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0) >> 10
 }
 
 // ---------------------------------------------------------------- clients
@@ -312,13 +334,6 @@ impl Other {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         child.stdout.take().expect("piped").read_exact(&mut [0])?;
         Ok(Other(child))
-    }
-
-    /// The most memory that it had resident, in MiB.
-    fn peak(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0) >> 10
     }
 
     fn end(mut self) {
@@ -417,7 +432,7 @@ fn report(cells: &[(bool, usize, Vec<Cell>)], memory: &[u64]) -> String {
         "# Many transfers at once\n\n\
         Written by `cargo bench --bench concurrency -- --write docs`, from one run: a file of 1 MiB, {ROUNDS} rounds of\n\
         {} ms for each method and number of clients, interleaved; medians over the rounds. The clients are threads\n\
-        of one process; shmferry: one pool of 8 segments of 1 MiB in 8 slots, a crew of {WORKERS}; the Unix socket: a connection\n\
+        of one process; shmferry: one pool of 8 segments of 2 MiB in 8 slots, a crew of {WORKERS}; the Unix socket: a connection\n\
         and a server thread for each client; the buffers have {} KiB. `slowest` is what the slowest client got, as a\n\
         part of the mean. Processor time and context switches are those of both processes (without the drain's).\n\n\
         ![throughput by clients](concurrency.svg)\n",
@@ -458,6 +473,11 @@ fn report(cells: &[(bool, usize, Vec<Cell>)], memory: &[u64]) -> String {
     for (name, peak) in METHODS.iter().zip(memory).skip(1) {
         let _ = writeln!(text, "| {name} | {peak} |");
     }
+    let _ = writeln!(
+        text,
+        "\nThe client process, all methods together, with two pools of 8 MiB and 64 threads with buffers: {} MiB.",
+        peak("self")
+    );
     text
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures everything that the documents give figures of, and writes them: docs/benchmarks.md, concurrency.md,
-# control.md, programs.md and their plots. Some minutes, on a machine that does nothing else.
+# control.md, calls.md (with strace), programs.md and their plots. Some minutes, on a machine that does nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 cargo bench --locked --manifest-path benches/peers/Cargo.toml -- --write ../../docs
 cargo bench --locked --bench concurrency -- --write docs
 cargo bench --locked --bench control -- --write docs
+cargo bench --locked --bench calls -- --write docs
 
 # Whole programs, by getfile's own bench.
 cargo build --locked --release --examples
@@ -18,22 +19,30 @@ mkdir "$place/files"
 for size in 1024 1048576 104857600; do head -c $size /dev/urandom >"$place/files/$size"; done
 "$programs/simplecached" -c "$place/files" --listen "unix:$place/cache.sock" 2>/dev/null &
 "$programs/webproxy" -p 25388 --cache "unix:$place/cache.sock" 2>/dev/null &
-until "$programs/getfile" -p 25388 -o "$place/there" /1024 >/dev/null 2>&1; do sleep 0.1; done
+"$programs/webproxy" -p 25389 -z 2097152 --slots 8 --cache "unix:$place/cache.sock" 2>/dev/null &
+for port in 25388 25389; do
+    until "$programs/getfile" -p $port -o "$place/there" /1024 >/dev/null 2>&1; do sleep 0.1; done
+done
+ask() { # PORT WHAT BYTES CLIENTS REQUESTS
+    echo "/$3" >"$place/workload"
+    printf '\n### %s bytes, %s clients, %s\n\n```text\n' "$3" "$4" "$2"
+    "$programs/getfile" bench -p "$1" -w "$place/workload" -t "$4" -r "$5" --against-unix "$place/files"
+    printf '```\n'
+}
 {
     printf '# Whole programs\n\n'
-    printf 'Written by `ci/benchmarks.sh`, from one run: GETFILE through webproxy and simplecached, as they come, in\n'
+    printf 'Written by `ci/benchmarks.sh`, from one run: GETFILE through webproxy and simplecached, in\n'
     printf 'three rounds that alternate with a plain read-and-write copy over one Unix socket, which has one hop and one\n'
     printf 'process fewer. Clients, proxy and cache share the machine.\n'
     for run in "1024 4 20000" "1024 64 20000" "1048576 4 1000" "1048576 64 1000" "104857600 4 24" "104857600 64 64"; do
-        set -- $run
-        echo "/$1" >"$place/workload"
-        printf '\n### %s bytes, %s clients\n\n```text\n' "$1" "$2"
-        "$programs/getfile" bench -p 25388 -w "$place/workload" -t "$2" -r "$3" --against-unix "$place/files"
-        printf '```\n'
+        ask 25388 "webproxy as it comes" $run
+    done
+    for run in "1048576 64 1000" "104857600 4 24" "104857600 64 64"; do
+        ask 25389 "webproxy with \`-z 2097152 --slots 8\`" $run
     done
     printf '\n### Most memory resident, segments included\n\n```text\n'
-    for program in simplecached webproxy; do
-        printf '%s: %s\n' $program "$(grep VmHWM "/proc/$(pgrep -P $$ -x $program)/status" | tr -s '\t ' ' ')"
+    for pid in $(jobs -p); do
+        printf '%s: %s\n' "$(tr '\0' ' ' <"/proc/$pid/cmdline" | sed "s|$place/||g; s|.*/||")" "$(grep VmHWM "/proc/$pid/status" | tr -s '\t ' ' ')"
     done
     printf '```\n'
 } >docs/programs.md

@@ -626,7 +626,7 @@ fn a_pool_is_what_its_builder_says_unless_told_otherwise() {
     let pool = SegmentPool::<Memfd>::builder().create().unwrap();
     let geometry = pool.geometry();
     assert_eq!(pool.stats().segments, 8);
-    assert_eq!((geometry.slot_count(), geometry.slot_len()), (8, 128 << 10));
+    assert_eq!((geometry.slot_count(), geometry.slot_len()), (8, 256 << 10));
 }
 
 #[test]

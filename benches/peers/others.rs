@@ -49,7 +49,7 @@ type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
 // ---------------------------------------------------------------- ipc-channel
 
-// Settings: byte channels both ways, so that nothing is serialised; messages of 128 KiB, which need no
+// Settings: byte channels both ways, so that nothing is serialised; messages of 256 KiB, which need no
 // fragments. `IpcSharedMemory`, made anew for each message, took 2 to 12 times as long.
 
 type Ends = (IpcBytesReceiver, IpcBytesSender);
@@ -103,7 +103,7 @@ impl Client for Channel {
 
 // ---------------------------------------------------------------- iceoryx2
 
-// Settings: request and response, the latter slices of 128 KiB that are lent and filled in place, eight in
+// Settings: request and response, the latter slices of 256 KiB that are lent and filled in place, eight in
 // all, of which six may wait; no overflow: the server retries until there is room, as is the default.
 // Blocking: both sides sleep in listeners, and are notified of each message. Busy polling: neither does,
 // but the server sleeps while other methods are timed.
@@ -270,11 +270,11 @@ impl<const POLLS: bool> Client for Iceoryx<POLLS> {
 
 // ---------------------------------------------------------------- shmem-ipc
 
-// Settings: a ring of 1 MiB, written and read in place, by at most 128 KiB at a time so that both sides
+// Settings: a ring of 2 MiB, written and read in place, by at most 256 KiB at a time so that both sides
 // are at work; its descriptors and the requests go over a Unix socket.
 
 /// With the ring's head, of 64 bytes, whole pages.
-const CAPACITY: usize = (1 << 20) - 64;
+const CAPACITY: usize = (2 << 20) - 64;
 
 fn serve_ring(place: &Path) -> Outcome<()> {
     let mut ring = sharedring::Sender::<u8>::new(CAPACITY)?;

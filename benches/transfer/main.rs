@@ -1,9 +1,10 @@
 //! Real file contents between two real processes, by every method that a user could pick instead, in one run.
 //!
-//! `cargo bench --bench transfer`; with `-- --write DIRECTORY`, `benchmarks.md` and its plot are written there;
-//! with `-- --only WORD`, methods with that in their names and the anchors are measured. A server process has the files in its page cache; the client asks for one and must hold its bytes
-//! readable. First every byte is compared; then, timed, one byte of each cache line is touched. Methods are
-//! interleaved, round by round, so that whatever else the machine does meets all of them.
+//! `cargo bench --bench transfer`; with `-- --write DIRECTORY`, `benchmarks.md` and its plots are written there;
+//! with `-- --only WORD`, methods with that in their names and the anchors are measured. A server process has the
+//! files in its page cache; the client asks for one and must hold its bytes readable. First every byte is compared;
+//! then, timed, one byte of each cache line is touched. Methods are interleaved, round by round, so that whatever
+//! else the machine does meets all of them.
 
 pub mod ours;
 pub mod peers;
@@ -26,7 +27,7 @@ pub const FILES: [(u64, usize); 5] =
 const ROUNDS: usize = 7;
 
 /// What methods with a buffer of their own use: as much as one of our slots holds.
-pub const BUFFER: usize = 128 << 10;
+pub const BUFFER: usize = 256 << 10;
 
 /// A way to get a file from the server process.
 pub trait Client {

@@ -14,7 +14,7 @@ use shmferry::{
 use super::{BUFFER, Bytes, Client, Method, PATIENCE, Sink, await_ready, files_beside, say_ready};
 
 /// Bytes of payload in a segment, however many slots it is cut into.
-const SEGMENT: u64 = 1 << 20;
+const SEGMENT: u64 = 2 << 20;
 
 pub fn methods() -> Vec<Method> {
     macro_rules! seqpacket {

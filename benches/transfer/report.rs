@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::process::Command;
 
@@ -44,7 +45,7 @@ pub fn table(results: &[Result]) -> String {
     text
 }
 
-/// Writes `benchmarks.md` and `throughput.svg` into a directory.
+/// Writes `benchmarks.md` and its plots into a directory.
 pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<()> {
     let said = |program: &str, argument: &str| {
         let output = Command::new(program).arg(argument).output();
@@ -60,15 +61,17 @@ pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<
         | | |\n| --- | --- |\n\
         | processor | {}, {processors} seen |\n| kernel | {} |\n| compiler | {} |\n| load at the end | {} |\n\
         | rounds | {ROUNDS}, methods interleaved; per round {} fetches |\n\
-        | buffers | {} KiB for every method that has one; shmferry: one segment of 1 MiB; pipe: 1 MiB; iceoryx2: eight slices; shmem-ipc: 1 MiB |\n\n\
+        | buffers | {} KiB for every method that has one; shmferry: one segment of 2 MiB; pipe: 1 MiB; iceoryx2: eight slices; shmem-ipc: 2 MiB |\n\n\
         The server is another process, with the files in its page cache. Each method's bytes are compared, all\n\
         of them, before the timing; timed, the client touches one byte of each cache line. One transfer at a\n\
         time. `local pread` is one process reading the file by itself: the limit for whoever copies.\n\
         `descriptor` passes the file's own descriptor: no limit holds for those who may have it.\n\
         Bytes are read where they are, in the slot; `copied out` copies them to private memory first.\n\
         What was tried on the way, and left: [design](design.md#speed). Many at once: [concurrency](concurrency.md); \
-        requests alone: [control](control.md); whole programs: [programs](programs.md).\n\n\
-        ![throughput](throughput.svg)\n{}",
+        requests alone: [control](control.md); system calls: [calls](calls.md); whole programs: [programs](programs.md).\n\n\
+        ![throughput](throughput.svg)\n\n\
+        Every fetch of 1 KiB, by its place among all of its method, the fastest first:\n\n\
+        ![latency](latency.svg)\n{}",
         cpu.trim_start_matches([' ', '\t', ':']),
         said("uname", "-r"),
         said("rustc", "--version"),
@@ -78,7 +81,8 @@ pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<
         table(results),
     );
     fs::write(directory.join("benchmarks.md"), document)?;
-    fs::write(directory.join("throughput.svg"), plot(results))
+    fs::write(directory.join("throughput.svg"), throughput(results))?;
+    fs::write(directory.join("latency.svg"), latency(results))
 }
 
 fn rows(text: &mut String, results: &[Result], cell: impl Fn(&Result, usize) -> String) {
@@ -112,45 +116,69 @@ fn size(len: u64) -> String {
     }
 }
 
-/// Throughput by size, both on logarithmic axes, a line for each method.
-fn plot(results: &[Result]) -> String {
-    let [width, height, left, top, legend] = [560.0, 380.0, 70.0, 20.0, 250.0];
-    let decades = 1.0..=5.0; // of MiB a second
-    let x = |file: usize| left + width * file as f64 / (FILES.len() - 1) as f64;
-    let y = |speed: f64| {
-        let part = (speed.log10().clamp(*decades.start(), *decades.end()) - decades.start()) / 4.0;
-        top + height * (1.0 - part)
+/// Throughput by size, a line for each method.
+fn throughput(results: &[Result]) -> String {
+    let x = |file: usize| file as f64 / (FILES.len() - 1) as f64;
+    let marks = FILES.iter().enumerate().map(|(file, &(len, _))| (x(file), size(len)));
+    let line = |result: &Result| {
+        let speed = |file: usize| FILES[file].0 as f64 / (1u64 << 20) as f64 / spread(&result.rounds[file]).1;
+        (0..FILES.len()).map(|file| (x(file), speed(file))).collect()
     };
+    chart(&marks.collect::<Vec<_>>(), 1..=5, "MiB/s", results, line)
+}
+
+/// How long the shortest hundredth of the fetches of 1 KiB took at most, the shortest two hundredths, ...
+fn latency(results: &[Result]) -> String {
+    let marks: Vec<_> =
+        [1, 25, 50, 75, 90, 99].map(|part| (f64::from(part) / 100.0, format!("p{part}"))).into();
+    let line = |result: &Result| {
+        let mut times = result.smallest.clone();
+        times.sort_unstable_by(f64::total_cmp);
+        (1..100).map(|part| (part as f64 / 100.0, times[times.len() * part / 100] * 1e6)).collect()
+    };
+    chart(&marks, -1..=3, "µs", results, line)
+}
+
+/// A line for each method: `x` from 0 to 1, with marks, and a logarithmic axis of so many decades.
+fn chart(
+    marks: &[(f64, String)],
+    decades: RangeInclusive<i32>,
+    unit: &str,
+    results: &[Result],
+    line: impl Fn(&Result) -> Vec<(f64, f64)>,
+) -> String {
+    let [width, height, left, top, legend] = [560.0, 380.0, 80.0, 20.0, 250.0];
+    let (least, most) = (f64::from(*decades.start()), f64::from(*decades.end()));
+    let x = |part: f64| left + width * part;
+    let y = |value: f64| top + height * (most - value.log10().clamp(least, most)) / (most - least);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{}\" height=\"{}\" font-family=\"sans-serif\" \
          font-size=\"11\"><rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
         left + width + legend,
         top + height + 40.0,
     );
-    for decade in 1..=5 {
-        let (speed, at) = (10u32.pow(decade), y(10f64.powi(decade as i32)));
+    for decade in decades {
+        let value = 10f64.powi(decade);
         let _ = writeln!(
             svg,
-            "<line x1=\"{left}\" x2=\"{}\" y1=\"{at}\" y2=\"{at}\" stroke=\"#ddd\"/>\
-             <text x=\"{}\" y=\"{}\" text-anchor=\"end\">{speed} MiB/s</text>",
+            "<line x1=\"{left}\" x2=\"{}\" y1=\"{1}\" y2=\"{1}\" stroke=\"#ddd\"/>\
+             <text x=\"{2}\" y=\"{3}\" text-anchor=\"end\">{value} {unit}</text>",
             left + width,
+            y(value),
             left - 4.0,
-            at + 4.0,
+            y(value) + 4.0,
         );
     }
-    for (file, &(len, _)) in FILES.iter().enumerate() {
-        let (at, below) = (x(file), top + height + 18.0);
-        let _ = writeln!(svg, "<text x=\"{at}\" y=\"{below}\" text-anchor=\"middle\">{}</text>", size(len));
+    for (part, mark) in marks {
+        let (at, below) = (x(*part), top + height + 18.0);
+        let _ = writeln!(svg, "<text x=\"{at}\" y=\"{below}\" text-anchor=\"middle\">{mark}</text>");
     }
     for (i, result) in results.iter().enumerate() {
         let colour = format!("hsl({}, 70%, 40%)", i * 360 / results.len());
         let dashes = if result.name.starts_with("shmferry") { "" } else { " stroke-dasharray=\"4 3\"" };
-        let points: Vec<String> = (0..FILES.len())
-            .map(|file| {
-                let speed = FILES[file].0 as f64 / (1u64 << 20) as f64 / spread(&result.rounds[file]).1;
-                format!("{:.1},{:.1}", x(file), y(speed))
-            })
-            .collect();
+        let points = line(result);
+        let points: Vec<_> =
+            points.iter().map(|(part, value)| format!("{:.1},{:.1}", x(*part), y(*value))).collect();
         let (from, to, at) = (left + width + 10.0, left + width + 34.0, top + 14.0 * (i as f64 + 1.0));
         let _ = writeln!(
             svg,

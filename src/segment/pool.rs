@@ -71,12 +71,12 @@ pub struct PoolStats {
 }
 
 impl<B: Backing> SegmentPool<B> {
-    /// Starts describing a pool: 8 segments of 1 MiB, in 8 slots each, unless told otherwise:
+    /// Starts describing a pool: 8 segments of 2 MiB, in 8 slots each, unless told otherwise:
     /// `docs/design.md`, *Speed*, says why.
     pub fn builder() -> SegmentPoolBuilder<B> {
         SegmentPoolBuilder {
             segments: 8,
-            segment_len: 1 << 20,
+            segment_len: 2 << 20,
             slots: 8,
             grace: GRACE,
             backing: std::marker::PhantomData,
