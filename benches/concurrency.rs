@@ -475,7 +475,7 @@ fn report(cells: &[(bool, usize, Vec<Cell>)], memory: &[u64]) -> String {
     }
     let _ = writeln!(
         text,
-        "\nThe client process, all methods together, with two pools of 8 MiB and 64 threads with buffers: {} MiB.",
+        "\nThe client process, all methods together, with two pools of 16 MiB and 64 threads with buffers: {} MiB.",
         peak("self")
     );
     text

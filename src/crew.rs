@@ -80,8 +80,8 @@ impl Crew {
         Ok(Crew { shared })
     }
 
-    /// Waits until `next` has said `None` and every job is done; `false` when the deadline came
-    /// first. Does not itself end anything.
+    /// Waits until `next` has said `None`, every job is done, and `next` and `work` are dropped with all
+    /// that they hold; `false` when the deadline came first. Does not itself end anything.
     pub fn join(&self, deadline: Deadline) -> bool {
         let mut roll = lock(&self.shared.roll);
         while roll.threads > 0 {
@@ -158,7 +158,7 @@ where
         roll.at_next += 1;
     }
     let hand = Arc::clone(orders);
-    let spawned = thread::Builder::new().name(shared.name.clone()).spawn(move || serve(&hand));
+    let spawned = thread::Builder::new().name(shared.name.clone()).spawn(move || serve(hand));
     if spawned.is_err() {
         let mut roll = lock(&shared.roll);
         roll.threads -= 1;
@@ -167,12 +167,12 @@ where
     spawned.map(drop)
 }
 
-fn serve<J, N, W>(orders: &Arc<Orders<N, W>>)
+fn serve<J, N, W>(orders: Arc<Orders<N, W>>)
 where
     N: Fn() -> Option<J> + Send + Sync + 'static,
     W: Fn(J) + Send + Sync + 'static,
 {
-    let shared = &orders.shared;
+    let shared = Arc::clone(&orders.shared);
     // Whatever ends this thread, the roll says so.
     let _home = OnDrop(|| {
         let mut roll = lock(&shared.roll);
@@ -180,6 +180,7 @@ where
         drop(roll);
         shared.gone_home.notify_all();
     });
+    let orders = orders; // dropped before that: whoever joins may end the process
     loop {
         let job = panic::catch_unwind(AssertUnwindSafe(|| (orders.next)())).unwrap_or(None);
         let nobody_left = {
@@ -191,7 +192,7 @@ where
         let Some(job) = job else { return };
         if nobody_left {
             // Refused: this thread comes back to `next` itself when its job is done.
-            let _ = spawn_hand(orders);
+            let _ = spawn_hand(&orders);
         }
         at_work(&shared.places, || (orders.work)(job));
 
@@ -292,6 +293,29 @@ mod tests {
         let mut done: Vec<_> = results.iter().collect();
         done.sort(); // two threads may take them, and either be the first in the place
         assert_eq!(done, [1, 2]);
+    }
+
+    /// Or a process that joins and ends leaves behind what a queue removes when it is dropped.
+    #[test]
+    fn whoever_has_joined_finds_everything_dropped() {
+        struct Late(Arc<AtomicUsize>);
+        impl Drop for Late {
+            fn drop(&mut self) {
+                thread::sleep(Duration::from_millis(20)); // so that whoever does not wait is seen
+                self.0.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let (held_by_next, held_by_work) = (Late(Arc::clone(&dropped)), Late(Arc::clone(&dropped)));
+        let next = move || {
+            let _ = &held_by_next;
+            None::<()>
+        };
+        let work = move |()| {
+            let _ = &held_by_work;
+        };
+        assert!(Crew::start("test", 1, next, work).unwrap().join(soon()));
+        assert_eq!(dropped.load(Ordering::SeqCst), 2);
     }
 
     #[test]
