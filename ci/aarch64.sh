@@ -15,7 +15,7 @@ if [ ${#lacking[@]} -gt 0 ]; then
 fi
 
 suites=("$@")
-[ ${#suites[@]} -gt 0 ] || suites=(--lib --test conformance --test transfer)
+[ ${#suites[@]} -gt 0 ] || suites=(--lib --test conformance --test transfer --test rings)
 RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 PROPTEST_CASES=${PROPTEST_CASES:-50} \
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \

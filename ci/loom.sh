@@ -2,8 +2,8 @@
 # The semaphore and the transfer under loom: every interleaving and reordering with up to 2 preemptions;
 # then that the check can fail: each fault of one line must be found.
 #
-#   ci/loom.sh            2 preemptions, and the faults (2 minutes)
-#   ci/loom.sh long       3 preemptions, and the faults (half a minute more)
+#   ci/loom.sh            2 preemptions, and the faults (7 minutes, two cores)
+#   ci/loom.sh long       3 preemptions, and the faults (two minutes more)
 #   ci/loom.sh faults     the faults only
 set -euo pipefail
 cd "$(dirname "$0")/.."

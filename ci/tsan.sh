@@ -30,7 +30,7 @@ if [ ! -e "/usr/$runtime" ]; then
 fi
 
 suites=("$@")
-[ ${#suites[@]} -gt 0 ] || suites=(--lib --test conformance --test transfer --test properties)
+[ ${#suites[@]} -gt 0 ] || suites=(--lib --test conformance --test transfer --test properties --test rings)
 RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 \
     RUSTFLAGS="-Zsanitizer=thread -Clink-arg=-fuse-ld=lld" \
     TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1" PROPTEST_CASES=${PROPTEST_CASES:-200} \
