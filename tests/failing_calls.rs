@@ -6,7 +6,7 @@ mod support;
 
 use std::process::{Child, Command, Stdio};
 
-use support::{Place, Program, Signal, Transport, ok, wait_until};
+use support::{Answer, Place, Program, Signal, Transport, ok, wait_until};
 
 /// Has calls fail from now on, until it is dropped.
 struct Strace(Child);
@@ -102,10 +102,15 @@ fn what_the_kernel_refuses_at_first_is_tried_otherwise_or_again() {
     let place = Place::new();
     place.write("files/a", "hello");
     let cache = place.simplecached(["-c", "files"]).listening();
-    let injections = ["memfd_create:error=EINVAL:when=1", "sendmsg:error=ETOOMANYREFS:when=1..3"];
-    let mut failing = place.command_failing(&injections, "webproxy");
-    failing.args(["-p", "0", "-n", "2", "--timeout", "20", "--cache", &place.cache_address()]);
-    let proxy = Program::spawn(&mut failing).listening();
-    assert_eq!(proxy.get("/a"), ok("hello"));
-    place.wind_up([proxy, cache]);
+    let address = place.cache_address();
+    let proxy = |refusals: &str, timeout: &str| {
+        let too_many = format!("sendmsg:error=ETOOMANYREFS:when={refusals}");
+        let mut failing = place.command_failing(&["memfd_create:error=EINVAL:when=1", &too_many], "webproxy");
+        failing.args(["-p", "0", "-n", "2", "--timeout", timeout, "--cache", &address]);
+        Program::spawn(&mut failing).listening()
+    };
+    let (at_first, always) = (proxy("1..3", "20"), proxy("1+", "1"));
+    assert_eq!(at_first.get("/a"), ok("hello"));
+    assert_eq!(always.get("/a"), Answer::Error, "at its deadline");
+    place.wind_up([at_first, always, cache]);
 }

@@ -228,6 +228,7 @@ fn a_pool_beyond_the_limit_on_file_sizes_is_a_failure_to_start(over: Transport) 
     let args = ["--cache", &address, "-p", "0", "-n", "1", "-z", "1048576"];
     let exit = Program::spawn(place.command_limited("-f 100", "webproxy").args(args)).finish();
     exit.assert_failure(&["webproxy: cannot make the pool", "File too large"]);
+    assert!(!exit.stderr.contains("no memory"), "{}", exit.stderr);
     place.assert_nothing_left();
 }
 

@@ -262,14 +262,23 @@ mod tests {
     fn a_sweep_removes_the_names_of_the_dead_and_nobody_elses() {
         let (living, id, geometry) = owned();
         let (_owned, _memory) = Named::create(&living, id, geometry).unwrap();
-        // What is left of an owner: its lifeline, held by nobody, and a segment; or the latter alone.
-        let dead = |pool: u64| Owner { pid: living.owner.pid, pool: PoolId(pool) };
-        let (dead, ending) = (dead(id.pool.0 ^ 1), dead(id.pool.0 ^ 2));
-        let fifo = rustix::fs::FileType::Fifo;
-        rustix::fs::mknodat(rustix::fs::CWD, dead.lifeline(), fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        let _left = [dead, ending].map(|owner| Impostor::new(owner.segment(7), 4096, false));
+        // What is left of an owner: its lifeline, held by nobody, and a segment; or either alone.
+        let owner = |pool: u64| Owner { pid: living.owner.pid, pool: PoolId(id.pool.0 ^ pool) };
+        let [dead, ending, bare, foreign] = [1, 2, 3, 4].map(owner);
+        for owner in [dead, bare] {
+            let fifo = rustix::fs::FileType::Fifo;
+            rustix::fs::mknodat(rustix::fs::CWD, owner.lifeline(), fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        }
+        let _left = [dead, ending, foreign].map(|owner| Impostor::new(owner.segment(7), 4096, false));
+        let is_root = rustix::process::geteuid().is_root();
+        if is_root {
+            let path = format!("/dev/shm{}", foreign.segment(7));
+            std::os::unix::fs::chown(path, Some(65_534), None).unwrap();
+        }
         sweep();
         assert!(!dead.lifeline().exists() && !dead.has_named(7) && !ending.has_named(7));
+        assert!(!bare.lifeline().exists());
+        assert_eq!(foreign.has_named(7), is_root, "another user's to remove");
         assert!(living.owner.lifeline().exists() && living.owner.has_named(id.index));
     }
 }

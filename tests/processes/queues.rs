@@ -23,6 +23,12 @@ pub(super) fn play(role: &str, address: &str) {
             say("ready");
             linger()
         }
+        "make two pools and exit" => {
+            let _pools = [pool::<Mq>(2, 1), pool::<Mq>(40, 1)];
+            say("holding");
+            is_nudged();
+            std::process::exit(0) // with all of them alive
+        }
         "bind beyond the limit" => {
             let capacity = msg_max() + 1;
             match Mq::at(address).capacity(capacity).bind() {
@@ -274,6 +280,22 @@ fn a_pool_that_starts_sweeps_the_dead_and_not_the_living() {
             }
         }
     });
+}
+
+#[test]
+fn a_process_that_ends_with_its_pools_takes_their_names_along_and_nobody_elses() {
+    let _watchdog = watchdog();
+    let place = place();
+    let mut other = Other::start("make two pools and exit", &place);
+    let pid = other.child.id();
+    other.wait_for("holding");
+    assert_eq!(names_of(pid).len(), 2 + 2 + 40, "lifelines and segments");
+    let ours = pool::<Mq>(2, 1);
+    other.nudge();
+    assert!(other.child.wait().unwrap().success());
+    assert_eq!(names_of(pid), [""; 0]);
+    let of_ours = |name: &String| name.contains(&ours.id().to_string());
+    assert_eq!(names_of(std::process::id()).iter().filter(|name| of_ours(name)).count(), 3);
 }
 
 #[test]
