@@ -214,7 +214,8 @@ type Switches = BTreeMap<OsString, u64>;
 
 /// How many there were meanwhile. A thread that has ended takes what it had since with it.
 fn switches(before: &Switches, after: &Switches) -> u64 {
-    after.iter().map(|(thread, count)| count - before.get(thread).unwrap_or(&0)).sum()
+    // A number may be another thread's by now.
+    after.iter().map(|(thread, count)| count.saturating_sub(*before.get(thread).unwrap_or(&0))).sum()
 }
 
 fn costs(process: &str) -> (f64, Switches) {

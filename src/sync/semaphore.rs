@@ -152,8 +152,8 @@ impl Semaphore {
         self.word.fetch_or(POISON, Release); // pair 1
     }
 
-    /// Wakes whoever sleeps for what has been added, or poisoned. Writes nothing to shared memory, but what the parker
-    /// keeps there for itself.
+    /// Wakes whoever sleeps for what has been added, or poisoned. Writes nothing to shared memory, but
+    /// what the parker keeps there for itself.
     pub(crate) fn wake(&self) {
         fence(SeqCst); // pair 2
         if self.sleepers.load(Relaxed) != 0 {

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Nothing here should come near this long.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Watches the test that made it, until it is dropped.
 pub struct Watchdog {
