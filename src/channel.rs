@@ -2,14 +2,21 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
+use crate::crew;
 use crate::error::{Error, Misuse, Result};
 use crate::peer::Link;
-use crate::protocol::{Offer, Offered, Receiver, Sender, ShmTransfer, Starting};
+use crate::protocol::{
+    Answer, Keep, Offer, Offered, Receiver, Refusal, Reply, Sender, ShmTransfer, Starting,
+};
 use crate::segment::{Backing, Lease, SegmentId, Stock};
 use crate::sync::Deadline;
 
 mod in_process;
+#[cfg(target_os = "linux")]
+mod leaving;
 #[cfg(target_os = "linux")]
 mod line;
 #[cfg(target_os = "linux")]
@@ -44,6 +51,43 @@ pub trait Requester<B: Backing>: Send + Sync {
     /// # Errors
     /// Hands the request back, unsent, with the reason.
     fn send(&self, request: Request<B>, deadline: Deadline) -> Result<(), SendError<B>>;
+
+    /// Asks for `key` through a leased segment: sends the request, and waits for the reply until the
+    /// deadline. A request that its server did not take, because it ended, goes to the successor:
+    /// that no sender has taken it is certain, and so it is answered once at most.
+    ///
+    /// # Errors
+    /// Those of [`send`](Self::send) and of [`reply`](ShmTransfer::reply).
+    /// [`Error::Disconnected`] means that a server took the request, and is gone.
+    fn ask(&self, lease: Lease<B>, key: &[u8], deadline: Deadline) -> Result<Reply> {
+        let mut lease = lease;
+        for attempt in 0.. {
+            let again = lease.again();
+            let (request, mut transfer) = lease.request(key)?;
+            self.send(request, deadline)?;
+            match transfer.read_reply(deadline) {
+                Ok(Answer::Found(state)) => return Ok(Reply::Found(transfer.receiving(state))),
+                Ok(Answer::Refused(Refusal::Leaving)) if !deadline.has_passed() => {}
+                Ok(Answer::Refused(why)) => return Ok(Reply::Refused(why)),
+                // Withdrawn now: no sender has taken it, nor can any more (P1).
+                Err(Error::Disconnected) if !deadline.has_passed() && transfer.withdraw() => {}
+                Err(error) => return Err(error),
+            }
+            let ended = transfer.give_up();
+            if attempt > 0 {
+                crew::lend(|| pause(attempt, deadline));
+            }
+            lease = again.lease(ended)?;
+        }
+        unreachable!("the loop has no end of its own")
+    }
+}
+
+/// Sleeps for a while that grows with the attempts: from one millisecond to 100.
+pub(crate) fn pause(attempt: u32, deadline: Deadline) {
+    const LONGEST: Duration = Duration::from_millis(100);
+    let pause = Duration::from_millis(1 << attempt.min(7)).min(LONGEST);
+    thread::sleep(deadline.remaining().map_or(pause, |left| left.min(pause)));
 }
 
 /// The sender's end of a queue: where requests come out, for many workers at once.
@@ -56,9 +100,12 @@ pub trait RequestQueue: Send + Sync {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>>;
 
     /// Stops taking requests: every `recv`, running or to come, fails with [`Error::Closed`].
-    /// Transfers that were taken before go on. Requests that nobody has taken end with
-    /// [`Error::Aborted`] at once within a process, and with [`Error::Disconnected`] across
-    /// processes, once the queue is dropped.
+    /// Transfers that were taken before go on.
+    ///
+    /// Across processes, the address is free for a successor from here on. Requests that were not
+    /// taken are answered with [`Refusal::Leaving`] until the queue is dropped, and end with
+    /// [`Error::Disconnected`] then; [`Requester::ask`] asks the successor in both cases. Within a
+    /// process they end with [`Error::Aborted`] at once.
     fn close(&self);
 }
 
@@ -107,9 +154,9 @@ impl<B: Backing> Request<B> {
         Ok(ShmTransfer::begin(segment, self.generation, Arc::clone(&self.key), link))
     }
 
-    /// Consumes the request once it is on its way over `link`.
-    pub(crate) fn sent_over(self, link: &Arc<Link>) {
-        self.offer.sent_over(link);
+    /// Consumes the request once it is on its way over `link`, whose connection is to be kept.
+    pub(crate) fn sent_over(self, link: &Arc<Link>, connection: Option<Keep>) {
+        self.offer.sent_over(link, connection);
     }
 }
 

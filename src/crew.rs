@@ -11,8 +11,10 @@ use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use crate::sync::{Deadline, Turnstile, lock};
 
@@ -53,12 +55,14 @@ impl Crew {
     /// Starts with one thread, and adds more as they are needed.
     ///
     /// `next` blocks until there is a job; it holds no place meanwhile, and one thread at least is
-    /// in it whenever the limit allows. `None` means that no more will come, and so does a panic.
+    /// in it whenever the limit allows. A thread that the system refuses is tried again, after a
+    /// pause of 10 to 100 ms, for as long as none is in `next`. `None` means that no more jobs will
+    /// come, and so does a panic.
     /// `work` does a job in one of `places` places; a panic in it ends that job only. Dropping the
     /// crew lets its threads go on.
     ///
     /// # Errors
-    /// When the system refuses the first thread. Refused later, the crew stays smaller.
+    /// When the system refuses the first thread, or that which starts others after a refusal.
     ///
     /// # Panics
     /// If `places` is zero.
@@ -73,11 +77,24 @@ impl Crew {
             name: name.to_owned(),
             places: Arc::new(Turnstile::new(places)),
             spares: places,
-            roll: Mutex::new(Roll { threads: 0, at_next: 0, over: false }),
+            roll: Mutex::new(Roll { threads: 0, at_next: 0, over: false, was_refused: false }),
             gone_home: Condvar::new(),
+            refused: Condvar::new(),
+            refusals: AtomicU64::new(0),
         });
-        spawn_hand(&Arc::new(Orders { shared: Arc::clone(&shared), next, work }))?;
+        let orders = Arc::new(Orders { shared: Arc::clone(&shared), next, work });
+        spawn_starter(&orders)?;
+        if let Err(error) = spawn_hand(&orders) {
+            lock(&shared.roll).over = true;
+            shared.refused.notify_all();
+            return Err(error);
+        }
         Ok(Crew { shared })
+    }
+
+    /// How often the system has refused a thread so far.
+    pub fn refusals(&self) -> u64 {
+        self.shared.refusals.load(Relaxed)
     }
 
     /// Waits until `next` has said `None`, every job is done, and `next` and `work` are dropped with all
@@ -130,6 +147,9 @@ struct Shared {
     spares: usize,
     roll: Mutex<Roll>,
     gone_home: Condvar,
+    /// Told when a thread was refused, and when it is over.
+    refused: Condvar,
+    refusals: AtomicU64,
 }
 
 struct Roll {
@@ -138,12 +158,73 @@ struct Roll {
     at_next: usize,
     /// `next` has said `None`.
     over: bool,
+    /// No thread was at `next`, and the system refused one.
+    was_refused: bool,
 }
 
 struct Orders<N, W> {
     shared: Arc<Shared>,
     next: N,
     work: W,
+}
+
+/// How long to leave a system that refuses threads alone, at first and at most.
+const PAUSES: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(100)];
+
+/// Starts the thread that starts others where a worker was refused one. Workers do not wait for that:
+/// they have jobs. It holds on to nothing that `next` and `work` hold.
+fn spawn_starter<J, N, W>(orders: &Arc<Orders<N, W>>) -> io::Result<()>
+where
+    N: Fn() -> Option<J> + Send + Sync + 'static,
+    W: Fn(J) + Send + Sync + 'static,
+{
+    let (shared, orders) = (Arc::clone(&orders.shared), Arc::downgrade(orders));
+    let start = move || {
+        let mut pause = PAUSES[0];
+        let mut roll = lock(&shared.roll);
+        while !roll.over {
+            if roll.at_next > 0 || !roll.was_refused {
+                roll.was_refused = false;
+                pause = PAUSES[0];
+                roll = shared.refused.wait(roll).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            drop(roll);
+            thread::sleep(pause);
+            pause = PAUSES[1].min(pause * 2);
+            // Counted as a thread of the crew while it holds the orders: `join` waits for it.
+            lock(&shared.roll).threads += 1;
+            let held = orders.upgrade();
+            if let Some(orders) = &held {
+                spawn_if_none_is_at_next(orders);
+            }
+            drop(held);
+            roll = lock(&shared.roll);
+            roll.threads -= 1;
+            shared.gone_home.notify_all();
+        }
+    };
+    thread::Builder::new().name("shmferry-starter".to_owned()).spawn(start).map(drop)
+}
+
+/// Has a thread wait for the next job, if none does. If the system refuses one, the starter tries again.
+fn spawn_if_none_is_at_next<J, N, W>(orders: &Arc<Orders<N, W>>)
+where
+    N: Fn() -> Option<J> + Send + Sync + 'static,
+    W: Fn(J) + Send + Sync + 'static,
+{
+    let shared = &orders.shared;
+    let is_needed = {
+        let roll = lock(&shared.roll);
+        roll.at_next == 0 && !roll.over && roll.threads < Crew::THREAD_LIMIT
+    };
+    if is_needed && spawn_hand(orders).is_err() {
+        shared.refusals.fetch_add(1, Relaxed);
+        // Taken back by the starter alone: a worker that finds one at `next` may have seen another's
+        // attempt, which fails next.
+        lock(&shared.roll).was_refused = true;
+        shared.refused.notify_all();
+    }
 }
 
 fn spawn_hand<J, N, W>(orders: &Arc<Orders<N, W>>) -> io::Result<()>
@@ -183,17 +264,17 @@ where
     let orders = orders; // dropped before that: whoever joins may end the process
     loop {
         let job = panic::catch_unwind(AssertUnwindSafe(|| (orders.next)())).unwrap_or(None);
-        let nobody_left = {
+        let is_over = {
             let mut roll = lock(&shared.roll);
             roll.at_next -= 1;
             roll.over |= job.is_none();
-            roll.at_next == 0 && !roll.over && roll.threads < Crew::THREAD_LIMIT
+            roll.over
         };
-        let Some(job) = job else { return };
-        if nobody_left {
-            // Refused: this thread comes back to `next` itself when its job is done.
-            let _ = spawn_hand(&orders);
+        if is_over {
+            shared.refused.notify_all(); // ends the starter
         }
+        let Some(job) = job else { return };
+        spawn_if_none_is_at_next(&orders);
         at_work(&shared.places, || (orders.work)(job));
 
         let mut roll = lock(&shared.roll);
@@ -228,7 +309,6 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
-    use std::time::Duration;
 
     fn soon() -> Deadline {
         Deadline::after(Duration::from_secs(30))

@@ -420,6 +420,9 @@ pub enum Misuse {
     /// The request's segment is not of the pool that this queue was connected for.
     #[error("the request's segment is of another pool than the queue was connected for")]
     ForeignPool,
+    /// The pool has replaced so many segments that their numbers, 32 bits of them, are used up.
+    #[error("the pool has used up its 2^32 segment numbers: make a new pool")]
+    PoolWornOut,
     /// A name that no POSIX message queue can have.
     #[error("{0:?} names no message queue; a name is a slash and up to 200 bytes without another")]
     QueueName(String),

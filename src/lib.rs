@@ -170,6 +170,8 @@ pub use protocol::{
     Sending, ShmTransfer, Size, Slot, Starting,
 };
 #[cfg(target_os = "linux")]
+pub use protocol::{Spool, send_all};
+#[cfg(target_os = "linux")]
 pub use segment::Memfd;
 #[cfg(not(loom))]
 pub use segment::SharedByte;

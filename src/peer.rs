@@ -22,6 +22,13 @@ mod lifeline;
 mod watcher;
 
 #[cfg(target_os = "linux")]
+pub(crate) use credentials::untaken;
+/// There is no telling.
+#[cfg(all(unix, not(target_os = "linux")))]
+pub(crate) fn untaken(_: std::os::fd::BorrowedFd<'_>) -> Option<u64> {
+    None
+}
+#[cfg(target_os = "linux")]
 pub(crate) use lifeline::{Lifeline, has_open, is_held};
 #[cfg(target_os = "linux")]
 pub(crate) use watcher::{Watch, on_hang_up};
@@ -66,6 +73,7 @@ pub(crate) struct Link {
 #[derive(Default)]
 struct LinkState {
     severed: bool,
+    leaving: bool,
     rejection: Option<Rejection>,
     enrolled: BTreeMap<u64, Option<Arc<dyn Poison>>>,
     next: u64,
@@ -123,6 +131,15 @@ impl Link {
 
     pub(crate) fn is_severed(&self) -> bool {
         lock(&self.state).severed
+    }
+
+    /// The server said that it ends: further requests are for its successor. Transfers go on.
+    pub(crate) fn set_leaving(&self) {
+        lock(&self.state).leaving = true;
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        lock(&self.state).leaving
     }
 
     /// Why the other side is gone.

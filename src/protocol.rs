@@ -1,5 +1,6 @@
 //! The transfer: what its states share, and how each side waits for the other (rules P).
 
+use std::any::Any;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -16,12 +17,21 @@ mod metadata;
 mod model;
 mod receiver;
 mod sender;
+#[cfg(unix)]
+mod sink;
+#[cfg(target_os = "linux")]
+mod spool;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 pub use metadata::Metadata;
+pub(crate) use receiver::{Answer, Ended};
 pub use receiver::{Chunk, Offered, Receiver, Receiving, Reply};
 pub use sender::{Sender, Sending, Slot, Starting};
+#[cfg(target_os = "linux")]
+pub use sink::send_all;
+#[cfg(target_os = "linux")]
+pub use spool::Spool;
 
 /// One transfer through one segment, seen from one side, in one state.
 ///
@@ -142,6 +152,9 @@ pub enum Refusal {
     Failed,
     /// The key makes no sense to the sender.
     Invalid,
+    /// The server ends, and did not take the request: its successor can be asked, which
+    /// [`Requester::ask`](crate::Requester::ask) does by itself.
+    Leaving,
     /// A code of the application's own.
     Other(u16),
 }
@@ -158,6 +171,7 @@ impl Status {
     const NOT_FOUND: u32 = 2;
     const FAILED: u32 = 3;
     const INVALID: u32 = 4;
+    const LEAVING: u32 = 5;
     const OTHER: u32 = 1 << 16;
 
     /// Zero, which the receiver wrote before it offered, is no status.
@@ -167,6 +181,7 @@ impl Status {
             Self::NOT_FOUND => Status::Refused(Refusal::NotFound),
             Self::FAILED => Status::Refused(Refusal::Failed),
             Self::INVALID => Status::Refused(Refusal::Invalid),
+            Self::LEAVING => Status::Refused(Refusal::Leaving),
             _ if word >> 16 == 1 => Status::Refused(Refusal::Other(word as u16)),
             _ => return Err(PeerFault::UnknownStatus(word)),
         })
@@ -178,6 +193,7 @@ impl Status {
             Status::Refused(Refusal::NotFound) => Self::NOT_FOUND,
             Status::Refused(Refusal::Failed) => Self::FAILED,
             Status::Refused(Refusal::Invalid) => Self::INVALID,
+            Status::Refused(Refusal::Leaving) => Self::LEAVING,
             Status::Refused(Refusal::Other(code)) => Self::OTHER | u32::from(code),
         }
     }
@@ -193,22 +209,27 @@ pub(crate) struct Offer {
 enum OfferState {
     /// The request waits to be sent.
     Unsent,
-    /// It went over a connection, which now watches over the segment.
-    Sent(Enrolment),
+    /// It went over a connection, which now watches over the segment, and lives as long as this.
+    Sent { enrolment: Enrolment, _connection: Option<Keep> },
     /// The transfer is over, and the segment may be in other hands.
     Over,
 }
+
+/// A connection that lives as long as somebody needs it.
+pub(crate) type Keep = Arc<dyn Any + Send + Sync>;
 
 impl Offer {
     fn new(segment: Arc<Segment<ReadSlots>>, generation: u64) -> Offer {
         Offer { segment, generation, state: Mutex::new(OfferState::Unsent) }
     }
 
-    /// The request went out: from now on the link's end ends the transfer's waits.
-    pub(crate) fn sent_over(&self, link: &Arc<Link>) {
+    /// The request went out: from now on the link's end ends the transfer's waits. The connection stays
+    /// as long as the transfer, or its end would not be told.
+    pub(crate) fn sent_over(&self, link: &Arc<Link>, connection: Option<Keep>) {
         let mut state = lock(&self.state);
         if !matches!(*state, OfferState::Over) {
-            *state = OfferState::Sent(link.enrol(Arc::clone(&self.segment) as _));
+            let enrolment = link.enrol(Arc::clone(&self.segment) as _);
+            *state = OfferState::Sent { enrolment, _connection: connection };
         }
     }
 
@@ -235,7 +256,7 @@ impl Offer {
 
     fn link(&self) -> Option<Arc<Link>> {
         match &*lock(&self.state) {
-            OfferState::Sent(enrolment) => Some(Arc::clone(enrolment.link())),
+            OfferState::Sent { enrolment, .. } => Some(Arc::clone(enrolment.link())),
             _ => None,
         }
     }
@@ -244,7 +265,7 @@ impl Offer {
     fn end(&self) -> Option<Arc<Link>> {
         let over = std::mem::replace(&mut *lock(&self.state), OfferState::Over);
         match over {
-            OfferState::Sent(enrolment) => Some(Arc::clone(enrolment.link())),
+            OfferState::Sent { enrolment, .. } => Some(Arc::clone(enrolment.link())),
             _ => None,
         }
     }
@@ -270,7 +291,10 @@ fn await_permit(
         loop {
             let glance = deadline.min(Deadline::after(GLANCE));
             match semaphore.wait(glance) {
-                Err(Interrupted::TimedOut) if is_severed() => return Err(Interrupted::Poisoned),
+                // What was filled before the end is still ours, if it came since we looked (P7).
+                Err(Interrupted::TimedOut) if is_severed() => {
+                    return semaphore.try_wait().map_err(|_| Interrupted::Poisoned);
+                }
                 Err(Interrupted::TimedOut) if !deadline.has_passed() => {}
                 settled => return settled,
             }
@@ -292,6 +316,38 @@ fn can_put_off(ours: &Semaphore, slots: u32, presence: &Presence) -> bool {
 /// Death is pushed, by poison; but a peer that hangs up and lives on can wipe the poison off again.
 /// So a sleeper looks at what only its own process knows, this often.
 const GLANCE: Duration = if cfg!(loom) { Duration::MAX } else { Duration::from_secs(1) };
+
+/// How long one side has waited for the other without progress (rule P9): any byte that it took counts.
+/// Looked at several times within the patience, so that a side that stops is cut soon after it.
+struct Idle<P> {
+    patience: Duration,
+    seen: P,
+    /// When progress was last seen.
+    since: Instant,
+}
+
+impl<P: PartialEq> Idle<P> {
+    fn new(patience: Duration, seen: P) -> Idle<P> {
+        Idle { patience, seen, since: Instant::now() }
+    }
+
+    /// When to look for progress next.
+    fn look_again(&self) -> Deadline {
+        const LOOKS: u32 = 16;
+        let least = Duration::from_millis(1);
+        let end = self.since.checked_add(self.patience).map_or(Deadline::NEVER, Deadline::at);
+        end.min(Deadline::after((self.patience / LOOKS).max(least)))
+    }
+
+    /// Whether the patience is over, with what is to be seen now.
+    fn is_over(&mut self, now: P) -> bool {
+        if now != self.seen {
+            self.seen = now;
+            self.since = Instant::now();
+        }
+        self.since.elapsed() >= self.patience
+    }
+}
 
 /// Our process, for whoever looks at a segment from outside: asked for once, since it is a system call.
 fn own_pid() -> u32 {

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 
 use crate::error::{LayoutMismatch, Misuse, Result};
 use crate::peer::Poison;
+use crate::sync::atomic::{Acquire, AtomicBool, Release};
 
 mod header;
 // loom watches memory of its own, not a mapping.
@@ -27,7 +28,7 @@ pub(crate) use mapping::Words;
 pub(crate) use memfd::{attach as attach_memfd, attach_words, create_words};
 #[cfg(target_os = "linux")]
 pub(crate) use named::{Owner, attach as attach_named, sweep};
-pub(crate) use pool::{Holding, Stock};
+pub(crate) use pool::{Holding, NO_GENERATION, Stock};
 
 #[cfg(not(loom))]
 pub use mapping::SharedByte;
@@ -144,12 +145,14 @@ pub enum WriteSlots {}
 pub struct Segment<View> {
     id: SegmentId,
     mapping: Mapping,
+    /// A sender of this process is on it. Not in shared memory, where the peer could take it down.
+    is_claimed: AtomicBool,
     view: PhantomData<fn() -> View>,
 }
 
 impl<View> Segment<View> {
     pub(crate) fn new(id: SegmentId, mapping: Mapping) -> Segment<View> {
-        Segment { id, mapping, view: PhantomData }
+        Segment { id, mapping, is_claimed: AtomicBool::new(false), view: PhantomData }
     }
 
     /// Which segment this is.
@@ -175,6 +178,19 @@ impl Segment<ReadSlots> {
 }
 
 impl Segment<WriteSlots> {
+    /// Takes the segment for one sender of this process; `false` while another is on it.
+    ///
+    /// The pair `Acquire` and `Release` orders one sender's writes to the slots before the next one's,
+    /// whatever the peer does to the turn word.
+    pub(crate) fn claim(&self) -> bool {
+        !self.is_claimed.swap(true, Acquire)
+    }
+
+    /// Lets the next sender take it.
+    pub(crate) fn disclaim(&self) {
+        self.is_claimed.store(false, Release);
+    }
+
     /// The memory, for writing its slots.
     pub(crate) fn writable(&self) -> &Mapping {
         &self.mapping

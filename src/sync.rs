@@ -16,21 +16,21 @@ pub(crate) use turnstile::Turnstile;
 /// Atomics and fences, through one door, so that a model checker can stand in for them.
 pub(crate) mod atomic {
     #[cfg(loom)]
-    pub(crate) use loom::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
     #[cfg(not(loom))]
-    pub(crate) use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
 }
 
 /// What may be held, or repeated, while shared memory is touched, through one door as well.
 pub(crate) mod modelled {
     #[cfg(loom)]
     pub(crate) use loom::{
-        sync::{Mutex, MutexGuard},
+        sync::{Condvar, Mutex, MutexGuard},
         thread::yield_now,
     };
     #[cfg(not(loom))]
     pub(crate) use std::{
-        sync::{Mutex, MutexGuard},
+        sync::{Condvar, Mutex, MutexGuard},
         thread::yield_now,
     };
 

@@ -3,7 +3,9 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
-use crossbeam_channel::{Receiver as Outlet, Select, SelectedOperation, Sender as Inlet, bounded};
+use crossbeam_channel::{
+    Receiver as Outlet, Select, SelectedOperation, Sender as Inlet, TrySendError, bounded,
+};
 
 use crate::crew;
 use crate::error::{Awaited, Error, Result};
@@ -68,6 +70,29 @@ impl InProcess {
         lock(&self.open).is_none()
     }
 
+    /// Waits for room, or for the end of the queue; hands back what was not sent, and why.
+    fn send_slowly(
+        &self,
+        transfer: ShmTransfer<Sender, Starting>,
+        deadline: Deadline,
+    ) -> Option<(ShmTransfer<Sender, Starting>, Error)> {
+        let mut select = Select::new();
+        let room = select.send(&self.inlet);
+        select.recv(&self.closed);
+        match wait_for(&mut select, deadline) {
+            Some(ready) if ready.index() == room => match ready.send(&self.inlet, transfer) {
+                Ok(()) => None,
+                Err(unsent) => Some((unsent.0, Error::Closed)),
+            },
+            Some(ready) => {
+                // The channel to say so carries nothing; it only ends.
+                let _ = ready.recv(&self.closed);
+                Some((transfer, Error::Closed))
+            }
+            None => Some((transfer, Error::Timeout(Awaited::QueueRoom))),
+        }
+    }
+
     /// Aborts what nobody will take any more.
     fn drain(&self) {
         self.outlet.try_iter().for_each(drop);
@@ -83,20 +108,12 @@ impl<B: Backing> Requester<B> for InProcess {
             Ok(transfer) => transfer,
             Err(error) => return Err(SendError { request, error }),
         };
-        let mut select = Select::new();
-        let room = select.send(&self.inlet);
-        select.recv(&self.closed);
-        let unsent = match crew::lend(|| wait_for(&mut select, deadline)) {
-            Some(ready) if ready.index() == room => match ready.send(&self.inlet, transfer) {
-                Ok(()) => None,
-                Err(unsent) => Some((unsent.0, Error::Closed)),
-            },
-            Some(ready) => {
-                // The channel to say so carries nothing; it only ends.
-                let _ = ready.recv(&self.closed);
-                Some((transfer, Error::Closed))
-            }
-            None => Some((transfer, Error::Timeout(Awaited::QueueRoom))),
+        let unsent = match self.inlet.try_send(transfer) {
+            Ok(()) => None,
+            Err(TrySendError::Disconnected(transfer)) => Some((transfer, Error::Closed)),
+            // The loan of the place ends after the send: to wait for a place with a slot of the channel
+            // reserved would have every receiver spin on that slot.
+            Err(TrySendError::Full(transfer)) => crew::lend(|| self.send_slowly(transfer, deadline)),
         };
         match unsent {
             Some((transfer, error)) => {
@@ -104,7 +121,7 @@ impl<B: Backing> Requester<B> for InProcess {
                 Err(SendError { request, error })
             }
             None => {
-                request.sent_over(&self.link);
+                request.sent_over(&self.link, None);
                 if self.is_closed() {
                     self.drain(); // closed meanwhile, perhaps after its own drain
                 }

@@ -1,7 +1,7 @@
 //! A client's line to its server: connected when there is something to send, and again to a successor.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::Duration;
 
 use crate::crew;
@@ -10,10 +10,7 @@ use crate::peer::{Link, Peer};
 use crate::segment::{Backing, PoolId};
 use crate::sync::{Deadline, Turnstile, lock};
 
-use super::{Request, SendError};
-
-/// The longest pause between two looks whether the server is there.
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+use super::{Request, SendError, pause};
 
 /// How one kind of queue reaches its server.
 pub(super) trait Dial {
@@ -32,8 +29,8 @@ pub(super) trait Dial {
     ) -> Result<()>;
 }
 
-/// A way to one server process.
-pub(super) trait Connection {
+/// A way to one server process. It lives as long as the line uses it, or a transfer over it.
+pub(super) trait Connection: Send + Sync + 'static {
     fn link(&self) -> &Arc<Link>;
 }
 
@@ -41,16 +38,34 @@ pub(super) trait Connection {
 pub(super) struct Line<D: Dial> {
     dial: D,
     pool: PoolId,
-    /// How long to wait for a server that is not there; as long as the deadline if `None`.
-    absence: Option<Duration>,
+    absence: Absence,
+    /// There has been a connection.
+    was_connected: AtomicBool,
     current: Mutex<Option<Arc<D::Connection>>>,
     /// Lets one thread at a time connect. The mutex is never held over anything that blocks.
     connecting: Turnstile,
 }
 
+/// How long a client waits for a server that is not there, within its deadline; as long as that if
+/// neither is told.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Absence {
+    /// At any time.
+    pub(super) always: Option<Duration>,
+    /// Once a server has been there, and is gone.
+    pub(super) after_loss: Option<Duration>,
+}
+
 impl<D: Dial> Line<D> {
-    pub(super) fn new(dial: D, pool: PoolId, absence: Option<Duration>) -> Line<D> {
-        Line { dial, pool, absence, current: Mutex::new(None), connecting: Turnstile::new(1) }
+    pub(super) fn new(dial: D, pool: PoolId, absence: Absence) -> Line<D> {
+        Line {
+            dial,
+            pool,
+            absence,
+            was_connected: AtomicBool::new(false),
+            current: Mutex::new(None),
+            connecting: Turnstile::new(1),
+        }
     }
 
     /// The server, if there is a connection to it.
@@ -60,7 +75,7 @@ impl<D: Dial> Line<D> {
 
     /// Waits until there is a connection.
     pub(super) fn connect(&self, deadline: Deadline) -> Result<()> {
-        self.connected(deadline, deadline).map(drop)
+        self.connected(deadline, Absence::default()).map(drop)
     }
 
     /// Connects first where there is no connection. A request that could not be sent to a server that
@@ -76,14 +91,14 @@ impl<D: Dial> Line<D> {
         if request.offer.is_over() {
             return Err(SendError { request, error: Error::Stale });
         }
-        let absence = self.absence.map_or(deadline, |patience| deadline.min(Deadline::after(patience)));
         for attempt in 0.. {
-            let sent = self.connected(deadline, absence).and_then(|connection| {
+            let sent = self.connected(deadline, self.absence).and_then(|connection| {
                 self.dial.deliver(&connection, &request, deadline).map(|()| connection)
             });
             match sent {
                 Ok(connection) => {
-                    request.sent_over(connection.link());
+                    let link = Arc::clone(connection.link());
+                    request.sent_over(&link, Some(connection));
                     return Ok(());
                 }
                 Err(Error::Disconnected) if !deadline.has_passed() => {
@@ -97,16 +112,29 @@ impl<D: Dial> Line<D> {
         unreachable!("the loop has no end of its own")
     }
 
+    /// The connection to a server that takes requests.
     fn living(&self) -> Option<Arc<D::Connection>> {
-        lock(&self.current).clone().filter(|connection| !connection.link().is_severed())
+        let is_usable = |link: &Link| !link.is_severed() && !link.is_leaving();
+        lock(&self.current).clone().filter(|connection| is_usable(connection.link()))
     }
 
-    /// The living connection, or a new one as soon as the server is there: waits until `absence` for
-    /// a server that is not there, and until the deadline for one that is.
+    /// Whether the server has said that it ends, and still lives: its successor may come only when
+    /// it is gone.
+    fn is_being_replaced(&self) -> bool {
+        let current = lock(&self.current).clone();
+        current.is_some_and(|connection| connection.link().is_leaving() && !connection.link().is_severed())
+    }
+
+    /// The living connection, or a new one as soon as the server is there: waits for a server that is
+    /// not there as long as told, and until the deadline for one that is.
     ///
     /// A server that is not there cannot tell when it comes: we look again after a pause, which
     /// grows from one millisecond to 100.
-    fn connected(&self, deadline: Deadline, absence: Deadline) -> Result<Arc<D::Connection>> {
+    fn connected(&self, deadline: Deadline, absence: Absence) -> Result<Arc<D::Connection>> {
+        let after_loss = absence.after_loss.filter(|_| self.was_connected.load(Relaxed));
+        let patience = [absence.always, after_loss].into_iter().flatten().min();
+        let limit = || patience.map_or(deadline, |patience| deadline.min(Deadline::after(patience)));
+        let mut absent = limit();
         for attempt in 0.. {
             if let Some(connection) = self.living() {
                 return Ok(connection);
@@ -115,10 +143,13 @@ impl<D: Dial> Line<D> {
             if let Some(connection) = tried.transpose()?.flatten() {
                 return Ok(connection);
             }
-            if absence.has_passed() {
+            if self.is_being_replaced() {
+                absent = limit();
+            }
+            if absent.has_passed() || deadline.has_passed() {
                 return Err(Error::Timeout(Awaited::Server));
             }
-            crew::lend(|| pause(attempt, absence));
+            crew::lend(|| pause(attempt, deadline.min(absent)));
         }
         unreachable!("the loop has no end of its own")
     }
@@ -130,14 +161,10 @@ impl<D: Dial> Line<D> {
         }
         let opened = self.dial.dial(deadline)?.map(Arc::new);
         if let Some(connection) = &opened {
-            *lock(&self.current) = Some(Arc::clone(connection));
+            self.was_connected.store(true, Relaxed);
+            let before = lock(&self.current).replace(Arc::clone(connection));
+            drop(before); // not under the lock: it hangs up, unless a transfer needs it
         }
         Ok(opened)
     }
-}
-
-/// Sleeps for a while that grows with the attempts.
-pub(super) fn pause(attempt: u32, deadline: Deadline) {
-    let pause = Duration::from_millis(1 << attempt.min(7)).min(LONGEST_PAUSE);
-    thread::sleep(deadline.remaining().map_or(pause, |left| left.min(pause)));
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::channel::line::Absence;
 use crate::error::{Error, Result};
 use crate::peer::Peer;
 use crate::segment::{Named, SegmentPool};
@@ -68,7 +69,7 @@ pub struct PosixMq {
 struct Policy {
     capacity: u32,
     max_segments: u32,
-    absence: Option<Duration>,
+    absence: Absence,
     on_rejected: Option<Arc<OnRejected>>,
 }
 
@@ -80,7 +81,7 @@ impl PosixMq {
     /// # Errors
     /// [`Error::Misuse`] for any other name.
     pub fn new(name: impl Into<String>) -> Result<PosixMq> {
-        let policy = Policy { capacity: 10, max_segments: 1024, absence: None, on_rejected: None };
+        let policy = Policy { capacity: 10, max_segments: 1024, absence: Absence::default(), on_rejected: None };
         Ok(PosixMq { name: Name::parse(name.into())?, policy })
     }
 
@@ -106,7 +107,15 @@ impl PosixMq {
     /// How long a client waits for a server that is not there before its `send` fails; as long
     /// as the deadline unless told otherwise. Zero means one look.
     pub fn absence(mut self, patience: Duration) -> Self {
-        self.policy.absence = Some(patience);
+        self.policy.absence.always = Some(patience);
+        self
+    }
+
+    /// As [`absence`](Self::absence), but only once the client has found a server: how long it waits
+    /// for the successor of one that is gone. As long as the server has said that it ends and still
+    /// lives, the time does not count.
+    pub fn absence_after_loss(mut self, patience: Duration) -> Self {
+        self.policy.absence.after_loss = Some(patience);
         self
     }
 

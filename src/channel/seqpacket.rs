@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::getuid;
 
-use crate::channel::line::pause;
+use crate::channel::line::Absence;
+use crate::channel::pause;
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::{Peer, Socket};
@@ -78,7 +79,7 @@ struct Policy {
     max_clients: u32,
     max_segments: u32,
     max_bytes: u64,
-    absence: Option<Duration>,
+    absence: Absence,
     on_rejected: Option<Arc<OnRejected>>,
 }
 
@@ -92,7 +93,7 @@ impl Seqpacket {
             max_clients: 256,
             max_segments: 1024,
             max_bytes: 4 << 30,
-            absence: None,
+            absence: Absence::default(),
             on_rejected: None,
         };
         Seqpacket { path: path.into(), policy }
@@ -148,7 +149,15 @@ impl Seqpacket {
     /// How long a client's `send` waits for a server that is not there, within its deadline; as long
     /// as the deadline unless told otherwise. Zero means one look.
     pub fn absence(mut self, patience: Duration) -> Self {
-        self.policy.absence = Some(patience);
+        self.policy.absence.always = Some(patience);
+        self
+    }
+
+    /// As [`absence`](Self::absence), but only once the client has found a server: how long it waits
+    /// for the successor of one that is gone. As long as the server has said that it ends and still
+    /// lives, the time does not count.
+    pub fn absence_after_loss(mut self, patience: Duration) -> Self {
+        self.policy.absence.after_loss = Some(patience);
         self
     }
 

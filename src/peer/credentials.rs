@@ -1,4 +1,6 @@
-//! `SO_PEERCRED`, by hand: the kernel reports pid 0 for a peer outside our pid namespace, which the
+//! What the kernel knows of the other end of a socket: its process, and what it has not yet taken.
+//!
+//! `SO_PEERCRED` by hand: the kernel reports pid 0 for a peer outside our pid namespace, which the
 //! wrappers' non-zero pid type cannot hold.
 #![allow(unsafe_code)]
 
@@ -16,6 +18,19 @@ impl Peer {
         let (pid, uid) = of_socket(socket.as_fd()).map_err(Error::os("SO_PEERCRED"))?;
         Ok(Peer { pid: u32::try_from(pid).ok().filter(|pid| *pid != 0), uid })
     }
+}
+
+/// Bytes written to a socket or pipe that its other end has not taken yet; `None` where the kernel does
+/// not say. For TCP, taken means acknowledged by the other end's kernel.
+pub(crate) fn untaken(sink: BorrowedFd<'_>) -> Option<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the call writes one `c_int` to `bytes`, which is one, private and alive.
+    let told = unsafe { libc::ioctl(sink.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if told == 0 {
+        return u64::try_from(bytes).ok();
+    }
+    // Pipes say it by the other name. So do sockets, of what came in: they never get here.
+    rustix::io::ioctl_fionread(sink).ok()
 }
 
 /// The pid, zero if it has none here, and the user of the process at the other end.

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ const MOMENT: Duration = Duration::from_millis(1);
 /// A lifeline in our hands. Dropping it removes its name and hangs up on its followers.
 pub(crate) struct Lifeline {
     path: PathBuf,
+    /// The name is ours to remove.
+    is_named: AtomicBool,
     _fifo: OwnedFd,
 }
 
@@ -45,7 +48,7 @@ impl Lifeline {
                 opened => opened.map_err(Error::os("opening a lifeline"))?,
             };
             if lock_now(&fifo).map_err(Error::os("locking a lifeline"))? && stands_at(&path, &fifo) {
-                return Ok(Lifeline { path, _fifo: fifo });
+                return Ok(Lifeline { path, is_named: AtomicBool::new(true), _fifo: fifo });
             }
         }
         unreachable!("the loop has no end of its own")
@@ -62,7 +65,16 @@ impl Lifeline {
         let locked = lock_now(&fifo).map_err(Error::os("locking a lifeline"))?;
         let path = path.to_owned();
         // Made only if it is ours: a lifeline that is dropped removes its name.
-        Ok(if locked && stands_at(&path, &fifo) { Some(Lifeline { path, _fifo: fifo }) } else { None })
+        let is_ours = locked && stands_at(&path, &fifo);
+        Ok(is_ours.then(|| Lifeline { path, is_named: AtomicBool::new(true), _fifo: fifo }))
+    }
+
+    /// Removes the name, for a successor's lifeline to take its place. Followers stay with this one.
+    pub(crate) fn remove_name(&self) {
+        if self.is_named.swap(false, Relaxed) {
+            // Nothing can be done about a failure here; a later owner sweeps it.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 
     /// Opens another's lifeline, to be told of its end; `None` if its owner is gone.
@@ -92,8 +104,7 @@ pub(crate) fn has_open(pid: u32, fifo: impl AsFd) -> bool {
 
 impl Drop for Lifeline {
     fn drop(&mut self) {
-        // Nothing can be done about a failure here; a later owner sweeps it.
-        let _ = fs::remove_file(&self.path);
+        self.remove_name();
     }
 }
 

@@ -65,7 +65,7 @@ fn link() -> Arc<Link> {
 fn ask_over(pool: &Pool, receivers: &Arc<Link>, senders: &Arc<Link>) -> (Asked, Asking) {
     let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
     let asking = request.begin_here(senders).unwrap();
-    request.sent_over(receivers);
+    request.sent_over(receivers, None);
     (asked, asking)
 }
 
@@ -431,7 +431,7 @@ fn a_severed_link_ends_the_wait_for_a_reply() {
             let ours = Arc::clone(&ours);
             thread::spawn(move || ours.sever(|| None))
         };
-        request.sent_over(&ours); // enrolled before, while, or after the link is severed
+        request.sent_over(&ours, None); // enrolled before, while, or after the link is severed
         let error = asked.reply(Deadline::NEVER).unwrap_err();
         assert!(matches!(error, Error::Disconnected), "{error:?}");
         watcher.join().unwrap();

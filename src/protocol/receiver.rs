@@ -10,12 +10,17 @@ use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
+use crate::peer::Link;
 #[cfg(not(loom))]
 use crate::segment::SharedByte;
-use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, Phase, ReadSlots, Segment};
+use crate::segment::{
+    ChunkLen, Header, Holding, MAX_METADATA, NO_GENERATION, Phase, ReadSlots, Segment,
+};
 use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
+#[cfg(unix)]
+use super::sink::await_sink;
 use super::{
     DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, can_put_off,
     own_pid, publish_cpu,
@@ -28,14 +33,13 @@ pub struct Receiver {
     offer: Arc<Offer>,
     spinner: Spinner,
     presence: Presence,
-    patience: Duration,
+    pub(super) patience: Duration,
+    /// The segment goes back to its pool by another way than by our drop.
+    is_kept: bool,
 }
 
 /// How many of them there are in this process.
 static RECEIVERS: AtomicUsize = AtomicUsize::new(0);
-
-/// A generation that no turn word can name.
-const NO_GENERATION: u64 = u64::MAX;
 
 /// A request is out, or about to go out; no reply has come yet.
 #[derive(Debug)]
@@ -44,9 +48,9 @@ pub struct Offered(());
 /// The sender has announced what it sends; its chunks follow.
 #[derive(Debug)]
 pub struct Receiving {
-    size: Size,
+    pub(super) size: Size,
     metadata: Vec<u8>,
-    received: u64,
+    pub(super) received: u64,
     /// The slot that the next chunk comes in. Ours alone: the peer never says which (rule P3).
     cursor: u32,
     /// The permit for the slot at the cursor, taken with the reply (rule P2).
@@ -116,6 +120,7 @@ impl ShmTransfer<Receiver, Offered> {
             spinner: Spinner::new(),
             presence: Presence::among(&RECEIVERS),
             patience: DEFAULT_PATIENCE,
+            is_kept: false,
         };
         (ShmTransfer { side, state: Offered(()) }, offer, generation)
     }
@@ -127,6 +132,14 @@ impl ShmTransfer<Receiver, Offered> {
     /// [`Error::Disconnected`] or [`Error::Rejected`] when the queue's connection broke;
     /// [`Error::Aborted`] when the sender gave up, and [`Error::Peer`] when it answered nonsense.
     pub fn reply(mut self, deadline: Deadline) -> Result<Reply> {
+        Ok(match self.read_reply(deadline)? {
+            Answer::Found(state) => Reply::Found(self.receiving(state)),
+            Answer::Refused(why) => Reply::Refused(why),
+        })
+    }
+
+    /// As [`reply`](Self::reply), with the transfer still in hand.
+    pub(crate) fn read_reply(&mut self, deadline: Deadline) -> Result<Answer> {
         let permit = self.side.await_filled(deadline, Awaited::Reply)?;
         let announcement = &self.side.header().announcement;
         // Each word is read once, checked, and only then used (rule P3).
@@ -134,14 +147,19 @@ impl ShmTransfer<Receiver, Offered> {
         let size = Size::from_word(announcement.size.load(Relaxed));
         let len = announcement.metadata_len.load(Relaxed);
         match status {
-            Status::Refused(why) => Ok(Reply::Refused(why)),
+            Status::Refused(why) => {
+                if let (Refusal::Leaving, Some(link)) = (why, self.side.offer.link()) {
+                    link.set_leaving();
+                }
+                Ok(Answer::Refused(why))
+            }
             Status::Found => {
                 let limit = MAX_METADATA as u32;
                 let Some(bytes) = announcement.metadata.get(..len as usize) else {
                     return Err(PeerFault::MetadataTooLong { len, limit }.into());
                 };
                 let metadata = bytes.iter().map(|byte| byte.load(Relaxed)).collect();
-                let state = Receiving {
+                Ok(Answer::Found(Receiving {
                     size,
                     metadata,
                     received: 0,
@@ -149,11 +167,40 @@ impl ShmTransfer<Receiver, Offered> {
                     permit: Some(permit),
                     open: None,
                     end: End::Ahead,
-                };
-                Ok(Reply::Found(ShmTransfer { side: self.side, state }))
+                }))
             }
         }
     }
+
+    /// Goes on with the bytes that were announced.
+    pub(crate) fn receiving(self, state: Receiving) -> ShmTransfer<Receiver, Receiving> {
+        ShmTransfer { side: self.side, state }
+    }
+
+    /// Withdraws the request; `false` if a sender has taken it.
+    pub(crate) fn withdraw(&self) -> bool {
+        let turn = &self.side.header().turn;
+        turn.advance(self.side.generation, Phase::Offered, Phase::Withdrawn).is_ok()
+    }
+
+    /// Ends the transfer as its drop does, but for the segment, which the caller sees to.
+    pub(crate) fn give_up(mut self) -> Ended {
+        self.side.is_kept = true;
+        let link = self.side.end();
+        Ended { generation: self.side.generation, link }
+    }
+}
+
+/// What a sender answered, while the transfer is in other hands.
+pub(crate) enum Answer {
+    Found(Receiving),
+    Refused(Refusal),
+}
+
+/// A transfer that is over, as far as its segment goes.
+pub(crate) struct Ended {
+    pub(crate) generation: u64,
+    pub(crate) link: Option<Arc<Link>>,
 }
 
 impl ShmTransfer<Receiver, Receiving> {
@@ -171,7 +218,8 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 
     /// How long `copy_to` and `io::Read` wait for one step of the sender, and `copy_to` and
-    /// [`Chunk::write_to`] for the sink to take something.
+    /// [`Chunk::write_to`] without progress of the sink: without its other end's taking a single byte,
+    /// as far as the kernel tells (of sockets and pipes it does).
     pub fn set_patience(&mut self, patience: Duration) {
         self.side.patience = patience;
     }
@@ -195,41 +243,55 @@ impl ShmTransfer<Receiver, Receiving> {
     /// the sink does not take the bytes.
     #[cfg(unix)]
     pub fn copy_to(&mut self, sink: impl AsFd) -> Result<u64> {
+        self.copy_until(sink.as_fd(), |_| false).map(|(copied, _)| copied)
+    }
+
+    /// Copies to a sink, until it is done or, while the sink takes nothing, told to stop. Returns the
+    /// bytes copied, and whether that is all.
+    #[cfg(unix)]
+    pub(super) fn copy_until(
+        &mut self,
+        sink: BorrowedFd<'_>,
+        is_ended: impl Fn(&Receiver) -> bool,
+    ) -> Result<(u64, bool)> {
         let mut copied = 0;
         // A chunk that the sink did not take whole stays open: a second call goes on where this ended.
         while self.open_chunk(Deadline::after(self.side.patience))? {
-            copied += self.unread() as u64;
-            self.write_open(sink.as_fd())?;
+            let before = self.unread();
+            let is_written = self.write_open(sink, &is_ended)?;
+            copied += (before - self.unread()) as u64;
+            if !is_written {
+                return Ok((copied, false));
+            }
             self.close_chunk();
         }
-        Ok(copied)
+        Ok((copied, true))
     }
 
-    /// Has the kernel write the unread bytes of the open chunk.
+    /// Has the kernel write the unread bytes of the open chunk; `false` if it was told to stop.
     #[cfg(unix)]
-    fn write_open(&mut self, sink: BorrowedFd<'_>) -> Result<()> {
-        use crate::{crew, sync::wait_ready};
-        use rustix::event::PollFlags;
+    fn write_open(&mut self, sink: BorrowedFd<'_>, is_ended: impl Fn(&Receiver) -> bool) -> Result<bool> {
         let ShmTransfer { side, state } = self;
-        let Some(open) = &mut state.open else { return Ok(()) };
+        let Some(open) = &mut state.open else { return Ok(true) };
         let len = open.chunk.len as usize;
         while open.read < len {
             match side.holding.segment.readable().send_slot(state.cursor, open.read, len - open.read, sink) {
                 Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
-                Ok(sent) => open.read += sent,
+                Ok(sent) => {
+                    open.read += sent;
+                    side.tell_progress();
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let deadline = Deadline::after(side.patience);
-                    match crew::lend(|| wait_ready(sink, PollFlags::OUT, deadline)) {
-                        Ok(true) => {}
-                        Ok(false) => return Err(Error::Timeout(Awaited::Sink)),
-                        Err(errno) => return Err(Error::Sink(errno.into())),
+                    let side = &*side;
+                    if !await_sink(sink, side.patience, || side.tell_progress(), || is_ended(side))? {
+                        return Ok(false);
                     }
                 }
                 Err(error) => return Err(Error::Sink(error)),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Has a chunk open, unless the end was reached. A last chunk that is empty is the end.
@@ -280,7 +342,7 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 
     /// Unread bytes of the open chunk.
-    fn unread(&self) -> usize {
+    pub(super) fn unread(&self) -> usize {
         self.state.open.as_ref().map_or(0, |open| open.chunk.len as usize - open.read)
     }
 
@@ -291,6 +353,9 @@ impl ShmTransfer<Receiver, Receiving> {
             let memory = self.side.holding.segment.readable();
             memory.read_slot(self.state.cursor, open.read, &mut into[..len]);
             open.read += len;
+            if open.read < open.chunk.len as usize {
+                self.side.tell_progress();
+            }
         }
         len
     }
@@ -373,7 +438,7 @@ impl Chunk<'_> {
     /// [patience](ShmTransfer::set_patience); [`Error::Sink`] when it fails.
     #[cfg(unix)]
     pub fn write_to(&mut self, sink: impl AsFd) -> Result<()> {
-        self.transfer.write_open(sink.as_fd())
+        self.transfer.write_open(sink.as_fd(), |_| false).map(drop)
     }
 }
 
@@ -392,6 +457,18 @@ impl fmt::Debug for Chunk<'_> {
 impl Receiver {
     fn header(&self) -> &Header {
         self.holding.segment.header()
+    }
+
+    /// Tells a sender that waits for a slot that bytes were taken (rule P9). A hint, ours alone to write.
+    fn tell_progress(&self) {
+        let progress = &self.header().receiver.progress;
+        progress.store(progress.load(Relaxed).wrapping_add(1), Relaxed);
+    }
+
+    /// Whether others stand in line for a segment of the pool.
+    #[cfg(target_os = "linux")]
+    pub(super) fn is_segment_wanted(&self) -> bool {
+        self.holding.is_wanted()
     }
 
     fn await_filled(&mut self, deadline: Deadline, awaited: Awaited) -> Result<Permit> {
@@ -419,9 +496,9 @@ impl Receiver {
     }
 }
 
-impl Drop for Receiver {
-    /// Withdraws what nobody accepted, cancels what a sender is still at, and gives the segment back.
-    fn drop(&mut self) {
+impl Receiver {
+    /// Withdraws what no sender accepted, and cancels what one is still at.
+    fn end(&mut self) -> Option<Arc<Link>> {
         let link = self.offer.end();
         let header = self.header();
         // Fails, rightly, for every transfer that a sender has taken up.
@@ -430,7 +507,17 @@ impl Drop for Receiver {
             header.receiver.cancelled.store(1, Relaxed); // published by the poison
             header.free.poison();
         }
-        self.holding.give_back(self.generation, link);
+        link
+    }
+}
+
+impl Drop for Receiver {
+    /// Ends the transfer, and gives the segment back.
+    fn drop(&mut self) {
+        if !self.is_kept {
+            let link = self.end();
+            self.holding.give_back(self.generation, link);
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use crate::sync::atomic::Relaxed;
 use crate::sync::{BUDGET, Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
-    DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit,
+    DEFAULT_PATIENCE, Idle, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit,
     can_put_off, own_pid, publish_cpu,
 };
 
@@ -32,8 +32,10 @@ pub struct Sender {
     enrolment: Option<Enrolment>,
     spinner: Spinner,
     presence: Presence,
-    /// Since when the receiver's wake-up has been put off.
-    unwoken: Option<Instant>,
+    /// When a slot was last handed over.
+    posted: Option<Instant>,
+    /// The receiver's wake-up has been put off.
+    is_unwoken: bool,
     patience: Duration,
 }
 
@@ -77,7 +79,8 @@ impl ShmTransfer<Sender, Starting> {
             enrolment: Some(enrolment),
             spinner: Spinner::new(),
             presence: Presence::among(&SENDERS),
-            unwoken: None,
+            posted: None,
+            is_unwoken: false,
             patience: DEFAULT_PATIENCE,
         };
         ShmTransfer { side, state: Starting { key } }
@@ -161,7 +164,8 @@ impl ShmTransfer<Sender, Sending> {
         self.state.sent
     }
 
-    /// How long `send_file`, `finish` and `io::Write` wait for the receiver to free a slot.
+    /// How long `send_file`, `finish` and `io::Write` wait without progress: without the receiver's
+    /// taking a single byte. One that reads slowly but steadily is waited for as long as it reads.
     pub fn set_patience(&mut self, patience: Duration) {
         self.side.patience = patience;
     }
@@ -172,6 +176,10 @@ impl ShmTransfer<Sender, Sending> {
     /// [`Error::Timeout`], after which it may be called again; [`Error::Cancelled`] or
     /// [`Error::Disconnected`] when nobody wants the bytes any more.
     pub fn next_slot(&mut self, deadline: Deadline) -> Result<Slot<'_>> {
+        self.free_slot(Some(deadline))
+    }
+
+    fn free_slot(&mut self, deadline: Option<Deadline>) -> Result<Slot<'_>> {
         if self.state.pending > 0 {
             self.publish(self.state.pending)?;
         }
@@ -219,7 +227,7 @@ impl ShmTransfer<Sender, Sending> {
         }
         if self.side.phase != Phase::Finished {
             if self.state.permit.is_none() {
-                self.take_slot(Deadline::after(self.side.patience))?;
+                self.take_slot(None)?;
             }
             self.publish_chunk(ChunkLen { len: self.state.pending as u32, last: true })?;
         }
@@ -232,7 +240,7 @@ impl ShmTransfer<Sender, Sending> {
         let mut done = 0;
         while Some(done) != len {
             let left = len.map_or(usize::MAX, |len| usize::try_from(len - done).unwrap_or(usize::MAX));
-            let slot = self.next_slot(Deadline::after(self.side.patience))?;
+            let slot = self.free_slot(None)?;
             done += match (slot.fill_from(&file, start + done, left)?, len) {
                 (0, Some(_)) if self.state.size != Size::Unknown => {
                     return Err(self.mismatch(self.state.sent));
@@ -265,11 +273,14 @@ impl ShmTransfer<Sender, Sending> {
         self.side.segment.geometry().slot_len() as usize
     }
 
-    /// Has the permit for the slot at the cursor.
-    fn take_slot(&mut self, deadline: Deadline) -> Result<()> {
+    /// Has the permit for the slot at the cursor. Without a deadline, waits as the patience says.
+    fn take_slot(&mut self, deadline: Option<Deadline>) -> Result<()> {
         self.side.is_on()?;
         if self.state.permit.is_none() {
-            self.state.permit = Some(self.side.await_free(deadline)?);
+            self.state.permit = Some(match deadline {
+                Some(deadline) => self.side.await_free(deadline)?,
+                None => self.side.await_progress()?,
+            });
         }
         Ok(())
     }
@@ -316,7 +327,7 @@ impl io::Write for ShmTransfer<Sender, Sending> {
             self.side.abort();
             return Err(self.mismatch(found).into());
         }
-        self.take_slot(Deadline::after(self.side.patience))?;
+        self.take_slot(None)?;
         let space = self.slot_len() - self.state.pending;
         let len = bytes.len().min(space);
         self.side.segment.writable().write_slot(self.state.cursor, self.state.pending, &bytes[..len]);
@@ -414,7 +425,13 @@ impl Sender {
     /// Takes the segment, if the request still stands (rule P1).
     fn take_up(&mut self) -> Result<()> {
         let header = self.segment.header();
+        // A client that puts the turn word back could have two workers in one slot.
+        if !self.segment.claim() {
+            self.phase = Phase::Idle;
+            return Err(Error::Stale);
+        }
         if header.turn.advance(self.generation, Phase::Offered, Phase::Accepted).is_err() {
+            self.segment.disclaim();
             self.phase = Phase::Idle; // never ours: nothing to end
             return Err(Error::Stale);
         }
@@ -436,6 +453,23 @@ impl Sender {
         }
     }
 
+    /// Waits for a free slot as long as the receiver makes progress: until it has taken no byte for as
+    /// long as the patience.
+    fn await_progress(&mut self) -> Result<Permit> {
+        let mut idle = Idle::new(self.patience, self.segment.header().receiver.progress.load(Relaxed));
+        loop {
+            match self.await_free(idle.look_again()) {
+                Err(Error::Timeout(_)) => {
+                    let progress = self.segment.header().receiver.progress.load(Relaxed);
+                    if idle.is_over(progress) {
+                        return Err(Error::Timeout(Awaited::FreeSlot));
+                    }
+                }
+                settled => return settled,
+            }
+        }
+    }
+
     fn await_free(&mut self, deadline: Deadline) -> Result<Permit> {
         let header = self.segment.header();
         // Unlike the receiver, the sender drains nothing: there is nobody to fill slots for.
@@ -452,17 +486,17 @@ impl Sender {
         }
     }
 
-    /// Hands a filled slot over and wakes the receiver; in batches, not for each slot, but for each again once
-    /// the source is slower than a wake-up.
+    /// Hands a filled slot over and wakes the receiver; in batches, not for each slot. Never put off is
+    /// the wake-up for the announcement, and none of a source that is slower than a wake-up.
     fn hand_over(&mut self, permit: Permit, in_batches: bool) {
         let header = self.segment.header();
+        let before = if in_batches { self.posted.replace(Instant::now()) } else { None };
         header.filled.add(permit);
         let slots = self.segment.geometry().slot_count();
-        let put_off = in_batches
-            && can_put_off(&header.free, slots, &self.presence)
-            && self.unwoken.get_or_insert_with(Instant::now).elapsed() < BUDGET;
-        if !put_off {
-            self.unwoken = None;
+        // None before the first slot, which announces.
+        let is_fast = before.is_some_and(|before| before.elapsed() < BUDGET);
+        self.is_unwoken = is_fast && can_put_off(&header.free, slots, &self.presence);
+        if !self.is_unwoken {
             header.filled.wake();
         }
     }
@@ -484,6 +518,7 @@ impl Sender {
         let header = self.segment.header();
         header.filled.add(permit);
         self.enrolment = None;
+        self.segment.disclaim(); // before the turn: whoever takes the next one finds it free
         let left = header.turn.advance(self.generation, self.phase, phase);
         self.phase = phase;
         header.filled.wake(); // reads only
@@ -499,6 +534,7 @@ impl Sender {
             let header = self.segment.header();
             header.filled.set_poison();
             self.enrolment = None;
+            self.segment.disclaim();
             // Fails only if the peer spoilt the word, and then nobody can be told any more.
             let _ = header.turn.advance(self.generation, self.phase, Phase::Aborted);
             self.phase = Phase::Aborted;
@@ -549,7 +585,7 @@ mod tests {
     /// Sends a chunk; says whether the receiver's wake-up was put off.
     fn puts_off(sending: &mut ShmTransfer<Sender, Sending>) -> bool {
         sending.next_slot(soon()).unwrap().send(b"x").unwrap();
-        sending.side.unwoken.is_some()
+        sending.side.is_unwoken
     }
 
     #[test]

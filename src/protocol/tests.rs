@@ -163,7 +163,7 @@ fn a_death_ends_waits_that_the_peer_tried_to_keep_up() {
     // The peer says that nobody sleeps, and wipes the poison off; then it dies, or hangs up.
     let Stage { transfer, segment, _request, .. } = stage();
     let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: None, uid: 0 }));
-    _request.sent_over(&link);
+    _request.sent_over(&link, None);
     let waiting = std::thread::spawn(move || transfer.reply(Deadline::NEVER).map(drop));
     segment.header().filled.reset(0);
     link.sever(|| None);

@@ -77,6 +77,9 @@ pub(crate) struct ReceiverGroup {
     pub(crate) pid: AtomicU32,
     /// The processor that the receiver last ran on (rule P8).
     pub(crate) cpu: AtomicU32,
+    /// Changes whenever the receiver, or what it passes the bytes on to, has taken some: a hint for
+    /// a sender that waits for a slot (rule P9).
+    pub(crate) progress: AtomicU32,
 }
 
 // loom's stand-ins for atomics have another size.
@@ -98,6 +101,7 @@ const _: () = {
     assert!(offset_of!(Header, receiver) == receiver);
     assert!(offset_of!(Header, chunks) == chunks);
     assert!(offset_of!(Announcement, metadata) == 24);
+    assert!(offset_of!(ReceiverGroup, progress) == 12);
 };
 
 impl Header {

@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Link;
-use crate::sync::modelled::yield_now;
-use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile, lock};
+use crate::protocol::Ended;
+use crate::sync::modelled::{Mutex, lock, yield_now};
+use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile};
 
 use super::{Backing, Geometry, Phase, PoolId, ReadSlots, Segment, SegmentId, WriteSlots};
 
@@ -21,6 +22,9 @@ const GRACE: Duration = Duration::from_millis(20);
 /// How often, during the grace, a sender that hung up is asked whether it left or died, and the turn
 /// word is looked at. loom knows no time: there, as often as there is anything new.
 const GLANCE: Duration = Duration::from_millis(if cfg!(loom) { 0 } else { 1 });
+
+/// A generation that no turn word can name.
+pub(crate) const NO_GENERATION: u64 = u64::MAX;
 
 /// A fixed number of segments of one geometry, owned by the receiving process.
 ///
@@ -88,29 +92,14 @@ impl<B: Backing> SegmentPool<B> {
     /// given 20 ms more, beyond the deadline if need be, and then replaced.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when none came free in time; [`Error::Os`] when a retired segment could not be
-    /// replaced.
+    /// [`Error::Timeout`] when none came free in time; [`Error::Os`] when no segment that is left can be
+    /// used, and none of them replaced.
     pub fn lease(&self, deadline: Deadline) -> Result<Lease<B>> {
         let pool = &self.shared;
         if !pool.available.try_enter() && !crew::lend(|| pool.available.enter(deadline)) {
             return Err(Error::Timeout(Awaited::Lease));
         }
-        // From here on a segment is ours: idle, or lingering.
-        let (idle, lingering, others_linger) = {
-            let mut state = lock(&pool.state);
-            let idle = state.idle.pop();
-            let lingering = if idle.is_none() { state.lingering.pop_front() } else { None };
-            (idle, lingering, !state.lingering.is_empty())
-        };
-        if others_linger {
-            pool.tidy();
-        }
-        let stock = match (idle, lingering) {
-            (Some(stock), _) if stock.is_sound() => stock,
-            (Some(spoilt), _) => pool.replace(spoilt)?,
-            (None, Some(lingering)) => pool.recover(lingering)?,
-            (None, None) => unreachable!("the turnstile counts idle and lingering segments"),
-        };
+        let stock = pool.take()?;
         Ok(Lease { stock: Some(stock), pool: Arc::clone(pool) })
     }
 
@@ -225,6 +214,7 @@ impl<B: Backing> SegmentPoolBuilder<B> {
                 live: BTreeMap::new(),
                 edition: 0,
                 next_index: 0,
+                unused: Vec::new(),
             }),
             ownership: B::own(id)?,
         };
@@ -263,6 +253,11 @@ impl<B: Backing> Lease<B> {
         }
     }
 
+    /// What it takes to lease the same segment again once its transfer is over.
+    pub(crate) fn again(&self) -> LeaseAgain<B> {
+        LeaseAgain { stock: Arc::clone(self.stock()), pool: Arc::clone(&self.pool) }
+    }
+
     /// Splits the lease into what the request needs and what the transfer holds.
     pub(crate) fn into_parts(mut self) -> (Arc<Stock<B>>, Holding) {
         let stock = Arc::clone(self.stock());
@@ -287,6 +282,27 @@ impl<B: Backing> fmt::Debug for Lease<B> {
     }
 }
 
+/// A segment that goes from one transfer to the next, past the line of those who wait for one.
+pub(crate) struct LeaseAgain<B: Backing> {
+    stock: Arc<Stock<B>>,
+    pool: Arc<Shared<B>>,
+}
+
+impl<B: Backing> LeaseAgain<B> {
+    /// Leases the segment again, or its replacement.
+    pub(crate) fn lease(self, ended: Ended) -> Result<Lease<B>> {
+        let Ended { generation, link } = ended;
+        let LeaseAgain { stock, pool } = self;
+        match pool.recover(Lingering { stock, generation, link }, pool.grace) {
+            Ok(stock) => Ok(Lease { stock: Some(stock), pool }),
+            Err((lingering, error)) => {
+                pool.put_lingering(lingering);
+                Err(error)
+            }
+        }
+    }
+}
+
 /// A segment in a transfer's hands, whatever its backing.
 pub(crate) struct Holding {
     pub(crate) segment: Arc<Segment<ReadSlots>>,
@@ -301,7 +317,15 @@ impl Holding {
     }
 }
 
+impl Holding {
+    /// Whether others stand in line for a segment of the pool.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.pool.is_waited_for()
+    }
+}
+
 trait TakeBack: Send + Sync {
+    fn is_waited_for(&self) -> bool;
     fn take_back(&self, segment: &Segment<ReadSlots>, generation: u64, link: Option<Arc<Link>>);
 }
 
@@ -351,7 +375,22 @@ struct State<B> {
     live: BTreeMap<u32, Arc<Stock<B>>>,
     /// How many segments have been replaced.
     edition: u64,
+    /// Above all that were ever given to a segment, and to those in `unused`.
     next_index: u32,
+    /// Numbers whose segment could not be made: no peer has heard of them.
+    unused: Vec<u32>,
+}
+
+impl<B> State<B> {
+    /// A number that no segment of this pool ever had.
+    fn fresh_index(&mut self) -> Result<u32> {
+        if let Some(index) = self.unused.pop() {
+            return Ok(index);
+        }
+        let index = self.next_index;
+        self.next_index = index.checked_add(1).ok_or(Misuse::PoolWornOut)?;
+        Ok(index)
+    }
 }
 
 /// Given back while its sender was on it.
@@ -363,14 +402,58 @@ struct Lingering<B> {
 
 impl<B: Backing> Shared<B> {
     fn make(&self) -> Result<Arc<Stock<B>>> {
-        let index = {
-            let mut state = lock(&self.state);
-            state.next_index += 1;
-            state.next_index - 1
-        };
+        let index = lock(&self.state).fresh_index()?;
         let id = SegmentId { pool: self.id, index };
-        let (segment, backing) = B::create(&self.ownership, id, self.geometry)?;
-        Ok(Arc::new(Stock { segment: Arc::new(segment), backing, writable: OnceLock::new() }))
+        match B::create(&self.ownership, id, self.geometry) {
+            Ok((segment, backing)) => {
+                Ok(Arc::new(Stock { segment: Arc::new(segment), backing, writable: OnceLock::new() }))
+            }
+            Err(error) => {
+                lock(&self.state).unused.push(index);
+                Err(error)
+            }
+        }
+    }
+
+    /// A segment to lease, for a caller that has passed the turnstile: it counts one for each. Sound
+    /// segments first. One that can be neither recovered nor replaced goes back as it was, and the
+    /// next is tried, until each had its turn.
+    fn take(&self) -> Result<Arc<Stock<B>>> {
+        let mut grace = self.grace;
+        let mut failed = None;
+        for attempt in 1.. {
+            let (candidate, segments, others_linger) = {
+                let mut state = lock(&self.state);
+                // In one step: we never have more than one in hand, or others would find too few.
+                state.lingering.extend(failed.take());
+                let candidate = match state.idle.pop() {
+                    Some(stock) => Candidate::Idle(stock),
+                    None => match state.lingering.pop_front() {
+                        Some(lingering) => Candidate::Lingering(lingering),
+                        None => unreachable!("the turnstile counts idle and lingering segments"),
+                    },
+                };
+                (candidate, state.live.len(), !state.lingering.is_empty())
+            };
+            if others_linger && attempt == 1 {
+                self.tidy();
+            }
+            let lingering = match candidate {
+                Candidate::Idle(stock) if stock.is_sound() => return Ok(stock),
+                Candidate::Idle(stock) => Lingering { stock, generation: NO_GENERATION, link: None },
+                Candidate::Lingering(lingering) => lingering,
+            };
+            match self.recover(lingering, grace) {
+                Ok(stock) => return Ok(stock),
+                Err((lingering, error)) if attempt >= segments => {
+                    self.put_lingering(lingering);
+                    return Err(error);
+                }
+                Err((lingering, _)) => failed = Some(lingering),
+            }
+            grace = Duration::ZERO; // the wait for a late sender is for one segment a lease
+        }
+        unreachable!("the loop has no end of its own")
     }
 
     fn put_idle(&self, stock: Arc<Stock<B>>) {
@@ -399,34 +482,41 @@ impl<B: Backing> Shared<B> {
         }
     }
 
-    /// Makes a lingering segment usable, or puts a fresh one in its place.
-    fn recover(&self, lingering: Lingering<B>) -> Result<Arc<Stock<B>>> {
-        if crew::lend(|| lingering.settle(Deadline::after(self.grace))) {
+    /// Makes a lingering segment usable, or puts a fresh one in its place; hands it back as it was
+    /// where neither can be done.
+    fn recover(
+        &self,
+        lingering: Lingering<B>,
+        grace: Duration,
+    ) -> Result<Arc<Stock<B>>, (Lingering<B>, Error)> {
+        if crew::lend(|| lingering.settle(Deadline::after(grace))) {
             return Ok(lingering.stock);
         }
-        self.replace(lingering.stock)
-    }
-
-    /// Retires a segment for good (rule P6): a late sender can then only write to memory that
-    /// nobody reads. Without memory for a fresh one, it stays, to be replaced the next time.
-    fn replace(&self, stock: Arc<Stock<B>>) -> Result<Arc<Stock<B>>> {
+        // Retired for good (rule P6): a late sender can then only write to memory that is not read.
         match self.make() {
             Ok(fresh) => {
                 let mut state = lock(&self.state);
-                state.live.remove(&stock.segment.id().index);
+                state.live.remove(&lingering.stock.segment.id().index);
                 state.live.insert(fresh.segment.id().index, Arc::clone(&fresh));
                 state.edition += 1;
                 Ok(fresh)
             }
-            Err(error) => {
-                self.put_idle(stock); // not sound, and so not leased as it is
-                Err(error)
-            }
+            Err(error) => Err((lingering, error)),
         }
     }
 }
 
+/// What a lease may find.
+enum Candidate<B> {
+    Idle(Arc<Stock<B>>),
+    Lingering(Lingering<B>),
+}
+
 impl<B: Backing> TakeBack for Shared<B> {
+    fn is_waited_for(&self) -> bool {
+        self.available.waiting() > 0
+    }
+
     fn take_back(&self, segment: &Segment<ReadSlots>, generation: u64, link: Option<Arc<Link>>) {
         let stock = lock(&self.state).live.get(&segment.id().index).cloned();
         let Some(stock) = stock else { unreachable!("a segment in use is never retired") };

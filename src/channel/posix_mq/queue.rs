@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex};
 use rustix::process::geteuid;
 
 use crate::channel::RequestQueue;
+use crate::channel::leaving::Leaving;
 use crate::channel::lock_file::LockFile;
 use crate::channel::poller::Poller;
 use crate::error::{Awaited, Error, Result};
 use crate::peer::{Lifeline, Link, Peer, Watch, on_hang_up};
-use crate::protocol::{Sender, ShmTransfer, Starting};
+use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
 use crate::segment::{Geometry, Owner, PoolId, Segment, SegmentId, WriteSlots, attach_named, sweep};
 use crate::sync::{Deadline, lock};
 
@@ -31,18 +32,21 @@ const BATCH: usize = 64;
 ///
 /// Dropping it removes the queue and hangs up on every client.
 pub struct PosixMqQueue {
+    shared: Arc<Shared>,
+    name: Name,
+    /// The right to the name, and what stands there. Given up by `close`, for a successor.
+    lock: Mutex<Option<LockFile>>,
+    /// What answers clients after `close`.
+    leaving: Mutex<Option<Leaving>>,
+    /// Last: clients learn of our end when it goes.
+    lifeline: Lifeline,
+}
+
+/// What workers share, and the thread that answers clients after `close`.
+struct Shared {
     poller: Poller,
     policy: Policy,
     clients: Arc<Clients>,
-    /// Fields go in this order: clients learn first, and a successor waits for the lock.
-    _lifeline: Lifeline,
-    queue: Bound,
-    _lock: LockFile,
-}
-
-/// The queue, with its name.
-struct Bound {
-    name: Name,
     descriptor: Mqueue,
 }
 
@@ -80,28 +84,75 @@ impl PosixMqQueue {
         }
         lock.sign("")?;
         let descriptor = Mqueue::create(&name, policy.capacity, MAX_MESSAGE)?;
-        let queue = Bound { name, descriptor };
-        poller.add(&queue.descriptor, QUEUE)?;
-        // Last: whoever finds it finds the rest.
-        let lifeline = Lifeline::hold(queue.name.lifeline())?;
+        // Removes the queue's name if what follows fails.
+        let unlinked_on_failure = Unlink(&name);
+        poller.add(&descriptor, QUEUE)?;
+        // Last: a client that finds it finds the rest.
+        let lifeline = Lifeline::hold(name.lifeline())?;
+        std::mem::forget(unlinked_on_failure);
         sweep();
-        Ok(PosixMqQueue { poller, policy, clients: Arc::default(), _lifeline: lifeline, queue, _lock: lock })
+        Ok(PosixMqQueue {
+            shared: Arc::new(Shared { poller, policy, clients: Arc::default(), descriptor }),
+            name,
+            lock: Mutex::new(Some(lock)),
+            leaving: Mutex::new(None),
+            lifeline,
+        })
     }
 
     /// The clients whose pools have sent requests and live, each once.
     pub fn clients(&self) -> Vec<Peer> {
-        let mut peers: Vec<Peer> =
-            lock(&self.clients).values().filter_map(|client| client.link.peer()).collect();
+        let clients = lock(&self.shared.clients);
+        let mut peers: Vec<Peer> = clients.values().filter_map(|client| client.link.peer()).collect();
+        drop(clients);
         peers.sort_unstable_by_key(|peer| peer.pid);
         peers.dedup();
         peers
+    }
+
+    /// Gives the names up, once: what stands there afterwards is a successor's.
+    fn leave_names(&self) {
+        let mut held = lock(&self.lock);
+        if held.is_some() {
+            self.lifeline.remove_name();
+            drop(Unlink(&self.name));
+            *held = None; // last: a successor waits for it
+        }
+    }
+}
+
+/// Removes a queue's name when dropped.
+struct Unlink<'n>(&'n Name);
+
+impl Drop for Unlink<'_> {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here, and the next server copes with leftovers.
+        let _ = Mqueue::unlink(self.0);
+    }
+}
+
+impl Shared {
+    /// Has a thread answer from now on.
+    fn start_leaving(self: &Arc<Self>) -> Result<Leaving> {
+        let poller = Poller::new()?;
+        poller.add(&self.descriptor, QUEUE)?;
+        let shared = Arc::clone(self);
+        Leaving::start(poller, move |poller| {
+            while let Some(transfer) = shared.try_recv()? {
+                // Fails if the client has withdrawn it.
+                let _ = transfer.refuse(Refusal::Leaving);
+                poller.check_open()?;
+            }
+            poller.arm(&shared.descriptor, QUEUE)?;
+            poller.wait(Deadline::NEVER).map(drop)
+        })
     }
 
     /// Takes what is next in the queue, if there is anything, past a few that nobody waits for.
     fn try_recv(&self) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         let mut buffer = [0; MAX_MESSAGE];
         for _ in 0..BATCH {
-            let Some(len) = self.queue.descriptor.try_receive(&mut buffer)? else { return Ok(None) };
+            let Some(len) = self.descriptor.try_receive(&mut buffer)? else { return Ok(None) };
             let message = match Message::decode(&buffer[..len]) {
                 Ok(message) => message,
                 Err(error) => {
@@ -200,16 +251,17 @@ impl Client {
 
 impl RequestQueue for PosixMqQueue {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
+        let shared = &*self.shared;
         loop {
-            self.poller.check_open()?;
-            if let Some(transfer) = self.try_recv()? {
+            shared.poller.check_open()?;
+            if let Some(transfer) = shared.try_recv()? {
                 return Ok(transfer);
             }
-            if self.poller.wait(deadline)?.is_none() {
+            if shared.poller.wait(deadline)?.is_none() {
                 return Err(Error::Timeout(Awaited::Request));
             }
-            let taken = self.try_recv();
-            self.poller.arm(&self.queue.descriptor, QUEUE)?; // for the next worker
+            let taken = shared.try_recv();
+            shared.poller.arm(&shared.descriptor, QUEUE)?; // for the next worker
             if let Some(transfer) = taken? {
                 return Ok(transfer);
             }
@@ -220,27 +272,30 @@ impl RequestQueue for PosixMqQueue {
     }
 
     fn close(&self) {
-        self.poller.close();
+        // First: from here on a successor can be found.
+        self.leave_names();
+        self.shared.poller.close();
+        let mut leaving = lock(&self.leaving);
+        if leaving.is_none() {
+            // Without descriptors or a thread for it, what comes after this waits until the queue is
+            // dropped, and is asked again then.
+            *leaving = self.shared.start_leaving().ok();
+        }
     }
 }
 
 impl Drop for PosixMqQueue {
     fn drop(&mut self) {
-        lock(&self.clients).values().for_each(|client| client.link.sever(|| None));
-    }
-}
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        // Nothing can be done about a failure here, and the next server copes with leftovers.
-        let _ = Mqueue::unlink(&self.name);
+        drop(lock(&self.leaving).take()); // waits for its thread
+        self.leave_names();
+        lock(&self.shared.clients).values().for_each(|client| client.link.sever(|| None));
     }
 }
 
 impl fmt::Debug for PosixMqQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PosixMqQueue")
-            .field("name", &self.queue.name.as_str())
+            .field("name", &self.name.as_str())
             .field("clients", &self.clients().len())
             .finish_non_exhaustive()
     }

@@ -4,13 +4,12 @@ use std::fmt;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
-use crate::channel::line::{self, Dial, Line};
+use crate::channel::line::{self, Absence, Dial, Line};
 use crate::channel::lock_file::pid_in;
 use crate::channel::{Request, Requester, SendError};
 use crate::crew;
@@ -25,7 +24,7 @@ use super::wire::{HEAD, Message};
 
 /// Sends requests with segments of one pool to the server at one name. Used by many threads.
 ///
-/// Dropping it leaves requests under way alone; transfers end when they are done, or with their pool.
+/// Transfers under way go on when it is dropped, and still learn of the server's death.
 pub struct PosixMqRequester {
     line: Line<Dialler>,
     name: Name,
@@ -48,7 +47,7 @@ struct Connection {
 }
 
 impl PosixMqRequester {
-    pub(super) fn new(name: Name, absence: Option<Duration>, pool: &SegmentPool<Named>) -> PosixMqRequester {
+    pub(super) fn new(name: Name, absence: Absence, pool: &SegmentPool<Named>) -> PosixMqRequester {
         let dialler = Dialler { name: name.clone(), pool: pool.clone() };
         PosixMqRequester { line: Line::new(dialler, pool.id(), absence), name }
     }

@@ -70,7 +70,8 @@ impl Address {
         Ok((address, listener))
     }
 
-    pub(super) fn path(&self) -> &Path {
+    #[cfg(test)]
+    fn path(&self) -> &Path {
         &self.path
     }
 }

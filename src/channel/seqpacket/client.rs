@@ -125,10 +125,6 @@ impl Client {
         2 * lock(&self.state).segments.len() + 8
     }
 
-    pub(super) fn is_over(&self) -> bool {
-        self.over.load(Ordering::Relaxed)
-    }
-
     /// Ends the connection for both sides, whoever still holds the socket.
     pub(super) fn hang_up(&self) {
         // First: a client that finds nobody on the connection tries its requests elsewhere.
@@ -165,6 +161,14 @@ impl Watched for Client {
 
     fn client_cpu(&self) -> u32 {
         self.ring.get().map_or(u32::MAX, Taker::client_cpu)
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    fn end_rest(&self) -> bool {
+        self.resting.swap(false, Ordering::Relaxed)
     }
 }
 

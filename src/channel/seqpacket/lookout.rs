@@ -12,8 +12,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::error::{Awaited, Error, Result};
+use crate::sync::atomic::{SeqCst, fence};
 use crate::sync::modelled::{Mutex, lock};
-use crate::sync::{BUDGET, Spinner, current_cpu};
+use crate::sync::{BUDGET, Deadline, Spinner, current_cpu};
 
 /// How many rings are active at most, unless more have requests.
 const MOST_ACTIVE: usize = if cfg!(loom) { 1 } else { 16 };
@@ -30,6 +32,50 @@ pub(super) trait Watched {
     fn is_at_rest(&self) -> bool;
     /// The processor that its client last posted from.
     fn client_cpu(&self) -> u32;
+    /// Whether the server has hung up on its client: nothing is taken from it any more.
+    fn is_over(&self) -> bool;
+    /// Ends a rest, during which nothing is taken because too many requests of its client are under
+    /// way; `true` if there was one.
+    fn end_rest(&self) -> bool;
+}
+
+/// What workers do beside deciding who looks: the queue in the product, a stand-in in the model. The
+/// steps between these calls, and so every decision who is woken, are the same code in both.
+pub(super) trait Door {
+    /// What requests stand in.
+    type Ring: Watched;
+    /// What a worker sleeps for.
+    type Event;
+    /// What a worker is after.
+    type Request;
+
+    /// Takes a request from a ring; `None` when another worker was quicker.
+    fn take(&self, ring: &Arc<Self::Ring>) -> Result<Option<Self::Request>>;
+    /// Sleeps until an event comes; `None` at the deadline, and when woken by [`wake_one`](Self::wake_one).
+    fn sleep(&self, deadline: Deadline) -> Result<Option<Self::Event>>;
+    /// Does what an event asks for: reads a client's messages, or lets a client in.
+    fn attend(&self, event: Self::Event) -> Result<Attended<Self::Ring, Self::Request>>;
+    /// Wakes one worker that sleeps, or the next that goes to sleep.
+    fn wake_one(&self);
+    /// Whether it is the turn of the connections, although rings may have requests.
+    fn is_look_due(&self) -> bool;
+    /// Fails once no more requests are to be taken.
+    fn check_open(&self) -> Result<()>;
+}
+
+/// What came of an event.
+pub(super) struct Attended<R, T> {
+    /// The ring of the client that was heard from, if it has one.
+    pub(super) ring: Option<Arc<R>>,
+    /// A request that came as a message.
+    pub(super) request: Option<T>,
+}
+
+impl<R, T> Attended<R, T> {
+    /// Nothing came of it.
+    pub(super) fn nothing() -> Self {
+        Attended { ring: None, request: None }
+    }
 }
 
 /// What the workers of one queue know of each other.
@@ -52,8 +98,81 @@ impl<R: Watched> Lookout<R> {
         Lookout { state: Mutex::new(state) }
     }
 
-    /// Has workers look at a ring. For one whose client knocked.
-    pub(super) fn activate(&self, ring: &Arc<R>) {
+    /// Takes the next request, waiting for one until the deadline. What every worker runs.
+    pub(super) fn recv<D: Door<Ring = R>>(&self, door: &D, deadline: Deadline) -> Result<D::Request> {
+        let taken = loop {
+            match self.step(door, deadline) {
+                Ok(Some(request)) => break Ok(request),
+                Ok(None) => {}
+                Err(error) => break Err(error),
+            }
+        };
+        if self.leave() {
+            door.wake_one();
+        }
+        taken
+    }
+
+    /// A request from a ring or a connection; `None` when there may be one now.
+    fn step<D: Door<Ring = R>>(&self, door: &D, deadline: Deadline) -> Result<Option<D::Request>> {
+        door.check_open()?;
+        let must_look = door.is_look_due();
+        if !must_look {
+            let is_over = || deadline.has_passed() || door.check_open().is_err();
+            if let Some(ring) = self.find().or_else(|| self.look(is_over)) {
+                return door.take(&ring);
+            }
+        }
+        let event = if must_look {
+            door.sleep(Deadline::after(std::time::Duration::ZERO))?
+        } else if self.lie_down() {
+            let woken = door.sleep(deadline);
+            self.rise();
+            woken?
+        } else {
+            return Ok(None);
+        };
+        match event {
+            Some(event) => {
+                let heard = door.attend(event)?;
+                // Always, even if the ring is empty by now. Its client has lowered the bell, and so
+                // relies on a worker that looks. The request may be gone already: to a worker that
+                // found the ring earlier, was preempted, and takes what came later.
+                if let Some(ring) = &heard.ring {
+                    self.activate(ring);
+                }
+                Ok(heard.request)
+            }
+            None if !must_look && deadline.has_passed() => Err(Error::Timeout(Awaited::Request)),
+            None => Ok(None),
+        }
+    }
+
+    /// Ends a client's rest: it may have fewer requests under way than the limit. Workers look at its
+    /// ring again; one that sleeps is woken for what stands there.
+    pub(super) fn resume(&self, ring: &Arc<R>, wake_one: impl FnOnce()) {
+        if !ring.end_rest() {
+            return;
+        }
+        // The rest ends, fence, look for work. A worker that goes to sleep: arm, fence, look whether
+        // the ring rests. One of the two sees the request; see the orderings of the ring, pair 3.
+        fence(SeqCst);
+        if ring.has_work() {
+            self.activate(ring);
+            wake_one();
+        }
+    }
+
+    /// Has workers look at a ring, unless the server has hung up on its client.
+    fn activate(&self, ring: &Arc<R>) {
+        self.add(ring);
+        // The one that hangs up says so first, and has the ring forgotten afterwards.
+        if ring.is_over() {
+            self.forget(ring);
+        }
+    }
+
+    fn add(&self, ring: &Arc<R>) {
         let mut state = lock(&self.state);
         if state.active.iter().any(|active| Arc::ptr_eq(active, ring)) {
             return;
@@ -73,13 +192,13 @@ impl<R: Watched> Lookout<R> {
     }
 
     /// A ring with something to take, each in its turn.
-    pub(super) fn find(&self) -> Option<Arc<R>> {
+    fn find(&self) -> Option<Arc<R>> {
         lock(&self.state).find()
     }
 
     /// As [`find`](Self::find), but goes on looking for a moment, where that can pay and nobody else
     /// does it; `over` ends it before its time.
-    pub(super) fn look(&self, over: impl Fn() -> bool) -> Option<Arc<R>> {
+    fn look(&self, over: impl Fn() -> bool) -> Option<Arc<R>> {
         let (mut spinner, is_elsewhere) = {
             let mut state = lock(&self.state);
             let cpu = current_cpu();
@@ -101,7 +220,7 @@ impl<R: Watched> Lookout<R> {
     }
 
     /// Says that this worker sleeps from now on; `false` if it must not, for there is something to take.
-    pub(super) fn lie_down(&self) -> bool {
+    fn lie_down(&self) -> bool {
         let mut state = lock(&self.state);
         state.asleep += 1;
         let must_stay = state.arm();
@@ -112,12 +231,12 @@ impl<R: Watched> Lookout<R> {
     }
 
     /// Says that this worker is awake again.
-    pub(super) fn rise(&self) {
+    fn rise(&self) {
         lock(&self.state).asleep -= 1;
     }
 
     /// Says that this worker goes to serve a request; `true` if it has to wake another first.
-    pub(super) fn leave(&self) -> bool {
+    fn leave(&self) -> bool {
         let state = lock(&self.state);
         state.asleep > 0 && state.arm()
     }
@@ -149,6 +268,7 @@ mod tests {
         work: AtomicU32,
         armed: AtomicBool,
         busy: AtomicBool,
+        over: AtomicBool,
         is_here: bool,
     }
 
@@ -172,6 +292,14 @@ mod tests {
 
         fn client_cpu(&self) -> u32 {
             if self.is_here { current_cpu() } else { u32::MAX - 1 }
+        }
+
+        fn is_over(&self) -> bool {
+            self.over.load(Relaxed)
+        }
+
+        fn end_rest(&self) -> bool {
+            false
         }
     }
 

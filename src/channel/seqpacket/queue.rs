@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,15 +16,17 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
 use crate::channel::RequestQueue;
+use crate::channel::leaving::Leaving;
 use crate::channel::poller::Poller;
-use crate::error::{Awaited, Error, Rejection, Result};
+use crate::error::{Error, Rejection, Result};
 use crate::peer::{Link, Peer, Socket, is_behind, on_hang_up};
-use crate::protocol::{Sender, ShmTransfer, Starting};
+use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
 use crate::sync::{Deadline, lock};
 
 use super::address::Address;
 use super::client::{Client, Heard};
-use super::lookout::{Lookout, Watched};
+use super::lookout::{Attended, Door, Lookout, Watched};
+use super::ring::Taker;
 use super::wire::Message;
 use super::{Policy, send};
 
@@ -43,10 +45,23 @@ const RINGS_IN_A_ROW: u32 = 16;
 /// How often a look is due: it costs as much as a request of 1 KiB.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
+/// How often the rings are looked at after `close`, beside what clients announce.
+const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(20);
+
 /// Takes requests at one path. Shared by many workers, by reference or in an `Arc`.
 ///
 /// Dropping it removes the socket and hangs up on every client.
 pub struct SeqpacketQueue {
+    shared: Arc<Shared>,
+    path: PathBuf,
+    /// What stands at the path. Given up by `close`, so that a successor can take it.
+    address: Mutex<Option<Address>>,
+    /// What answers clients after `close`.
+    leaving: Mutex<Option<Leaving>>,
+}
+
+/// What workers share, and the thread that answers clients after `close`.
+struct Shared {
     poller: Arc<Poller>,
     listener: Socket,
     /// The listener is not armed, for lack of descriptors.
@@ -59,7 +74,6 @@ pub struct SeqpacketQueue {
     started: Instant,
     /// When the connections were looked at, in whole [`LOOK_EVERY`] since the start.
     looked: AtomicU64,
-    address: Address,
 }
 
 #[derive(Default)]
@@ -75,7 +89,7 @@ impl SeqpacketQueue {
         let (address, listener) = Address::listen(path)?;
         let listener = Socket::from(listener);
         poller.add(&listener, LISTENER)?;
-        Ok(SeqpacketQueue {
+        let shared = Arc::new(Shared {
             poller,
             listener,
             listener_resting: AtomicBool::new(false),
@@ -85,17 +99,29 @@ impl SeqpacketQueue {
             from_rings: AtomicU32::new(0),
             started: Instant::now(),
             looked: AtomicU64::new(0),
-            address,
-        })
+        });
+        let address = Mutex::new(Some(address));
+        Ok(SeqpacketQueue { shared, path: path.to_owned(), address, leaving: Mutex::new(None) })
     }
 
     /// The clients connected now.
     pub fn clients(&self) -> Vec<Peer> {
-        lock(&self.clients).connected.values().map(|client| client.peer).collect()
+        self.shared.clients().iter().map(|client| client.peer).collect()
+    }
+}
+
+/// What the workers' common loop asks of this queue.
+impl Door for Shared {
+    type Ring = Client;
+    /// The token of what is ready.
+    type Event = u64;
+    type Request = ShmTransfer<Sender, Starting>;
+
+    fn take(&self, client: &Arc<Client>) -> Result<Option<Self::Request>> {
+        self.judge(client, self.take_from_ring(client))
     }
 
-    /// Waits for one event; `None` at the deadline, and at times before it.
-    fn wait(&self, deadline: Deadline) -> Result<Option<u64>> {
+    fn sleep(&self, deadline: Deadline) -> Result<Option<u64>> {
         // While no descriptors are left, nothing tells us when some are.
         let resting = self.listener_resting.swap(false, Ordering::Relaxed);
         let until = if resting { deadline.min(Deadline::after(OUT_OF_DESCRIPTORS)) } else { deadline };
@@ -106,38 +132,21 @@ impl SeqpacketQueue {
         Ok(woken)
     }
 
-    /// A request from a ring or a connection; `None` when there may be one now.
-    fn next(&self, deadline: Deadline) -> Result<Option<ShmTransfer<Sender, Starting>>> {
-        let is_over = || deadline.has_passed() || self.poller.check_open().is_err();
-        self.poller.check_open()?;
-        let must_look = self.is_look_due();
-        if !must_look {
-            let found = self.lookout.find().or_else(|| self.lookout.look(is_over));
-            if let Some(client) = found {
-                return self.attend(&client, Self::take_from_ring);
-            }
+    fn attend(&self, token: u64) -> Result<Attended<Client, Self::Request>> {
+        if token == LISTENER {
+            self.admit(&self.poller)?;
+            return Ok(Attended::nothing());
         }
-        let token = if must_look {
-            self.wait(Deadline::after(Duration::ZERO))?
-        } else if self.lookout.lie_down() {
-            let woken = self.wait(deadline);
-            self.lookout.rise();
-            woken?
-        } else {
-            return Ok(None);
-        };
-        match token {
-            Some(LISTENER) => self.admit().map(|()| None),
-            Some(token) => {
-                let client = lock(&self.clients).connected.get(&token).cloned();
-                client.map_or(Ok(None), |client| self.attend(&client, Self::listen_to))
-            }
-            None if !must_look && deadline.has_passed() => Err(Error::Timeout(Awaited::Request)),
-            None => Ok(None),
-        }
+        let client = lock(&self.clients).connected.get(&token).cloned();
+        let Some(client) = client else { return Ok(Attended::nothing()) };
+        let request = self.judge(&client, self.listen_to(&client))?;
+        Ok(Attended { ring: client.ring.get().is_some().then_some(client), request })
     }
 
-    /// Whether it is the turn of the connections: busy rings keep no newcomer out.
+    fn wake_one(&self) {
+        self.poller.nudge();
+    }
+
     fn is_look_due(&self) -> bool {
         if self.from_rings.fetch_add(1, Ordering::Relaxed) < RINGS_IN_A_ROW {
             return false;
@@ -147,14 +156,25 @@ impl SeqpacketQueue {
         self.looked.swap(now, Ordering::Relaxed) != now
     }
 
-    /// Takes a request from a client in the given way; a client that misbehaves is turned away.
-    fn attend(
+    fn check_open(&self) -> Result<()> {
+        self.poller.check_open()
+    }
+}
+
+impl Shared {
+    /// The clients connected now, the oldest first.
+    fn clients(&self) -> Vec<Arc<Client>> {
+        lock(&self.clients).connected.values().cloned().collect()
+    }
+
+    /// Turns a client that misbehaves away, and forgets one that is gone.
+    fn judge(
         &self,
         client: &Arc<Client>,
-        take: impl FnOnce(&Self, &Arc<Client>) -> Result<Option<ShmTransfer<Sender, Starting>>>,
+        taken: Result<Option<ShmTransfer<Sender, Starting>>>,
     ) -> Result<Option<ShmTransfer<Sender, Starting>>> {
-        match take(self, client) {
-            // Nobody waits for it: its client is gone.
+        match taken {
+            // Its client is gone: no answer is waited for.
             Ok(Some(transfer)) if client.link.is_severed() => drop(transfer),
             Ok(transfer) => return Ok(transfer),
             Err(Error::Disconnected) => self.remove(client.token),
@@ -163,8 +183,56 @@ impl SeqpacketQueue {
         Ok(None)
     }
 
-    /// Accepts one client, if there still is one, and lets the next knock.
-    fn admit(&self) -> Result<()> {
+    /// Has a thread answer all clients from now on, those included that are not let in yet.
+    fn start_leaving(self: &Arc<Self>) -> Result<Leaving> {
+        let poller = Poller::new()?;
+        poller.add(&self.listener, LISTENER)?;
+        for client in self.clients() {
+            poller.add(&*client.socket, client.token)?;
+        }
+        let shared = Arc::clone(self);
+        Leaving::start(poller, move |poller| {
+            for client in shared.clients() {
+                shared.send_on(&client);
+                // Fails for a client that is gone.
+                let _ = poller.arm(&*client.socket, client.token);
+            }
+            poller.arm(&shared.listener, LISTENER)?;
+            // Not for longer: a worker on its way out may have told clients once more that it looks.
+            match poller.wait(Deadline::after(LOOK_WHILE_LEAVING))? {
+                Some(LISTENER) => shared.admit(poller),
+                _ => Ok(()),
+            }
+        })
+    }
+
+    /// Answers what a client has asked for by now, up to a limit, with "ask my successor".
+    fn send_on(&self, client: &Arc<Client>) {
+        for _ in 0..BATCH {
+            match self.judge(client, self.next_of(client)) {
+                // Fails if the client has withdrawn it.
+                Ok(Some(transfer)) => drop(transfer.refuse(Refusal::Leaving)),
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+
+    /// The next request of one client, by whichever way it came.
+    fn next_of(&self, client: &Arc<Client>) -> Result<Option<ShmTransfer<Sender, Starting>>> {
+        for _ in 0..BATCH {
+            let mut state = lock(&client.state);
+            match client.hear(&mut state, &self.policy)? {
+                Heard::Request(transfer) => return Ok(Some(transfer)),
+                Heard::Noted => {}
+                Heard::Nothing => break,
+            }
+        }
+        // Armed before the look: for a request that comes after it, there is a message.
+        if client.ring.get().is_some_and(Taker::arm) { self.take_from_ring(client) } else { Ok(None) }
+    }
+
+    /// Accepts one client, if there still is one, and arms the listener for the next.
+    fn admit(&self, poller: &Poller) -> Result<()> {
         if is_behind() {
             self.listener_resting.store(true, Ordering::Relaxed);
             return Ok(());
@@ -172,8 +240,8 @@ impl SeqpacketQueue {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => {
-                let welcome = self.welcome(socket.into());
-                self.poller.arm(&self.listener, LISTENER)?;
+                let welcome = self.welcome(socket.into(), poller);
+                poller.arm(&self.listener, LISTENER)?;
                 if let Err((peer, error)) = welcome {
                     self.report(peer, &error); // last: it is the application's code
                 }
@@ -183,14 +251,14 @@ impl SeqpacketQueue {
                 self.listener_resting.store(true, Ordering::Relaxed);
                 return Ok(());
             }
-            // It left before we came, or somebody else was quicker.
+            // It left before we came, or another worker was quicker.
             Err(_) => {}
         }
-        self.poller.arm(&self.listener, LISTENER)
+        poller.arm(&self.listener, LISTENER)
     }
 
     /// Checks who it is (rule S3) and starts listening to it.
-    fn welcome(&self, socket: Socket) -> Result<(), (Option<Peer>, Error)> {
+    fn welcome(&self, socket: Socket, poller: &Poller) -> Result<(), (Option<Peer>, Error)> {
         let peer = Peer::of_socket(&socket).map_err(|error| (None, error))?;
         let reject = |why: Rejection| {
             dismiss(&socket, why);
@@ -217,7 +285,7 @@ impl SeqpacketQueue {
             clients.connected.insert(token, Arc::new(client));
             token
         };
-        self.poller.add(&*socket, token).map_err(|error| {
+        poller.add(&*socket, token).map_err(|error| {
             self.remove(token);
             (Some(peer), error)
         })
@@ -256,10 +324,6 @@ impl SeqpacketQueue {
                     }
                 }
             }
-        }
-        // Whether it knocked, or meant to and found the connection full.
-        if client.has_work() {
-            activate(&self.lookout, client);
         }
         self.let_next_in(client);
         Ok(request)
@@ -305,10 +369,7 @@ impl SeqpacketQueue {
         link.when_below(bound, move || {
             // Fails only when the client was removed meanwhile.
             let _ = poller.arm(&*client.socket, client.token);
-            if client.resting.swap(false, Ordering::Relaxed) && client.has_work() {
-                activate(&lookout, &client);
-                poller.nudge();
-            }
+            lookout.resume(&client, || poller.nudge());
         });
     }
 
@@ -342,45 +403,36 @@ impl SeqpacketQueue {
 
 impl RequestQueue for SeqpacketQueue {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
-        let taken = loop {
-            match self.next(deadline) {
-                Ok(Some(transfer)) => break Ok(transfer),
-                Ok(None) => {}
-                Err(error) => break Err(error),
-            }
-        };
-        if self.lookout.leave() {
-            self.poller.nudge();
-        }
-        taken
+        self.shared.lookout.recv(&*self.shared, deadline)
     }
 
     fn close(&self) {
-        self.poller.close();
+        // First: from here on a successor can be found.
+        drop(lock(&self.address).take());
+        self.shared.poller.close();
+        let mut leaving = lock(&self.leaving);
+        if leaving.is_none() {
+            // Without descriptors or a thread for it, what comes after this waits until the queue is
+            // dropped, and is asked again then.
+            *leaving = self.shared.start_leaving().ok();
+        }
     }
 }
 
 impl Drop for SeqpacketQueue {
     fn drop(&mut self) {
-        lock(&self.clients).connected.values().for_each(|client| client.hang_up());
+        drop(lock(&self.leaving).take()); // waits for its thread
+        drop(lock(&self.address).take());
+        self.shared.clients().iter().for_each(|client| client.hang_up());
     }
 }
 
 impl fmt::Debug for SeqpacketQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SeqpacketQueue")
-            .field("path", &self.address.path())
+            .field("path", &self.path)
             .field("clients", &self.clients().len())
             .finish_non_exhaustive()
-    }
-}
-
-/// Has workers look at a client's ring, unless we have hung up.
-fn activate(lookout: &Lookout<Client>, client: &Arc<Client>) {
-    lookout.activate(client);
-    // Whoever removes it says first that it is over, and then has it forgotten.
-    if client.is_over() {
-        lookout.forget(client);
     }
 }
 

@@ -14,8 +14,8 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SocketAddrUnix};
 
-use crate::channel::line::{self, Dial, Line, pause};
-use crate::channel::{Request, Requester, SendError};
+use crate::channel::line::{self, Dial, Line};
+use crate::channel::{Request, Requester, SendError, pause};
 use crate::crew;
 use crate::error::{Awaited, Error, Rejection, Result};
 use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, on_hang_up};
@@ -29,7 +29,7 @@ use super::{Policy, send, socket, socket_address};
 
 /// Sends requests with segments of one pool to the server at one path. Used by many threads.
 ///
-/// Dropping it hangs up: transfers under way end with [`Error::Disconnected`].
+/// Transfers under way go on when it is dropped: the connection lives as long as any of them.
 pub struct SeqpacketRequester {
     path: PathBuf,
     line: Line<Dialler>,

@@ -1,0 +1,73 @@
+//! Waiting for what bytes are passed on to: a socket, a pipe or a file (rule P9).
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+
+use crate::crew;
+use crate::error::{Awaited, Error, Result};
+use crate::peer::untaken;
+use crate::sync::{Deadline, wait_ready};
+
+use super::Idle;
+
+/// How often a wait for a sink asks whether it is to end early.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Sends bytes to a socket. Waits for it as long as its other end makes progress: until that has taken
+/// no byte for `patience`. One that reads slowly but steadily is waited for as long as it reads. While
+/// it waits, this thread lends its place, as [`lend`](crate::lend) does.
+///
+/// # Errors
+/// [`Error::Timeout`] when the other end has taken nothing for `patience`, [`Error::Sink`] when the
+/// socket fails, or for what is no socket.
+pub fn send_all(socket: impl AsFd, bytes: &[u8], patience: Duration) -> Result<()> {
+    let socket = socket.as_fd();
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    let mut sent = 0;
+    while sent < bytes.len() {
+        match rustix::net::send(socket, &bytes[sent..], flags) {
+            Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
+            Ok(more) => sent += more,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => await_sink(socket, patience, || {}, || false).map(drop)?,
+            Err(errno) => return Err(Error::Sink(errno.into())),
+        }
+    }
+    Ok(())
+}
+
+/// Waits until a sink takes bytes again; `false` if `is_ended` says before that to wait no more. Calls
+/// `moved` whenever the other end has taken bytes, though it has no room for more yet.
+pub(super) fn await_sink(
+    sink: BorrowedFd<'_>,
+    patience: Duration,
+    moved: impl Fn(),
+    is_ended: impl Fn() -> bool,
+) -> Result<bool> {
+    crew::lend(|| {
+        let mut idle = Idle::new(patience, untaken(sink));
+        loop {
+            let look = idle.look_again().min(Deadline::after(LOOK));
+            match wait_ready(sink, PollFlags::OUT, look) {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                Err(errno) => return Err(Error::Sink(errno.into())),
+            }
+            let now = untaken(sink);
+            if now != idle.seen {
+                moved();
+            }
+            if idle.is_over(now) {
+                return Err(Error::Timeout(Awaited::Sink));
+            }
+            if is_ended() {
+                return Ok(false);
+            }
+        }
+    })
+}

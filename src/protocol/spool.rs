@@ -1,0 +1,184 @@
+//! Setting what is left of a slow body aside, so that its segment serves others meanwhile.
+
+use std::env;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use rustix::fs::OFlags;
+
+use crate::error::{Error, Result};
+
+use super::sink::send_all;
+use super::{Receiver, Receiving, ShmTransfer, Size};
+
+/// How much is read from a spooled body at a time.
+const BUFFER: usize = 256 << 10;
+
+/// Room for bodies whose readers are slow, in unnamed files of the temporary directory. Shared by all
+/// transfers that may use it.
+///
+/// See [`ShmTransfer::copy_to_or_spool`].
+#[derive(Debug)]
+pub struct Spool {
+    limit: u64,
+    in_use: AtomicU64,
+    /// Bodies set aside so far.
+    bodies: AtomicU64,
+    /// A body is being set aside. One at a time: each frees a segment, and then others may not need to.
+    is_busy: AtomicBool,
+}
+
+impl Spool {
+    /// Room for `limit` bytes in all. Zero sets nothing aside.
+    pub fn new(limit: u64) -> Spool {
+        let (in_use, bodies) = (AtomicU64::new(0), AtomicU64::new(0));
+        Spool { limit, in_use, bodies, is_busy: AtomicBool::new(false) }
+    }
+
+    /// Bytes set aside now, or about to be.
+    pub fn in_use(&self) -> u64 {
+        self.in_use.load(Relaxed)
+    }
+
+    /// How many bodies have been set aside so far.
+    pub fn bodies(&self) -> u64 {
+        self.bodies.load(Relaxed)
+    }
+
+    /// Takes room for so many bytes, and the right to fill it; `None` if there is less, or if another
+    /// body is being set aside.
+    fn reserve(&self, bytes: u64) -> Option<Reserved<'_>> {
+        if self.is_busy.swap(true, Relaxed) {
+            return None;
+        }
+        let room = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
+        match self.in_use.fetch_update(Relaxed, Relaxed, room) {
+            Ok(_) => Some(Reserved { spool: self, bytes, is_filling: true }),
+            Err(_) => {
+                self.is_busy.store(false, Relaxed);
+                None
+            }
+        }
+    }
+}
+
+/// Room in a spool; given back when dropped.
+struct Reserved<'s> {
+    spool: &'s Spool,
+    bytes: u64,
+    is_filling: bool,
+}
+
+impl Reserved<'_> {
+    /// Lets another body be set aside.
+    fn end_filling(&mut self) {
+        if std::mem::take(&mut self.is_filling) {
+            self.spool.is_busy.store(false, Relaxed);
+        }
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.end_filling();
+        self.spool.in_use.fetch_sub(self.bytes, Relaxed);
+    }
+}
+
+impl ShmTransfer<Receiver, Receiving> {
+    /// As [`copy_to`](Self::copy_to), to a socket, and ends the transfer; but while others stand in line
+    /// for a segment of the pool and the socket takes nothing, what is left of a body of known size
+    /// goes to the spool, if it has room. The segment goes back to its pool, and the rest to the
+    /// socket from there. So a slow reader keeps a newcomer waiting no longer than that takes.
+    ///
+    /// # Errors
+    /// Those of [`copy_to`](Self::copy_to).
+    pub fn copy_to_or_spool(mut self, socket: impl AsFd, spool: &Spool) -> Result<u64> {
+        let socket = socket.as_fd();
+        let patience = self.side.patience;
+        let mut copied = 0;
+        let mut may_spool = true;
+        loop {
+            let is_wanted = |side: &Receiver| may_spool && side.is_segment_wanted();
+            let (more, is_done) = self.copy_until(socket, is_wanted)?;
+            copied += more;
+            if is_done {
+                return Ok(copied);
+            }
+            let Some(mut room) = self.left().and_then(|left| spool.reserve(left)) else {
+                // Again, while there is a line: another body may be done by then.
+                may_spool = self.left().is_some_and(|left| left <= spool.limit);
+                continue;
+            };
+            // Without a file, or without room on its disk, the body stays where it is.
+            let Ok(file) = unnamed_file() else {
+                may_spool = false;
+                continue;
+            };
+            let moved = self.copy_to(&file);
+            room.end_filling();
+            match moved {
+                Ok(_) => {
+                    spool.bodies.fetch_add(1, Relaxed);
+                    drop(self); // the segment is free
+                    return Ok(copied + send_file(&file, socket, patience)?);
+                }
+                Err(error) => {
+                    // What came, first; then what is still to come, or the reason why not.
+                    copied += send_file(&file, socket, patience)?;
+                    match error {
+                        Error::Sink(_) => may_spool = false,
+                        error => return Err(error),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Bytes still to be passed on, if that is known.
+    fn left(&self) -> Option<u64> {
+        match self.state.size {
+            Size::Known(size) => Some(size - self.state.received + self.unread() as u64),
+            Size::Unknown => None,
+        }
+    }
+}
+
+/// Sends all of a file; returns how many bytes that were.
+fn send_file(file: &File, socket: BorrowedFd<'_>, patience: Duration) -> Result<u64> {
+    let mut buffer = vec![0; BUFFER];
+    let mut sent = 0;
+    loop {
+        match file.read_at(&mut buffer, sent) {
+            Ok(0) => return Ok(sent),
+            Ok(read) => {
+                send_all(socket, &buffer[..read], patience)?;
+                sent += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error::Source(error)),
+        }
+    }
+}
+
+/// A file without a name: it goes when it is closed, whatever ends this process.
+fn unnamed_file() -> io::Result<File> {
+    let dir = env::temp_dir();
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    let unnamed = options.clone().custom_flags(OFlags::TMPFILE.bits() as i32).open(&dir);
+    if let Ok(file) = unnamed {
+        return Ok(file);
+    }
+    // File systems that cannot make one: under a name, for a moment.
+    let mut random = [0; 8];
+    getrandom::fill(&mut random)?;
+    let path = dir.join(format!("shmferry-spool-{:016x}", u64::from_ne_bytes(random)));
+    let file = options.create_new(true).open(&path)?;
+    std::fs::remove_file(&path)?;
+    Ok(file)
+}
