@@ -4,10 +4,11 @@
 #
 #   ci/loom.sh            2 preemptions, and the faults (7 minutes, two cores)
 #   ci/loom.sh long       3 preemptions, and the faults (two minutes more)
-#   ci/loom.sh faults     the faults only
+#   ci/loom.sh faults     the faults only; with a word behind it, those that have it in their names
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mode=${1:-}
+only=${2:-}
 [ "$mode" = long ] && LOOM_MAX_PREEMPTIONS=3
 export LOOM_MAX_PREEMPTIONS=${LOOM_MAX_PREEMPTIONS:-2}
 export RUSTFLAGS="--cfg loom" RUSTUP_DIST_SERVER=http://127.0.0.1:9 RUSTUP_AUTO_INSTALL=0
@@ -33,6 +34,7 @@ fi
 export LOOM_MAX_PREEMPTIONS=2
 found=0
 seeded() {
+    case $1 in *"$only"*) ;; *) return ;; esac
     fresh
     sed -E "$4" "src/$2" >"$copy/src/$2"
     cmp -s "src/$2" "$copy/src/$2" && { echo "changes nothing: $1"; missed=1; return; }
@@ -135,6 +137,14 @@ seeded "a worker that leaves without a word"        $o $q '/fn leave/,/^    }/s/
 seeded "a worker that leaves the rings unarmed"     $o $q '/fn leave/,/^    }/s/state.asleep > 0 && state.arm\(\)/state.asleep > 0 \&\& state.spinner.is_some() \&\& state.active.iter().any(|ring| ring.has_work())/'
 seeded "a ring put aside unarmed"                   $o $q '/fn activate/,/^    }/s/if oldest.arm\(\)/if oldest.has_work()/'
 seeded "a ring put aside with work in it"           $o $q '/fn activate/,/^    }/s/^                state.active.push_back\(oldest\);.*//'
+
+seeded "a wake-up for a ring that is empty by now"   $o $q::clients 's/if let Some\(ring\) = &heard.ring \{/if let Some(ring) = heard.ring.as_ref().filter(|ring| ring.has_work()) {/'
+seeded "a wake-up that has no ring looked at"       $o $q 's/if let Some\(ring\) = &heard.ring \{/if let Some(ring) = heard.ring.as_ref().filter(|_| false) {/'
+seeded "a rest that ends without a wake-up"         $o $q::a_client '/fn resume/,/^    }/s/^            wake_one\(\);$//'
+seeded "a rest that ends without a look"            $o $q::a_client '/fn resume/,/^    }/s/if ring.has_work\(\)/if false/'
+seeded "a rest that ends without being looked at"   $o $q::a_client_put '/fn resume/,/^    }/s/^            self.activate\(ring\);$//'
+seeded "no fence at the end of a rest"              $o $q::a_client '/fn resume/,/^    }/s/^        fence\(SeqCst\);$//'
+seeded "a rest that never ends"                     $o $q::a_client '/fn resume/,/^    }/s/if !ring.end_rest\(\)/if !ring.end_rest() || true/'
 
 echo "$found faults found"
 [ "$missed" = 0 ]

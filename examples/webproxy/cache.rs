@@ -76,9 +76,8 @@ trait Way: Send + Sync {
 impl<B: Backing, Q: Requester<B>> Way for (SegmentPool<B>, Q) {
     fn ask(&self, path: &[u8], lease_patience: Duration, patience: Duration) -> Result<Reply> {
         let (pool, queue) = self;
-        let (request, transfer) = pool.lease(Deadline::after(lease_patience))?.request(path)?;
-        queue.send(request, Deadline::after(patience))?;
-        transfer.reply(Deadline::after(patience))
+        let lease = pool.lease(Deadline::after(lease_patience))?;
+        queue.ask(lease, path, Deadline::after(patience))
     }
 
     fn retired(&self) -> u64 {

@@ -1,13 +1,13 @@
 //! One client's connection: its request, its reply, its end.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::TcpStream;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
-use shmferry::{Deadline, Error, Receiver, Receiving, Result, ShmTransfer, lend};
+use shmferry::{Deadline, Error, Receiver, Receiving, Result, ShmTransfer, Spool, lend, send_all};
 
 use super::getfile::{Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request};
 
@@ -32,16 +32,18 @@ pub enum Body {
 }
 
 /// A connection. Dropping it closes it.
-pub struct Client {
+pub struct Client<'p> {
     stream: TcpStream,
     dialect: Dialect,
     patience: Duration,
+    spool: &'p Spool,
 }
 
-impl Client {
-    /// A client that may take `patience` for its request, and as long for each step of its reply.
-    pub fn new(stream: TcpStream, dialect: Dialect, patience: Duration) -> Client {
-        Client { stream, dialect, patience }
+impl<'p> Client<'p> {
+    /// A client that may take `patience` for its request, and in its reply as long without progress.
+    /// What is left of its reply may be set aside in the spool.
+    pub fn new(stream: TcpStream, dialect: Dialect, patience: Duration, spool: &'p Spool) -> Client<'p> {
+        Client { stream, dialect, patience, spool }
     }
 
     /// Reads the request; returns the path, or `None` for one that is malformed or not finished in
@@ -78,7 +80,7 @@ impl Client {
         match found.body {
             Body::Segment(mut body) => {
                 body.set_patience(self.patience);
-                body.copy_to(&self.stream)
+                body.copy_to_or_spool(&self.stream, self.spool)
             }
             Body::Stream(source) => self.copy_from(source, found.len),
         }
@@ -113,7 +115,6 @@ impl Client {
     }
 
     fn copy_from(&self, mut source: Box<dyn Read>, len: u64) -> Result<u64> {
-        self.stream.set_write_timeout(Some(self.patience)).map_err(Error::Sink)?;
         let mut buffer = vec![0; BUFFER];
         let mut sent = 0;
         while sent < len {
@@ -124,7 +125,7 @@ impl Client {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(Error::Source(error)),
             };
-            lend(|| (&self.stream).write_all(&buffer[..read])).map_err(Error::Sink)?;
+            send_all(&self.stream, &buffer[..read], self.patience)?;
             sent += read as u64;
         }
         // Seeing the end is what lets an origin's connection serve again.

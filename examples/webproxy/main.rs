@@ -34,7 +34,9 @@ use origin::{BaseUrl, Origin};
 use program::Stop;
 use proxy::Proxy;
 use serve::Service;
-use shmferry::{Backing, Crew, InProcess, Memfd, Named, PosixMq, RequestQueue, SegmentPool, Seqpacket};
+use shmferry::{
+    Backing, Crew, InProcess, Memfd, Named, PosixMq, RequestQueue, SegmentPool, Seqpacket, Spool,
+};
 use store::Store;
 use tracing::info;
 
@@ -75,6 +77,10 @@ struct Options {
     /// A directory to serve, with the cache embedded
     #[arg(long, value_name = "DIRECTORY")]
     root: Option<PathBuf>,
+    /// The most bytes on disk for bodies that are set aside: of slow clients, while others wait for a
+    /// segment
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
+    spool_limit: u64,
     /// How to write replies
     #[arg(long, value_name = "spec|classic", default_value_t = Dialect::Spec)]
     dialect: Dialect,
@@ -83,9 +89,13 @@ struct Options {
     timeout: Duration,
 }
 
-/// How long to wait for a cache that is not running, when there is no origin to ask instead: long
-/// enough for one that is being restarted.
+/// How long to wait for the successor of a cache that is gone, when there is no origin to ask instead:
+/// long enough for one that is being restarted. One that was never there is waited for as long as for
+/// everything else.
 const ABSENCE: Duration = Duration::from_secs(2);
+
+/// How long to wait for a cache that is not there, when there is an origin to ask instead.
+const NO_ABSENCE: Duration = Duration::ZERO;
 
 /// The least that a segment may hold.
 const LEAST_SEGMENT: u64 = 824;
@@ -107,7 +117,8 @@ fn serve(options: Options, mut stop: Stop) -> Result<(), String> {
     let source = Source::open(&options)?;
     let origin = options.server.as_ref().map(|url| Origin::new(url, options.timeout, options.thread_count));
     let listener = Arc::new(Listener::bind(options.listen, options.listen_port)?);
-    let proxy = Arc::new(Proxy::new(source.cache, origin, options.dialect, options.timeout));
+    let spool = Spool::new(options.spool_limit);
+    let proxy = Arc::new(Proxy::new(source.cache, origin, options.dialect, options.timeout, spool));
     let crew = {
         let (listener, proxy) = (Arc::clone(&listener), Arc::clone(&proxy));
         let next = move || listener.accept();
@@ -168,17 +179,22 @@ impl Source {
 
         let address = options.cache.clone().map_or_else(Address::default_of_user, Ok);
         let address = address.map_err(|error| format!("there is no default address: {error}"))?;
-        let absence = if has_origin { Duration::ZERO } else { ABSENCE };
         let unusable = |error| format!("cannot use {address}: {error}");
         let cache = match &address {
             Address::Unix(path) => {
                 let pool = pool_of::<Memfd>(options)?;
-                let requester = Seqpacket::new(path).absence(absence).requester(&pool).map_err(unusable)?;
+                let queue = Seqpacket::new(path);
+                let queue =
+                    if has_origin { queue.absence(NO_ABSENCE) } else { queue.absence_after_loss(ABSENCE) };
+                let requester = queue.requester(&pool).map_err(unusable)?;
                 Cache::new(pool, requester, options.timeout, has_origin)
             }
             Address::Mq(name) => {
                 let pool = pool_of::<Named>(options)?;
-                let requester = PosixMq::new(name).map_err(unusable)?.absence(absence).requester(&pool);
+                let queue = PosixMq::new(name).map_err(unusable)?;
+                let queue =
+                    if has_origin { queue.absence(NO_ABSENCE) } else { queue.absence_after_loss(ABSENCE) };
+                let requester = queue.requester(&pool);
                 Cache::new(pool, requester, options.timeout, has_origin)
             }
         };

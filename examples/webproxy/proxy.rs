@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::time::Duration;
 
-use shmferry::{Awaited, Error};
+use shmferry::{Awaited, Error, Spool};
 use tracing::{debug, warn};
 
 use super::cache::Cache;
@@ -27,6 +27,7 @@ pub struct Proxy {
     origin: Option<Origin>,
     dialect: Dialect,
     patience: Duration,
+    spool: Spool,
     tally: Tally,
 }
 
@@ -44,13 +45,19 @@ struct Tally {
 
 impl Proxy {
     /// Answers from the cache first, then from the origin, where they are.
-    pub fn new(cache: Option<Cache>, origin: Option<Origin>, dialect: Dialect, patience: Duration) -> Proxy {
-        Proxy { cache, origin, dialect, patience, tally: Tally::default() }
+    pub fn new(
+        cache: Option<Cache>,
+        origin: Option<Origin>,
+        dialect: Dialect,
+        patience: Duration,
+        spool: Spool,
+    ) -> Proxy {
+        Proxy { cache, origin, dialect, patience, spool, tally: Tally::default() }
     }
 
     /// Serves one client, from its request to its end. A client that leaves is nobody's error.
     pub fn serve(&self, stream: TcpStream) {
-        let client = Client::new(stream, self.dialect, self.patience);
+        let client = Client::new(stream, self.dialect, self.patience, &self.spool);
         let path = match client.request() {
             Ok(path) => path,
             Err(error) => return debug!("a client left before it asked: {error}"),
@@ -105,12 +112,13 @@ impl Proxy {
         let retired = self.cache.as_ref().map_or(0, Cache::retired);
         format!(
             "requests={requests} hits={hits} misses={misses} from_origin={from_origin} invalid={invalid} \
-             errors={errors} bytes={bytes} retired={retired}"
+             errors={errors} bytes={bytes} retired={retired} set_aside={}",
+            self.spool.bodies(),
         )
     }
 }
 
-fn refuse(client: Client, reply: Reply) {
+fn refuse(client: Client<'_>, reply: Reply) {
     match client.reply(reply) {
         // A malformed request may still be on its way.
         Ok(()) => client.close(reply == Reply::Invalid),

@@ -81,7 +81,8 @@ impl PosixMq {
     /// # Errors
     /// [`Error::Misuse`] for any other name.
     pub fn new(name: impl Into<String>) -> Result<PosixMq> {
-        let policy = Policy { capacity: 10, max_segments: 1024, absence: Absence::default(), on_rejected: None };
+        let policy =
+            Policy { capacity: 10, max_segments: 1024, absence: Absence::default(), on_rejected: None };
         Ok(PosixMq { name: Name::parse(name.into())?, policy })
     }
 

@@ -13,9 +13,7 @@ use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::peer::Link;
 #[cfg(not(loom))]
 use crate::segment::SharedByte;
-use crate::segment::{
-    ChunkLen, Header, Holding, MAX_METADATA, NO_GENERATION, Phase, ReadSlots, Segment,
-};
+use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, NO_GENERATION, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 

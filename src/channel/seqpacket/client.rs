@@ -31,7 +31,7 @@ pub(super) struct Client {
     /// Set once it has handed one over.
     pub(super) ring: OnceLock<Taker>,
     /// It has as many requests under way as honesty needs: nothing more is taken from its ring.
-    pub(super) resting: AtomicBool,
+    resting: AtomicBool,
     /// We have hung up: nothing is taken from its ring any more. Set under the lock of `state`.
     over: AtomicBool,
     pub(super) greeted: AtomicBool,
@@ -165,6 +165,10 @@ impl Watched for Client {
 
     fn is_over(&self) -> bool {
         self.over.load(Ordering::Relaxed)
+    }
+
+    fn begin_rest(&self) {
+        self.resting.store(true, Ordering::Relaxed);
     }
 
     fn end_rest(&self) -> bool {

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::error::{Awaited, Error, Result};
+use crate::peer::Link;
 use crate::sync::atomic::{SeqCst, fence};
 use crate::sync::modelled::{Mutex, lock};
 use crate::sync::{BUDGET, Deadline, Spinner, current_cpu};
@@ -34,9 +35,21 @@ pub(super) trait Watched {
     fn client_cpu(&self) -> u32;
     /// Whether the server has hung up on its client: nothing is taken from it any more.
     fn is_over(&self) -> bool;
+    /// Begins a rest: nothing is taken from it until it ends.
+    fn begin_rest(&self);
     /// Ends a rest, during which nothing is taken because too many requests of its client are under
     /// way; `true` if there was one.
     fn end_rest(&self) -> bool;
+}
+
+/// Rests a ring whose client has `bound` or more requests under way; says whether it does. Its rest ends
+/// with [`Lookout::resume`], once there are fewer.
+pub(super) fn rest_at_limit(ring: &impl Watched, link: &Link, bound: usize) -> bool {
+    let is_at_limit = !link.is_below(bound);
+    if is_at_limit {
+        ring.begin_rest();
+    }
+    is_at_limit
 }
 
 /// What workers do beside deciding who looks: the queue in the product, a stand-in in the model. The
@@ -297,6 +310,8 @@ mod tests {
         fn is_over(&self) -> bool {
             self.over.load(Relaxed)
         }
+
+        fn begin_rest(&self) {}
 
         fn end_rest(&self) -> bool {
             false

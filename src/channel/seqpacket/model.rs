@@ -1,46 +1,51 @@
-//! The rings under loom: posters and workers as they ship, by `ci/loom.sh`.
+//! The rings under loom: clients and workers as they ship, by `ci/loom.sh`.
 //!
-//! Real are the ring, its cursors and its bell, and the lookout. Replaced are the memory
-//! (`mapping_model.rs`), the epoll (a [`Doorway`]), and the processor numbers, so that nobody spins:
-//! whoever looks looks once. A worker that has taken a request is never seen again, as one that a slow
-//! client holds up, so that a request left to it alone would be lost.
+//! Real are the ring, its cursors and its bell, the workers' common loop with all that decides who is
+//! woken, and the count of a client's requests under way. Replaced are the memory (`mapping_model.rs`),
+//! the epoll (a list of [`Event`]s), and the processor numbers, so that no worker spins: one that looks
+//! looks once. Some workers take a request and are never seen again, as one that a slow client holds
+//! up: a request left to such a one alone would be lost.
 
 use std::sync::Arc;
 
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
+use crate::error::Result;
+use crate::peer::{Enrolment, Link};
 use crate::segment::Words;
+use crate::sync::Deadline;
+use crate::sync::atomic::{AtomicBool, Relaxed};
 
-use super::lookout::{Lookout, Watched};
+use super::lookout::{Attended, Door, Lookout, Watched, rest_at_limit};
 use super::ring::{Posted, Poster, RING_WORDS, Taker};
 
-/// What workers sleep at: each event wakes one of them.
+/// What workers sleep for: each event wakes one of them.
 #[derive(Default)]
-struct Doorway {
-    events: Mutex<Vec<Event>>,
+struct Events {
+    list: Mutex<Vec<Event>>,
     comes: Condvar,
 }
 
 /// What a worker finds when it wakes.
-#[derive(Clone)]
 enum Event {
-    Knock(Arc<Ring>),
-    Nudge,
+    /// A client's message that there is something in its ring.
+    Message(Arc<Ring>),
+    WakeOne,
 }
 
-impl Doorway {
+impl Events {
     fn tell(&self, event: Event) {
-        self.events.lock().unwrap().push(event);
+        self.list.lock().unwrap().push(event);
         self.comes.notify_one();
     }
 
     fn wait(&self) -> Event {
-        let mut events = self.events.lock().unwrap();
+        let mut list = self.list.lock().unwrap();
         loop {
-            match events.pop() {
+            match list.pop() {
                 Some(event) => return event,
-                None => events = self.comes.wait(events).unwrap(),
+                None => list = self.comes.wait(list).unwrap(),
             }
         }
     }
@@ -50,25 +55,19 @@ struct Ring {
     poster: Poster,
     taker: Taker,
     taking: Mutex<()>,
-}
-
-impl Ring {
-    fn take(&self) -> Option<u64> {
-        let _one_at_a_time = self.taking.lock().unwrap();
-        let entry = self.taker.peek().unwrap()?;
-        self.taker.advance();
-        assert_eq!(entry.key(), entry.generation.to_ne_bytes(), "an entry of two requests");
-        Some(entry.generation)
-    }
+    link: Arc<Link>,
+    resting: AtomicBool,
+    /// So many requests may be under way.
+    bound: usize,
 }
 
 impl Watched for Ring {
     fn has_work(&self) -> bool {
-        self.taker.has_entries()
+        !self.resting.load(Relaxed) && self.taker.has_entries()
     }
 
     fn arm(&self) -> bool {
-        self.taker.arm()
+        self.taker.arm() && self.has_work()
     }
 
     fn disarm(&self) {
@@ -76,28 +75,104 @@ impl Watched for Ring {
     }
 
     fn is_at_rest(&self) -> bool {
-        true
+        self.link.is_below(1)
     }
 
     fn client_cpu(&self) -> u32 {
         self.taker.client_cpu()
+    }
+
+    fn is_over(&self) -> bool {
+        false
+    }
+
+    fn begin_rest(&self) {
+        self.resting.store(true, Relaxed);
+    }
+
+    fn end_rest(&self) -> bool {
+        self.resting.swap(false, Relaxed)
     }
 }
 
 struct Shared {
     rings: Vec<Arc<Ring>>,
     lookout: Lookout<Ring>,
-    doorway: Doorway,
+    events: Events,
 }
 
 fn shared(rings: usize) -> Arc<Shared> {
+    bounded(rings, usize::MAX)
+}
+
+fn bounded(rings: usize, bound: usize) -> Arc<Shared> {
     let ring = |_| {
         let words = Words::zeroed(RING_WORDS);
         let poster = Poster::new(words.clone());
-        Arc::new(Ring { poster, taker: Taker::new(words), taking: Mutex::new(()) })
+        let (taker, link) = (Taker::new(words), Arc::new(Link::within()));
+        let (taking, resting) = (Mutex::new(()), AtomicBool::new(false));
+        Arc::new(Ring { poster, taker, taking, link, resting, bound })
     };
     let rings = (0..rings).map(ring).collect();
-    Arc::new(Shared { rings, lookout: Lookout::new(), doorway: Doorway::default() })
+    Arc::new(Shared { rings, lookout: Lookout::new(), events: Events::default() })
+}
+
+/// A worker's view: what it takes is counted as under way until it is dropped.
+struct Worker(Arc<Shared>);
+
+impl Door for Worker {
+    type Ring = Ring;
+    type Event = Event;
+    type Request = (u64, Enrolment);
+
+    fn take(&self, ring: &Arc<Ring>) -> Result<Option<Self::Request>> {
+        let request = {
+            let _one_at_a_time = ring.taking.lock().unwrap();
+            let Some(entry) = ring.taker.peek().unwrap() else { return Ok(None) };
+            ring.taker.advance();
+            assert_eq!(entry.key(), entry.generation.to_ne_bytes(), "an entry of two requests");
+            (entry.generation, ring.link.count())
+        };
+        let shared = Arc::clone(&self.0);
+        ring.clone().limit(shared);
+        Ok(Some(request))
+    }
+
+    fn sleep(&self, _: Deadline) -> Result<Option<Event>> {
+        Ok(match self.0.events.wait() {
+            Event::WakeOne => None,
+            event => Some(event),
+        })
+    }
+
+    fn attend(&self, event: Event) -> Result<Attended<Ring, Self::Request>> {
+        let Event::Message(ring) = event else { unreachable!("`sleep` keeps the others") };
+        Ok(Attended { ring: Some(ring), request: None })
+    }
+
+    fn wake_one(&self) {
+        self.0.events.tell(Event::WakeOne);
+    }
+
+    fn is_look_due(&self) -> bool {
+        false
+    }
+
+    fn check_open(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Ring {
+    /// As the queue does after it has taken a request.
+    fn limit(self: Arc<Self>, shared: Arc<Shared>) {
+        if rest_at_limit(&*self, &self.link, self.bound) {
+            let (link, bound) = (Arc::clone(&self.link), self.bound);
+            link.when_below(bound, move || {
+                shared.lookout.resume(&self, || shared.events.tell(Event::WakeOne));
+            });
+        }
+    }
 }
 
 impl Shared {
@@ -111,40 +186,22 @@ impl Shared {
             }
         };
         if let Posted::MustKnock(bell) = ring.poster.follow(number, true) {
-            self.doorway.tell(Event::Knock(Arc::clone(ring)));
+            self.events.tell(Event::Message(Arc::clone(ring)));
             ring.poster.lower(bell);
         }
     }
 
-    /// Posts a request, and fails to knock.
+    /// Posts a request, and fails to send the message.
     fn post_in_vain(&self, generation: u64) {
         let ring = &self.rings[0];
         let number = ring.poster.post(0, generation, &generation.to_ne_bytes()).unwrap();
         let _ = ring.poster.follow(number, true);
     }
 
-    /// Takes one request, as a worker does.
-    fn recv(&self) -> u64 {
-        let taken = loop {
-            if let Some(ring) = self.lookout.find().or_else(|| self.lookout.look(|| false)) {
-                if let Some(taken) = ring.take() {
-                    break taken;
-                }
-                continue;
-            }
-            if !self.lookout.lie_down() {
-                continue;
-            }
-            let event = self.doorway.wait();
-            self.lookout.rise();
-            if let Event::Knock(ring) = event {
-                self.lookout.activate(&ring);
-            }
-        };
-        if self.lookout.leave() {
-            self.doorway.tell(Event::Nudge);
-        }
-        taken
+    /// Takes one request, as a worker does, and is done with it at once.
+    fn recv(self: &Arc<Self>) -> u64 {
+        let worker = Worker(Arc::clone(self));
+        self.lookout.recv(&worker, Deadline::NEVER).unwrap().0
     }
 }
 
@@ -166,7 +223,7 @@ fn model(most_preemptions: usize, body: impl Fn() + Sync + Send + 'static) {
 
 fn spawn<T: 'static>(
     shared: &Arc<Shared>,
-    run: impl FnOnce(&Shared) -> T + 'static,
+    run: impl FnOnce(&Arc<Shared>) -> T + 'static,
 ) -> thread::JoinHandle<T> {
     let shared = Arc::clone(shared);
     thread::spawn(move || run(&shared))
@@ -176,7 +233,7 @@ fn spawn<T: 'static>(
 fn two_requests_one_worker_each() {
     model(3, || {
         let shared = shared(1);
-        let workers = [(); 2].map(|()| spawn(&shared, Shared::recv));
+        let workers = [(); 2].map(|()| spawn(&shared, |shared| shared.recv()));
         shared.post(0, 1);
         shared.post(0, 2);
         let mut taken = workers.map(|worker| worker.join().unwrap());
@@ -230,5 +287,88 @@ fn a_ring_that_fills_up() {
         let worker = spawn(&shared, |shared| [shared.recv(), shared.recv(), shared.recv()]);
         (1..=3).for_each(|generation| shared.post(0, generation));
         assert_eq!(worker.join().unwrap(), [1, 2, 3]);
+    });
+}
+
+/// What clients have been answered, to wait for.
+#[derive(Default)]
+struct Answers {
+    count: Mutex<u32>,
+    comes: Condvar,
+}
+
+impl Answers {
+    fn add(&self) {
+        *self.count.lock().unwrap() += 1;
+        self.comes.notify_all();
+    }
+
+    fn wait_for(&self, count: u32) {
+        let mut seen = self.count.lock().unwrap();
+        while *seen < count {
+            seen = self.comes.wait(seen).unwrap();
+        }
+    }
+}
+
+/// More rings than are looked at, and workers that may be preempted between finding and taking: the
+/// client's next request must not be left to a worker that took its last one and is gone.
+#[test]
+fn clients_that_ask_again_once_they_are_answered() {
+    model(2, || {
+        let shared = shared(2);
+        let answers = Arc::new(Answers::default());
+        let workers = [(); 2].map(|()| {
+            let answers = Arc::clone(&answers);
+            spawn(&shared, move |shared| {
+                for _ in 0..2 {
+                    shared.recv();
+                    answers.add();
+                }
+            })
+        });
+        shared.post(0, 1);
+        answers.wait_for(1);
+        shared.post(1, 2);
+        shared.post(0, 3);
+        answers.wait_for(3);
+        shared.post(0, 4);
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+    });
+}
+
+/// A client with as many requests under way as it may have: what it posts meanwhile is found when one
+/// of them ends, though every worker sleeps by then.
+#[test]
+fn a_client_at_its_limit_is_served_on_when_a_request_of_it_ends() {
+    model(3, || {
+        let shared = bounded(1, 1);
+        shared.post(0, 1);
+        let worker = Worker(Arc::clone(&shared));
+        let (first, under_way) = shared.lookout.recv(&worker, Deadline::NEVER).unwrap();
+        assert_eq!(first, 1);
+        let other = spawn(&shared, |shared| shared.recv());
+        let ending = thread::spawn(move || drop(under_way));
+        shared.post(0, 2);
+        assert_eq!(other.join().unwrap(), 2);
+        ending.join().unwrap();
+    });
+}
+
+/// As before, and its ring is not even looked at any more when the request ends: another's has taken
+/// its place meanwhile.
+#[test]
+fn a_client_put_aside_at_its_limit_is_served_on() {
+    model(3, || {
+        let shared = bounded(2, 1);
+        let worker = Worker(Arc::clone(&shared));
+        shared.post(0, 1);
+        let (first, under_way) = shared.lookout.recv(&worker, Deadline::NEVER).unwrap();
+        shared.post(0, 2);
+        shared.post(1, 3);
+        assert_eq!((first, shared.recv()), (1, 3));
+        let other = spawn(&shared, |shared| shared.recv());
+        drop(under_way);
+        assert_eq!(other.join().unwrap(), 2);
     });
 }

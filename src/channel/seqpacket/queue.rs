@@ -25,7 +25,7 @@ use crate::sync::{Deadline, lock};
 
 use super::address::Address;
 use super::client::{Client, Heard};
-use super::lookout::{Attended, Door, Lookout, Watched};
+use super::lookout::{Attended, Door, Lookout, Watched, rest_at_limit};
 use super::ring::Taker;
 use super::wire::Message;
 use super::{Policy, send};
@@ -353,8 +353,7 @@ impl Shared {
                 },
             }
         };
-        if !client.link.is_below(client.bound()) {
-            client.resting.store(true, Ordering::Relaxed);
+        if rest_at_limit(&**client, &client.link, client.bound()) {
             self.let_next_in(client);
         }
         Ok(request)
