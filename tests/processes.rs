@@ -145,6 +145,7 @@ over_both! {
     an_absent_server_is_waited_for_as_long_as_told,
     a_server_killed_before_its_reply,
     a_server_killed_between_chunks,
+    a_server_killed_after_its_requester_was_dropped,
     segments_of_a_killed_server_do_not_linger,
     a_server_killed_while_idle,
     a_receiver_killed_between_chunks,
@@ -444,6 +445,23 @@ fn a_server_killed_before_its_reply<C: Carrier>() {
     let _server = Other::start("serve", &place);
     assert!(read_all(ask::<C>(&requester, &pool, 5000).unwrap()) == pattern(5000));
     assert_eq!(pool.stats().retired, 0);
+}
+
+fn a_server_killed_after_its_requester_was_dropped<C: Carrier>() {
+    let _watchdog = watchdog();
+    let place = Place::over(C::TRANSPORT);
+    let pool = pool::<C>(1, 2);
+    let requester = C::requester(&place.cache_address(), &pool);
+    let mut server = Other::start("take and halt", &place);
+    server.wait_for("ready");
+    let (request, transfer) = pool.lease(soon()).unwrap().request("1").unwrap();
+    requester.send(request, soon()).unwrap();
+    server.wait_for("taken");
+    // The transfer goes on, and is still told.
+    drop(requester);
+    server.kill();
+    let reply = transfer.reply(Deadline::NEVER);
+    assert!(matches!(reply, Err(Error::Disconnected)), "{reply:?}");
 }
 
 fn a_server_killed_between_chunks<C: Carrier>() {

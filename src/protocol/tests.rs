@@ -395,3 +395,41 @@ impl crate::segment::Turn {
         self.raw().store(word, Release);
     }
 }
+
+#[test]
+fn what_was_filled_just_before_a_death_is_not_lost() {
+    let stage = stage();
+    let header = stage.segment.header();
+    static ALL: AtomicUsize = AtomicUsize::new(0);
+    let presence = Presence::among(&ALL);
+    let cpu = AtomicU32::new(0);
+    // Between a look that timed out and the question whether the link is severed, at worst: the sender
+    // fills a slot, and dies; the watcher severs the link.
+    let is_severed = || {
+        header.filled.add(header.free.try_wait().unwrap());
+        header.filled.poison();
+        true
+    };
+    let wait = |is_severed: &dyn Fn() -> bool| {
+        await_permit(&header.filled, (&mut Spinner::new(), &presence), (&cpu, &cpu), soon(), is_severed)
+    };
+    assert!(wait(&is_severed).is_ok(), "the slot that was filled");
+    assert!(matches!(wait(&|| true), Err(Interrupted::Poisoned)));
+}
+
+#[test]
+fn a_client_that_puts_the_turn_word_back_has_no_second_worker_in_its_slot() {
+    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
+    let (request, _asked) = pool.lease(soon()).unwrap().request("key").unwrap();
+    let link = Arc::new(Link::to_receiver(crate::peer::Peer { pid: None, uid: 0 }));
+    let begin = || request.begin_here(&link).unwrap();
+    let turn = || pool.live().1[0].segment.header().turn.raw().store(1 << 8 | 1, Release);
+    let (one, two, three) = (begin(), begin(), begin());
+    let one = one.accept(4).unwrap();
+    turn();
+    assert!(matches!(two.accept(4), Err(Error::Stale)), "another worker is on the segment");
+    // Once the first is off it, the segment is anybody's again, as far as this process goes.
+    drop(one);
+    turn();
+    assert!(three.accept(4).is_ok());
+}

@@ -13,6 +13,9 @@ use crate::protocol::Ended;
 use crate::sync::modelled::{Mutex, lock, yield_now};
 use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile};
 
+#[cfg(all(test, not(loom), target_os = "linux"))]
+mod tests;
+
 use super::{Backing, Geometry, Phase, PoolId, ReadSlots, Segment, SegmentId, WriteSlots};
 
 /// How long a lease waits for a late sender to leave a segment before it replaces that segment.

@@ -1,0 +1,136 @@
+//! The pool where segments cannot be made: sound ones are leased all the same, and nothing is lost.
+
+use std::cell::Cell;
+use std::sync::atomic::Ordering::Release;
+
+use super::*;
+use crate::channel::{InProcess, RequestQueue, Requester};
+use crate::segment::sealed::Backing as Rules;
+use crate::segment::{Backing, Memfd};
+
+thread_local! {
+    /// Segments that this thread asks for are not made.
+    static REFUSED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Memory that the system may refuse.
+struct Scarce(Memfd);
+
+impl Backing for Scarce {}
+
+impl Rules for Scarce {
+    type Ownership = ();
+
+    fn own(_: PoolId) -> Result<()> {
+        Ok(())
+    }
+
+    fn available() -> Option<u64> {
+        None
+    }
+
+    fn create(_: &(), id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Scarce)> {
+        if REFUSED.get() {
+            return Err(Error::Os { call: "test", source: io::ErrorKind::OutOfMemory.into() });
+        }
+        let (segment, memory) = Memfd::create(&(), id, geometry)?;
+        Ok((segment, Scarce(memory)))
+    }
+
+    fn attach(&self, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>> {
+        self.0.attach(id, geometry)
+    }
+}
+
+fn pool(segments: u32) -> SegmentPool<Scarce> {
+    REFUSED.set(false);
+    SegmentPool::builder().segments(segments).segment_len(400).slots(4).create().unwrap()
+}
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(30))
+}
+
+fn at_once() -> Deadline {
+    Deadline::after(Duration::ZERO)
+}
+
+/// Spoils a segment's turn word, as a peer can.
+fn spoil(stock: &Stock<Scarce>) {
+    stock.segment.header().turn.raw().store(7, Release);
+}
+
+fn newest(pool: &SegmentPool<Scarce>) -> Arc<Stock<Scarce>> {
+    Arc::clone(pool.live().1.last().unwrap())
+}
+
+#[test]
+fn a_segment_that_cannot_be_replaced_starves_no_sound_one() {
+    let pool = pool(4);
+    spoil(&newest(&pool)); // the one that is leased next
+    REFUSED.set(true);
+    for _ in 0..100 {
+        let leases = [(); 3].map(|()| pool.lease(soon()).unwrap());
+        // The fourth is the spoilt one: that it cannot be replaced is told, and costs nobody a place.
+        assert!(matches!(pool.lease(at_once()), Err(Error::Os { .. })));
+        assert!(matches!(pool.lease(at_once()), Err(Error::Os { .. })));
+        drop(leases);
+    }
+    REFUSED.set(false);
+    let leases: Vec<_> = (0..4).map(|_| pool.lease(soon()).unwrap()).collect();
+    assert!(matches!(pool.lease(at_once()), Err(Error::Timeout(_))), "no more than four");
+    drop(leases);
+    assert_eq!(pool.stats().retired, 1);
+}
+
+#[test]
+fn a_segment_that_could_not_be_replaced_comes_back_when_its_sender_leaves() {
+    let pool = pool(2);
+    let queue = InProcess::bounded(1);
+    let (request, asked) = pool.lease(soon()).unwrap().request("slow").unwrap();
+    queue.send(request, soon()).unwrap();
+    let slow = queue.recv(soon()).unwrap().accept(10).unwrap();
+    drop(asked); // given back while its sender is still on it
+    REFUSED.set(true);
+    for _ in 0..10 {
+        let lease = pool.lease(soon()).unwrap();
+        assert!(matches!(pool.lease(at_once()), Err(Error::Os { .. })));
+        drop(lease);
+    }
+    assert_eq!(pool.stats().lingering, 1);
+    drop(slow);
+    let leases = [(); 2].map(|()| pool.lease(soon()).unwrap());
+    assert_eq!(pool.stats().retired, 0);
+    drop(leases);
+}
+
+#[test]
+fn only_segments_that_were_made_have_numbers_and_none_has_one_twice() {
+    let pool = pool(2);
+    let queue = InProcess::bounded(1);
+    for _ in 0..3 {
+        spoil(&newest(&pool));
+        REFUSED.set(true);
+        for _ in 0..5 {
+            let lease = pool.lease(soon()).unwrap();
+            assert!(pool.lease(at_once()).is_err());
+            drop(lease);
+        }
+        REFUSED.set(false);
+        let leases = [(); 2].map(|()| pool.lease(soon()).unwrap());
+        drop(leases);
+    }
+    let indices: Vec<_> = lock(&pool.shared.state).live.keys().copied().collect();
+    assert_eq!((indices[1], pool.stats().retired), (4, 3), "two at first, and three replaced");
+
+    // At the end of the numbers there is an error, and no second segment of a number in use.
+    lock(&pool.shared.state).next_index = u32::MAX;
+    let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+    queue.send(request, soon()).unwrap();
+    spoil(&newest(&pool));
+    drop(transfer);
+    let before = pool.live().1.len();
+    let results: Vec<_> = (0..2).map(|_| pool.lease(at_once())).collect();
+    assert!(results.iter().any(|lease| matches!(lease, Err(Error::Misuse(Misuse::PoolWornOut)))));
+    assert_eq!(pool.live().1.len(), before);
+}
