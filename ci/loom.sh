@@ -89,12 +89,17 @@ seeded "an abort that does not wake"                $t $m '/fn abort/,/^    }/s/
 seeded "an abort that poisons nothing"              $t $m '/fn abort/,/^    }/s/^            header.filled.set_poison\(\);$//'
 seeded "an abort that leaves no turn"               $t $m '/fn abort/,/^    }/s/^            let _ = header.turn.advance\(.*//'
 seeded "a chunk that wakes nobody"                  $t $m '/fn hand_over/,/^    }/s/^            header.filled.wake\(\);//'
-seeded "a wake-up put off with nothing left to fill" $t $m 's/&& can_put_off\(.*/\&\& true/'
+seeded "a wake-up put off with nothing left to fill" $t $m 's/&& can_put_off\(.*/\&\& true;/'
 seeded "a chunk word written after its permit"      $t $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            self.side.hand_over\(permit, self.state.in_batches\);/self.side.hand_over(permit, self.state.in_batches); self.side.header().chunks[slot].store(chunk);/; s/^            self.side.end\(Phase::Finished, permit\)/{ self.side.segment.header().chunks[slot].store(chunk); self.side.end(Phase::Finished, permit) }/'
 seeded "a slot written before it is free"           $t $m 's/^            self.state.permit = Some\(self.side.await_free\(deadline\)\?\);$/self.side.segment.writable().write_slot(self.state.cursor, 0, \&[0]);&/'
 seeded "a cover that overlooks a severed link"      peer.rs $m::a_severed 's/^            subject.poison\(\);$//'
 seeded "a severed link that poisons nothing"        peer.rs $m::a_severed 's/^        state.enrolled.values\(\).*$//'
 seeded "a sender that has itself covered by no link" $t $m 's/^            enrolment.cover\(.*//'
+
+seeded "a segment claimed before its turn is taken" $t $m::what_a '/fn take_up/,/^    }/{s/^        let header = self.segment.header\(\);$/& if !self.segment.claim() { self.phase = Phase::Idle; return Err(Error::Stale); }/; s/^        if !self.segment.claim\(\) \{$/if false {/; s/^            self.phase = Phase::Idle; \/\/ never ours.*/self.segment.disclaim(); &/}'
+seeded "a claim that outlasts the transfer"         $t $m::the_next_generation '/fn end/,/^    }/s/^        self.segment.disclaim\(\);.*//'
+seeded "a claim that outlasts an abort"             $t $m::what_an_aborting '/fn abort/,/^    }/s/^            self.segment.disclaim\(\);.*//'
+seeded "a claim given back after the last turn"     $t $m::the_next_generation '/fn end/,/^    }/{s/^        self.segment.disclaim\(\);.*//; s/^        self.phase = phase;$/self.segment.disclaim(); &/}'
 
 r=protocol/receiver.rs
 seeded "a cancellation that does not wake"          $r $m 's/^            header.free.poison\(\);$/header.free.set_poison();/'
@@ -117,6 +122,16 @@ seeded "a wait for a late sender that nothing ends" $p $m 's/filled.wait\(glance
 f=protocol.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
 seeded "a dropped request that is not withdrawn"    $f $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\).is_ok\(\)/if header.turn.load().is_err()/'
+
+seeded "a look at the link that loses what was filled"  $f $m::what_was_filled 's/return semaphore.try_wait\(\).map_err\(.*/return Err(Interrupted::Poisoned);/'
+seeded "a sleeper that does not look at the link"   $f $m::a_link_that_ended 's/Err\(Interrupted::TimedOut\) if is_severed\(\)/Err(Interrupted::TimedOut) if is_severed() \&\& false/'
+
+n=sync/turnstile.rs
+seeded "a place given back that wakes nobody in line" $n $m::two_that 's/^                first.called.notify_one\(\);$//'
+seeded "a place given back past the line"           $n $m::two_that 's/match state.queue.pop_front\(\)/match None::<Arc<Waiter>>/'
+seeded "a segment counted before it is there"       $p $m::two_that '/fn put_idle/,/^    }/{s/^        lock\(&self.state\).idle.push\(stock\);$/self.available.leave();/; s/^        self.available.leave\(\);$/lock(\&self.state).idle.push(stock);/}'
+seeded "a segment leased again while its sender is on it" $p $m::a_request_is 's/if (crew::lend.*settle.*\)\)) \{/if \1 || true {/'
+seeded "a withdrawal that does not ask the turn word" $r $m::a_request_is '/fn withdraw/,/^    }/s/turn.advance\(.*\).is_ok\(\)/turn.load().is_ok()/'
 
 g=channel/seqpacket/ring.rs
 q=seqpacket::model

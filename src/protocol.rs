@@ -9,7 +9,7 @@ use crate::error::{PeerFault, Result};
 use crate::peer::{Enrolment, Link};
 use crate::segment::{MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
-use crate::sync::modelled::{Mutex, lock};
+use crate::sync::modelled::{Mutex, lock, yield_now};
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Semaphore, Spinner, current_cpu};
 
 mod metadata;
@@ -289,13 +289,12 @@ fn await_permit(
     let start = Instant::now();
     let outcome = crew::lend(|| {
         loop {
-            let glance = deadline.min(Deadline::after(GLANCE));
-            match semaphore.wait(glance) {
+            match semaphore.wait(deadline.min(glance())) {
                 // What was filled before the end is still ours, if it came since we looked (P7).
                 Err(Interrupted::TimedOut) if is_severed() => {
                     return semaphore.try_wait().map_err(|_| Interrupted::Poisoned);
                 }
-                Err(Interrupted::TimedOut) if !deadline.has_passed() => {}
+                Err(Interrupted::TimedOut) if !deadline.has_passed() => yield_now(),
                 settled => return settled,
             }
         }
@@ -314,8 +313,14 @@ fn can_put_off(ours: &Semaphore, slots: u32, presence: &Presence) -> bool {
 }
 
 /// Death is pushed, by poison; but a peer that hangs up and lives on can wipe the poison off again.
-/// So a sleeper looks at what only its own process knows, this often.
-const GLANCE: Duration = if cfg!(loom) { Duration::MAX } else { Duration::from_secs(1) };
+/// So a sleeper looks at what only its own process knows, once a second. loom knows no time: there, a
+/// sleeper looks all the time, or never, as the model has it.
+fn glance() -> Deadline {
+    #[cfg(loom)]
+    return if model::GLANCES.get() { Deadline::after(Duration::ZERO) } else { Deadline::NEVER };
+    #[cfg(not(loom))]
+    Deadline::after(Duration::from_secs(1))
+}
 
 /// How long one side has waited for the other without progress (rule P9): any byte that it took counts.
 /// Looked at several times within the patience, so that a side that stops is cut soon after it.

@@ -47,6 +47,18 @@ type Pool = SegmentPool<Watched>;
 type Asked = ShmTransfer<Receiver, Offered>;
 type Asking = ShmTransfer<Sender, Starting>;
 
+std::thread_local! {
+    /// Sleepers look all the time whether their link is severed. Each model is run by one thread.
+    pub(super) static GLANCES: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// As [`model`], with sleepers that look all the time.
+fn model_with_glances(body: impl Fn() + Sync + Send + 'static) {
+    GLANCES.set(true);
+    model(body);
+    GLANCES.set(false);
+}
+
 /// As long as a late sender takes, or no time at all.
 const PATIENT: Duration = Duration::MAX;
 const IMPATIENT: Duration = Duration::ZERO;
@@ -509,5 +521,92 @@ fn a_cancellation_is_not_held_against_the_next_generation() {
         assert!(matches!(error, Error::Disconnected), "{error:?}");
         watcher.join().unwrap();
         drop(asked);
+    });
+}
+
+#[test]
+fn what_was_filled_before_a_link_ended_is_read_whenever_the_reader_looks() {
+    model_with_glances(|| {
+        let pool = pool(1, PATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        let sender = thread::spawn(move || {
+            assert_eq!(send(asking, &[1]).unwrap(), 1);
+            ours.sever(|| None); // its process has ended
+        });
+        assert_eq!(receive(asked).unwrap(), [1]);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_link_that_ended_is_seen_although_the_peer_wipes_the_poison_off() {
+    model_with_glances(|| {
+        let pool = pool(1, PATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        let segment = Arc::clone(&pool.live().1[0].segment);
+        let peer = thread::spawn(move || {
+            ours.sever(|| None);
+            segment.header().filled.reset(0);
+            asking.forget();
+        });
+        let error = asked.reply(Deadline::NEVER).unwrap_err();
+        assert!(matches!(error, Error::Disconnected), "{error:?}");
+        peer.join().unwrap();
+    });
+}
+
+#[test]
+fn two_that_lease_the_only_segment_take_turns() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let first = pool.lease(Deadline::NEVER).unwrap();
+        let others = [1, 2].map(|byte| {
+            let pool = pool.clone();
+            thread::spawn(move || {
+                let (asked, asking) = ask(&pool);
+                assert_eq!(send(asking, &[byte]).unwrap(), 1);
+                assert_eq!(receive(asked).unwrap(), [byte]);
+            })
+        });
+        drop(first);
+        others.into_iter().for_each(|other| other.join().unwrap());
+        assert_eq!((pool.stats().idle, pool.stats().retired), (1, 0));
+    });
+}
+
+/// The server hangs up before it takes the request: that it is withdrawn, or was taken, is certain.
+#[test]
+fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let lease = pool.lease(Deadline::NEVER).unwrap();
+        let again = lease.again();
+        let (request, mut asked) = lease.request("key").unwrap();
+        let (ours, theirs) = (link(), link());
+        let asking = request.begin_here(&theirs).unwrap();
+        request.sent_over(&ours, None);
+        let server = thread::spawn(move || match asking.accept(1) {
+            Ok(_) => true, // and dies
+            Err(Error::Stale) => false,
+            Err(error) => panic!("{error:?}"),
+        });
+        let watcher = thread::spawn(move || ours.sever(|| None));
+        match asked.read_reply(Deadline::NEVER) {
+            Err(Error::Disconnected | Error::Aborted) => {}
+            outcome => panic!("{:?}", outcome.map(drop)),
+        }
+        let is_untaken = asked.withdraw();
+        let lease = again.lease(asked.give_up()).unwrap();
+        let was_taken = server.join().unwrap();
+        assert_ne!(is_untaken, was_taken);
+        // The segment is good for the successor in either case.
+        let (request, asked) = lease.request("key").unwrap();
+        let asking = request.begin_here(&link()).unwrap();
+        request.sent_over(&link(), None);
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        watcher.join().unwrap();
     });
 }

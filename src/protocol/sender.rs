@@ -425,14 +425,13 @@ impl Sender {
     /// Takes the segment, if the request still stands (rule P1).
     fn take_up(&mut self) -> Result<()> {
         let header = self.segment.header();
-        // A client that puts the turn word back could have two workers in one slot.
-        if !self.segment.claim() {
-            self.phase = Phase::Idle;
+        if header.turn.advance(self.generation, Phase::Offered, Phase::Accepted).is_err() {
+            self.phase = Phase::Idle; // never ours: nothing to end
             return Err(Error::Stale);
         }
-        if header.turn.advance(self.generation, Phase::Offered, Phase::Accepted).is_err() {
-            self.segment.disclaim();
-            self.phase = Phase::Idle; // never ours: nothing to end
+        // A client that puts the turn word back could have two workers of this process in one slot.
+        if !self.segment.claim() {
+            self.phase = Phase::Idle; // the other one's
             return Err(Error::Stale);
         }
         self.phase = Phase::Accepted;
