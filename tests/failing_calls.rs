@@ -6,7 +6,7 @@ mod support;
 
 use std::process::{Child, Command, Stdio};
 
-use support::{Answer, Place, Program, Signal, Transport, ok, wait_until};
+use support::{Answer, LARGE, Place, Program, Signal, Transport, noise, ok, wait_until};
 
 /// Has calls fail from now on, until it is dropped.
 struct Strace(Child);
@@ -113,4 +113,29 @@ fn what_the_kernel_refuses_at_first_is_tried_otherwise_or_again() {
     assert_eq!(at_first.get("/a"), ok("hello"));
     assert_eq!(always.get("/a"), Answer::Error, "at its deadline");
     place.wind_up([at_first, always, cache]);
+}
+
+/// The only worker at the queue takes a request that stalls, and no thread can be had to wait for the
+/// next one: three times in a row.
+#[test]
+fn a_thread_that_cannot_be_spawned_leaves_no_request_unheard() {
+    let place = Place::new();
+    place.write("files/small", "hello");
+    let large = noise(1, LARGE);
+    place.write("files/large", &large);
+    let cache = place.simplecached(["-c", "files", "-t", "1"]).listening();
+    let proxy = place.webproxy(["-n", "4", "--timeout", "600"]).listening();
+    assert_eq!(proxy.get("/small"), ok("hello"));
+    wait_until("one worker was left", || cache.threads_named("cache") == 1);
+    let Some(strace) = Strace::attach(&cache, "clone3", "error=EAGAIN:when=1..3") else {
+        eprintln!("left out: no strace, or it may not trace");
+        return;
+    };
+    let stalled = proxy.stall("/large");
+    for _ in 0..5 {
+        assert_eq!(proxy.get("/small"), ok("hello"));
+    }
+    drop(strace);
+    stalled.resume().assert_whole(&large);
+    place.wind_up([proxy, cache]);
 }

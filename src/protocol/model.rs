@@ -177,12 +177,12 @@ fn wake_ups_in_batches() {
         let pool = pool(2, PATIENT);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || {
-            let mut sending = asking.accept(3).unwrap().in_batches();
-            for byte in 1..=3 {
+            let mut sending = asking.accept(4).unwrap().in_batches();
+            for byte in 1..=4 {
                 sending.next_slot(Deadline::NEVER).unwrap().send(&[byte]).unwrap();
             }
         });
-        assert_eq!(receive(asked).unwrap(), [1, 2, 3]);
+        assert_eq!(receive(asked).unwrap(), [1, 2, 3, 4]);
         sender.join().unwrap();
     });
 }
