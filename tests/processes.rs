@@ -146,6 +146,7 @@ over_both! {
     a_server_killed_before_its_reply,
     a_server_killed_between_chunks,
     a_server_killed_after_its_requester_was_dropped,
+    a_request_that_a_killed_server_did_not_take_goes_to_its_successor,
     segments_of_a_killed_server_do_not_linger,
     a_server_killed_while_idle,
     a_receiver_killed_between_chunks,
@@ -445,6 +446,30 @@ fn a_server_killed_before_its_reply<C: Carrier>() {
     let _server = Other::start("serve", &place);
     assert!(read_all(ask::<C>(&requester, &pool, 5000).unwrap()) == pattern(5000));
     assert_eq!(pool.stats().retired, 0);
+}
+
+fn a_request_that_a_killed_server_did_not_take_goes_to_its_successor<C: Carrier>() {
+    let _watchdog = watchdog();
+    let place = Place::over(C::TRANSPORT);
+    let pool = pool::<C>(2, 2);
+    let requester = C::requester(&place.cache_address(), &pool);
+    let mut server = Other::start("take and halt", &place);
+    server.wait_for("ready");
+    // The only request that it takes, though it never answers.
+    let (request, taken) = pool.lease(soon()).unwrap().request("5").unwrap();
+    requester.send(request, soon()).unwrap();
+    server.wait_for("taken");
+    thread::scope(|scope| {
+        let untaken = scope.spawn(|| {
+            let lease = pool.lease(soon()).unwrap();
+            requester.ask(lease, b"5", Deadline::NEVER)
+        });
+        server.kill();
+        assert!(matches!(taken.reply(Deadline::NEVER), Err(Error::Disconnected)));
+        let _successor = Other::start("serve", &place);
+        let Ok(Reply::Found(body)) = untaken.join().unwrap() else { panic!("it was not asked again") };
+        assert!(read_all(body) == pattern(5));
+    });
 }
 
 fn a_server_killed_after_its_requester_was_dropped<C: Carrier>() {
