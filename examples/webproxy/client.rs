@@ -1,15 +1,18 @@
 //! One client's connection: its request, its reply, its end.
 
+use std::cell::Cell;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use shmferry::{Deadline, Error, Receiver, Receiving, Result, ShmTransfer, lend};
 
 use super::getfile::{Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request};
+use super::waiting::{Entry, GRACE, Waiting};
 
 /// How long, and for how many bytes, a client may go on sending after its reply. Closing on unread
 /// input makes the system reset the connection, and that can destroy the reply.
@@ -18,6 +21,9 @@ const LINGER_BYTES: usize = 1 << 20;
 
 /// Bytes that are on their way from a stream to the client.
 const BUFFER: usize = 64 << 10;
+
+/// What every reply begins with, in both dialects.
+const REPLY_START: &[u8] = b"GETFILE ";
 
 /// A file to send, with its exact length.
 pub struct Found {
@@ -33,32 +39,69 @@ pub enum Body {
 
 /// A connection. Dropping it closes it.
 pub struct Client {
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
     dialect: Dialect,
     patience: Duration,
+    /// Bytes of its reply's header that it has been sent, to see whether it is there.
+    begun: Cell<usize>,
 }
 
 impl Client {
     /// A client that may take `patience` for its request, and as long for each step of its reply.
     pub fn new(stream: TcpStream, dialect: Dialect, patience: Duration) -> Client {
-        Client { stream, dialect, patience }
+        Client { stream: Arc::new(stream), dialect, patience, begun: Cell::new(0) }
     }
 
-    /// Reads the request; returns the path, or `None` for one that is malformed or not finished in
-    /// time.
-    pub fn request(&self) -> io::Result<Option<Vec<u8>>> {
+    /// Reads the request; returns the path, or `None` for one that is malformed, not finished in
+    /// time, or cut because too many are `waiting`.
+    pub fn request(&self, waiting: &Waiting) -> io::Result<Option<Vec<u8>>> {
         let deadline = Deadline::after(self.patience);
+        let grace = deadline.min(Deadline::after(GRACE));
+        let mut slow = None;
         let mut buffer = [0; MAX_REQUEST_LEN];
         let mut filled = 0;
-        while let Some(read) = self.read(&mut buffer[filled..], deadline)? {
+        loop {
+            let until = if slow.is_some() { deadline } else { grace };
+            let Some(read) = self.read(&mut buffer[filled..], until)? else {
+                if slow.is_some() {
+                    return Ok(None);
+                }
+                slow = Some(waiting.enter(&self.stream, filled > 0));
+                continue;
+            };
             filled += read;
             match parse_request(&buffer[..filled]) {
                 ParsedRequest::Complete { path } => return Ok(Some(path.to_vec())),
-                ParsedRequest::Incomplete if read > 0 => {}
-                ParsedRequest::Incomplete | ParsedRequest::Invalid(_) => break,
+                ParsedRequest::Incomplete if read > 0 => {
+                    slow.iter().for_each(Entry::has_begun);
+                }
+                ParsedRequest::Incomplete | ParsedRequest::Invalid(_) => return Ok(None),
             }
         }
-        Ok(None)
+    }
+
+    /// Whether the client has left, before its reply has begun. One that has sent its last byte may
+    /// have closed its half only, and still read. So it is sent what every reply begins with: one
+    /// that has left answers with a reset, which a later call sees.
+    pub fn has_left(&self) -> io::Result<bool> {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        match poll(&mut fds, Some(&Timespec::default())) {
+            Err(Errno::INTR) => return Ok(false), // the next call sees it
+            polled => polled?,
+        };
+        let seen = fds[0].revents();
+        if seen.intersects(PollFlags::ERR | PollFlags::HUP) {
+            return Ok(true);
+        }
+        if seen.contains(PollFlags::RDHUP) && self.begun.get() == 0 {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match rustix::net::send(&self.stream, REPLY_START, flags) {
+                Ok(sent) => self.begun.set(sent),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Ok(true),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(false)
     }
 
     /// Sends a reply without a body.
@@ -78,7 +121,7 @@ impl Client {
         match found.body {
             Body::Segment(mut body) => {
                 body.set_patience(self.patience);
-                body.copy_to(&self.stream)
+                body.copy_to(&*self.stream)
             }
             Body::Stream(source) => self.copy_from(source, found.len),
         }
@@ -105,8 +148,9 @@ impl Client {
 
     fn send_header(&self, reply: Reply, flags: SendFlags) -> io::Result<()> {
         let header = encode_reply(reply, self.dialect);
+        let header = &header[self.begun.get()..];
         // It is the first that is sent, and shorter than any buffer.
-        match rustix::net::send(&self.stream, &header, flags | SendFlags::NOSIGNAL)? {
+        match rustix::net::send(&self.stream, header, flags | SendFlags::NOSIGNAL)? {
             sent if sent == header.len() => Ok(()),
             _ => Err(io::ErrorKind::WriteZero.into()),
         }
@@ -124,7 +168,7 @@ impl Client {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(Error::Source(error)),
             };
-            lend(|| (&self.stream).write_all(&buffer[..read])).map_err(Error::Sink)?;
+            lend(|| (&*self.stream).write_all(&buffer[..read])).map_err(Error::Sink)?;
             sent += read as u64;
         }
         // Seeing the end is what lets an origin's connection serve again.

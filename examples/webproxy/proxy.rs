@@ -11,6 +11,8 @@ use super::client::{Client, Found};
 use super::getfile::{Dialect, Reply};
 use super::origin::Origin;
 use super::program::Counter;
+use super::spool::Spool;
+use super::waiting::Waiting;
 
 /// Why there is nothing to send.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +21,8 @@ pub enum Miss {
     NotFound,
     /// Nobody could say whether it is there.
     Failed,
+    /// The client left before it could be sent.
+    ClientLeft,
 }
 
 /// Answers clients, and counts how it went.
@@ -27,6 +31,9 @@ pub struct Proxy {
     origin: Option<Origin>,
     dialect: Dialect,
     patience: Duration,
+    /// The longest body of unknown length, in bytes.
+    spool_limit: u64,
+    waiting: Waiting,
     tally: Tally,
 }
 
@@ -43,15 +50,23 @@ struct Tally {
 }
 
 impl Proxy {
-    /// Answers from the cache first, then from the origin, where they are.
-    pub fn new(cache: Option<Cache>, origin: Option<Origin>, dialect: Dialect, patience: Duration) -> Proxy {
-        Proxy { cache, origin, dialect, patience, tally: Tally::default() }
+    /// Answers from the cache first, then from the origin, where they are. Bodies of unknown length
+    /// may have up to `spool_limit` bytes.
+    pub fn new(
+        cache: Option<Cache>,
+        origin: Option<Origin>,
+        dialect: Dialect,
+        patience: Duration,
+        spool_limit: u64,
+    ) -> Proxy {
+        let waiting = Waiting::new();
+        Proxy { cache, origin, dialect, patience, spool_limit, waiting, tally: Tally::default() }
     }
 
     /// Serves one client, from its request to its end. A client that leaves is nobody's error.
     pub fn serve(&self, stream: TcpStream) {
         let client = Client::new(stream, self.dialect, self.patience);
-        let path = match client.request() {
+        let path = match client.request(&self.waiting) {
             Ok(path) => path,
             Err(error) => return debug!("a client left before it asked: {error}"),
         };
@@ -60,7 +75,7 @@ impl Proxy {
             self.tally.invalid.add(1);
             return refuse(client, Reply::Invalid);
         };
-        match self.find(&path) {
+        match self.find(&path, &client) {
             Ok(found) => match client.send(found) {
                 Ok(len) => {
                     self.tally.bytes.add(len);
@@ -80,21 +95,25 @@ impl Proxy {
                 self.tally.errors.add(1);
                 refuse(client, Reply::Error);
             }
+            Err(Miss::ClientLeft) => debug!("a client left {}", path.escape_ascii()),
         }
     }
 
-    fn find(&self, path: &[u8]) -> Result<Found, Miss> {
+    fn find(&self, path: &[u8], client: &Client) -> Result<Found, Miss> {
+        let spool = Spool { limit: self.spool_limit, client };
         let mut found = Err(Miss::NotFound);
         if let Some(cache) = &self.cache {
-            found = cache.find(path);
+            found = cache.find(path, &spool);
             match found {
                 Ok(_) => self.tally.hits.add(1),
                 Err(Miss::NotFound) => self.tally.misses.add(1),
-                Err(Miss::Failed) => {}
+                Err(Miss::Failed | Miss::ClientLeft) => {}
             }
         }
         match (&self.origin, found) {
-            (Some(origin), Err(_)) => origin.find(path).inspect(|_| self.tally.from_origin.add(1)),
+            (Some(origin), Err(Miss::NotFound | Miss::Failed)) => {
+                origin.find(path, &spool).inspect(|_| self.tally.from_origin.add(1))
+            }
             (_, found) => found,
         }
     }
