@@ -5,7 +5,7 @@ mod support;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -306,19 +306,6 @@ fn the_classic_dialect() {
     ] {
         let answer = proxy.ask(format!("GETFILE GET {path}\r\n\r\n"));
         assert_eq!(str::from_utf8(&answer), Ok(reply));
-    }
-}
-
-#[test]
-fn both_address_families_reach_it() {
-    let place = Place::new();
-    place.write("root/a", "hello");
-    let proxy = place.run("webproxy", ["-p", "0", "--root", "root"]).listening();
-    assert_eq!(proxy.get("/a"), ok("hello"));
-    if proxy.wait_for("listening").contains("[::]") {
-        let mut client = Client::to(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), proxy.address().port()));
-        client.request("/a");
-        assert_eq!(client.answer(), ok("hello"));
     }
 }
 
@@ -812,7 +799,7 @@ fn flags_out_of_range_are_refused() {
         ("webproxy", &["-p", "65536"], &["--listen-port", "0..=65535"]),
         ("webproxy", &["--listen", "here"], &["--listen", "invalid IP address"]),
         ("webproxy", &["--dialect", "latin"], &["--dialect", "spec or classic"]),
-        ("webproxy", &["--timeout", "0"], &["--timeout", "more than zero"]),
+        ("webproxy", &["--timeout", "0"], &["--timeout", "0.001 to 86400"]),
         ("webproxy", &["--timeout", "-1"], &["-1"]),
         ("webproxy", &["--cache", "mq:cache"], &["--cache", "unix:PATH or mq:/NAME"]),
         ("webproxy", &["--cache", "/cache"], &["--cache", "unix:PATH"]),

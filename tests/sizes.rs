@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 
 use image::{ImageFormat, Rgb, RgbImage};
-use support::{Answer, Client, Dice, PLAIN, Place, Program, Transport, noise, ok};
+use support::{Answer, Client, Dice, LARGE, PLAIN, Place, Program, Transport, noise, ok};
 
 over_both! {
     files_of_every_size_arrive_whole_through_one_slot,
@@ -253,16 +253,24 @@ fn a_cache_without_room_for_a_pool_turns_it_away_and_serves_the_others() {
 fn more_clients_than_descriptors_wait_and_are_served(over: Transport) {
     let place = Place::over(over);
     place.write("files/a", "hello");
+    let large = noise(1, LARGE);
+    place.write("files/large", &large);
     let cache = place.simplecached(["-c", "files"]).listening();
     let mut limited = place.command_limited("-n 40", "webproxy");
     let address = place.cache_address();
     let proxy = limited.args(["-p", "0", "--listen", "127.0.0.1", "-n", "1", "--cache", &address]);
-    let proxy = Program::spawn(proxy).listening();
+    let proxy = Program::spawn(proxy.args(["--timeout", "600"])).listening();
     assert_eq!(proxy.get("/a"), ok("hello")); // it has its connection to the cache from now on
-    let mut silent: Vec<Client> = (0..100).map(|_| proxy.connect()).collect();
-    proxy.wait_for("cannot accept: Too many open files");
-    for client in &mut silent {
+    let first = proxy.stall("/large");
+    let ask = || {
+        let mut client = proxy.connect();
         client.request("/a");
+        client
+    };
+    let waiting: Vec<Client> = (0..100).map(|_| ask()).collect();
+    proxy.wait_for("cannot accept: Too many open files");
+    first.resume().assert_whole(&large);
+    for mut client in waiting {
         assert_eq!(client.answer(), ok("hello"));
     }
     assert_eq!(proxy.get("/a"), ok("hello"));

@@ -3,15 +3,18 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 use shmferry::{Crew, Deadline};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
-use tracing::{debug, warn};
+use tracing::level_filters::LevelFilter;
+use tracing::{debug, info, warn};
 use tracing_subscriber::EnvFilter;
 
 /// How long running transfers may go on after the first signal.
@@ -20,12 +23,31 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How soon a second signal is noticed.
 const GLANCE: Duration = Duration::from_millis(20);
 
+/// Why a program ends without having served.
+#[derive(Debug)]
+pub enum Quit {
+    /// A signal came before it listened.
+    Stopped,
+    /// It cannot start; says why.
+    Failed(String),
+}
+
+impl From<String> for Quit {
+    fn from(why: String) -> Self {
+        Quit::Failed(why)
+    }
+}
+
 /// Runs a program: a failure is one line on standard error and exit code 1.
-pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), String>) -> ExitCode {
-    let outcome = prepare().map_err(|error| format!("cannot start: {error}")).and_then(program);
-    match outcome {
+pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), Quit>) -> ExitCode {
+    let prepared = prepare().map_err(|error| Quit::Failed(format!("cannot start: {error}")));
+    match prepared.and_then(program) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
+        Err(Quit::Stopped) => {
+            info!("stopped by a signal before it listened");
+            ExitCode::SUCCESS
+        }
+        Err(Quit::Failed(message)) => {
             // With standard error gone there is nobody left to tell; the exit code still says it.
             let _ = writeln!(io::stderr(), "{name}: {message}");
             ExitCode::FAILURE
@@ -34,12 +56,15 @@ pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), String>) -> Exit
 }
 
 fn prepare() -> io::Result<Stop> {
-    let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
-    let ansi = io::stderr().is_terminal();
+    // First of all: a signal from here on ends the program in order.
+    let stop = Stop(Signals::new([SIGINT, SIGTERM])?);
+    // Past the limit on file sizes, memfds included, a call then fails and ends nothing.
+    signal_hook::flag::register(SIGXFSZ, Arc::default())?;
+
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(filter(&std::env::var(EnvFilter::DEFAULT_ENV).unwrap_or_default()))
         .with_writer(io::stderr)
-        .with_ansi(ansi)
+        .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .init();
 
@@ -47,9 +72,28 @@ fn prepare() -> io::Result<Stop> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit)?;
-    // Past the limit on file sizes, memfds included, a call then fails where it would end the process.
-    signal_hook::flag::register(SIGXFSZ, Arc::default())?;
-    Ok(Stop(Signals::new([SIGINT, SIGTERM])?))
+    Ok(stop)
+}
+
+/// The HTTP client's crates, by the beginnings of their names. At `debug` they log several lines a
+/// request.
+const HTTP_CLIENT: [&str; 2] = ["ureq", "rustls"];
+
+/// What `RUST_LOG` asks for. The HTTP client's crates log warnings at most, unless it names them.
+fn filter(asked: &str) -> EnvFilter {
+    let asked = if asked.trim().is_empty() { "info" } else { asked };
+    let directives = || asked.split(',').map(str::trim).filter(|directive| !directive.is_empty());
+    // The level of all that no directive names; without one, those log nothing.
+    let mut levels = directives().filter_map(|directive| directive.parse::<LevelFilter>().ok());
+    let others = levels.next_back();
+    let most = others.unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
+    let mut all = asked.to_owned();
+    for client in HTTP_CLIENT {
+        if !directives().any(|directive| directive.starts_with(client)) {
+            all += &format!(",{client}={most}");
+        }
+    }
+    EnvFilter::builder().parse_lossy(all)
 }
 
 /// `SIGINT` and `SIGTERM`, which ask the program to end.
@@ -60,6 +104,39 @@ impl Stop {
     pub fn wait(&mut self) {
         self.0.forever().next();
         debug!("stopping");
+    }
+
+    /// Between two steps of the start-up: whether to go on.
+    ///
+    /// # Errors
+    /// [`Quit::Stopped`] when one of the signals has come.
+    pub fn check(&mut self) -> Result<(), Quit> {
+        if self.0.pending().next().is_some() { Err(Quit::Stopped) } else { Ok(()) }
+    }
+
+    /// Takes a step of the start-up that can last long, on a thread of its own. When a signal comes
+    /// first, the step is abandoned where it is: it must make nothing that outlives the process.
+    ///
+    /// # Errors
+    /// [`Quit::Stopped`] when one of the signals comes, [`Quit::Failed`] when the step fails.
+    pub fn abandonable<T: Send + 'static>(
+        &mut self,
+        step: impl FnOnce() -> Result<T, String> + Send + 'static,
+    ) -> Result<T, Quit> {
+        let (sender, outcome) = mpsc::sync_channel(1);
+        // Sending fails only after a signal, when the outcome is of no use any more.
+        let taken = thread::Builder::new().spawn(move || drop(sender.send(step())));
+        taken.map_err(|error| format!("cannot start a thread: {error}"))?;
+        loop {
+            self.check()?;
+            match outcome.recv_timeout(GLANCE) {
+                Ok(outcome) => return Ok(outcome?),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Quit::Failed("a step of the start-up panicked".to_owned()));
+                }
+            }
+        }
     }
 
     /// Lets a crew that takes no more jobs finish those it has: within the grace time, and unless a
@@ -93,11 +170,56 @@ impl fmt::Display for Counter {
     }
 }
 
+/// Lets one line a second through, of those that report a lasting failure, and counts the others.
+#[derive(Default)]
+pub struct Pace(Mutex<(Option<Instant>, u64)>);
+
+impl Pace {
+    /// When a line may be written now: what to add to it, which says how many were held back.
+    pub fn admit(&self) -> Option<String> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last, held_back) = &mut *state;
+        let now = Instant::now();
+        if last.is_some_and(|last| now.duration_since(last) < PACE) {
+            *held_back += 1;
+            return None;
+        }
+        *last = Some(now);
+        match std::mem::take(held_back) {
+            0 => Some(String::new()),
+            more => Some(format!(", and {more} more times since the last such line")),
+        }
+    }
+}
+
+/// The least time between two lines that a [`Pace`] lets through.
+const PACE: Duration = Duration::from_secs(1);
+
+/// The least and the most that a time-out may be, in seconds: a day, which every deadline and every
+/// socket option can hold.
+const TIMEOUTS: (f64, f64) = (0.001, 86_400.0);
+
 /// Parses a time-out on the command line.
 pub fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
-    match Duration::try_from_secs_f64(seconds) {
-        Ok(Duration::ZERO) => Err("must be more than zero".to_owned()),
-        other => other.map_err(|error| error.to_string()),
+    let (least, most) = TIMEOUTS;
+    match text.parse::<f64>() {
+        Ok(seconds) if (least..=most).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err(format!("expected a number of seconds from {least} to {most}")),
     }
+}
+
+/// Parses a number of bytes on the command line: plain, or with a binary unit.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let shift = match text.as_bytes().last() {
+        Some(b'k' | b'K') => 10,
+        Some(b'm' | b'M') => 20,
+        Some(b'g' | b'G') => 30,
+        _ => 0,
+    };
+    let digits = if shift > 0 { &text[..text.len() - 1] } else { text };
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err("not a number of bytes: expected one such as 4096, 512k, 64M or 1G".to_owned());
+    }
+    let count = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(1 << shift));
+    count.ok_or_else(|| "not below 2^64 bytes".to_owned())
 }

@@ -10,7 +10,7 @@ use shmferry::{
 };
 use tracing::{debug, warn};
 
-use super::program::Counter;
+use super::program::{Counter, Pace};
 use super::store::Store;
 
 /// How long to leave a failing system alone before the next try.
@@ -47,11 +47,16 @@ impl Service {
         Q: RequestQueue + ?Sized + 'static,
     {
         let (service, queue) = (Arc::clone(self), Arc::downgrade(queue));
+        let pace = Pace::default();
         let next = move || loop {
             match queue.upgrade()?.recv(Deadline::NEVER) {
                 Ok(transfer) => return Some(transfer),
                 Err(Error::Closed) => return None,
-                Err(error) => warn!("cannot take requests: {error}"),
+                Err(error) => {
+                    if let Some(held_back) = pace.admit() {
+                        warn!("cannot take requests: {error}{held_back}");
+                    }
+                }
             }
             thread::sleep(PAUSE);
         };

@@ -2,7 +2,11 @@
 
 #[path = "../common/address.rs"]
 mod address;
+#[path = "../common/getfile.rs"]
+#[allow(dead_code, reason = "webproxy and clients need other parts of it")]
+mod getfile;
 #[path = "../common/program.rs"]
+#[allow(dead_code, reason = "webproxy needs other parts of it")]
 mod program;
 #[path = "../common/serve.rs"]
 mod serve;
@@ -16,7 +20,7 @@ use std::time::Duration;
 
 use address::Address;
 use clap::{Parser, value_parser};
-use program::Stop;
+use program::{Quit, Stop};
 use serve::Service;
 use shmferry::{Peer, PosixMq, RequestQueue, Seqpacket};
 use store::Store;
@@ -26,9 +30,10 @@ use tracing::{info, warn};
 #[derive(Parser)]
 #[command(version)]
 struct Options {
-    /// A manifest, with KEY PATH on each line, or a directory to serve
-    #[arg(short, long, value_name = "PATH", default_value = "locals.txt")]
-    cachedir: PathBuf,
+    /// A manifest, with KEY PATH on each line and # before comments, or a directory to serve
+    /// [default: locals.txt]
+    #[arg(short, long, value_name = "PATH")]
+    cachedir: Option<PathBuf>,
     /// Workers: transfers at work at once
     #[arg(short = 't', long, value_name = "COUNT", default_value_t = 8,
         value_parser = value_parser!(u16).range(1..=1024))]
@@ -44,25 +49,40 @@ struct Options {
     #[arg(long, value_name = "COUNT", default_value_t = 1024,
         value_parser = value_parser!(u32).range(1..=65_536))]
     max_segments: u32,
-    /// Give a transfer up after this long without progress
+    /// Give a transfer up after this long without progress: 0.001 to 86400
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = program::seconds)]
     timeout: Duration,
 }
+
+/// The manifest where none is named.
+const DEFAULT_MANIFEST: &str = "locals.txt";
 
 fn main() -> ExitCode {
     let options = Options::parse();
     program::run("simplecached", |stop| serve(&options, stop))
 }
 
-fn serve(options: &Options, mut stop: Stop) -> Result<(), String> {
-    let store = Store::open(&options.cachedir)?;
+fn serve(options: &Options, mut stop: Stop) -> Result<(), Quit> {
+    let cachedir = options.cachedir.clone().unwrap_or_else(|| DEFAULT_MANIFEST.into());
+    // A manifest may be a pipe that does not end.
+    let store = stop.abandonable({
+        let cachedir = cachedir.clone();
+        move || Store::open(&cachedir)
+    });
+    let store = store.map_err(|quit| match quit {
+        Quit::Failed(why) if options.cachedir.is_none() && !cachedir.exists() => {
+            Quit::Failed(format!("{why}; name a manifest or a directory with -c"))
+        }
+        quit => quit,
+    })?;
     let served = match &store {
-        Store::Manifest(files) => format!("{} files of {}", files.len(), options.cachedir.display()),
-        Store::Directory(_) => format!("all beneath {}", options.cachedir.display()),
+        Store::Manifest(files) => format!("{} files of {}", files.len(), cachedir.display()),
+        Store::Directory(_) => format!("all beneath {}", cachedir.display()),
     };
     let address = options.listen.clone().map_or_else(Address::default_of_user, Ok);
     let address = address.map_err(|error| format!("there is no default address: {error}"))?;
     let queue = bind(&address, options).map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    stop.check()?;
     let service = Arc::new(Service::new(store, Duration::from_micros(options.delay), options.timeout));
     let crew = service
         .start(&queue, options.nthreads.into())

@@ -1,13 +1,14 @@
 //! Asking the cache: a segment, a request, and what came back through it.
 
+use std::io;
 use std::time::Duration;
 
 use shmferry::{Backing, Deadline, Error, Refusal, Reply, Requester, Result, SegmentPool, Size};
 use tracing::{debug, warn};
 
 use super::client::{Body, Found};
-use super::origin::spool;
 use super::proxy::Miss;
+use super::spool::{Spooler, Unspooled};
 
 /// How many of those ahead in line may stall, each for a whole time-out, before a request for a
 /// segment gives up.
@@ -32,9 +33,9 @@ impl Cache {
         Cache { way: Box::new((pool, queue)), patience, has_stand_in }
     }
 
-    /// Asks for a path.
-    pub fn find(&self, path: &[u8]) -> Result<Found, Miss> {
-        self.try_find(path).unwrap_or_else(|error| {
+    /// Asks for a path. A stream is spooled.
+    pub fn find(&self, path: &[u8], spool: &Spooler<'_>) -> Result<Found, Miss> {
+        self.try_find(path, spool).unwrap_or_else(|error| {
             if self.has_stand_in {
                 debug!("the cache failed for {}: {error}", path.escape_ascii());
             } else {
@@ -49,7 +50,7 @@ impl Cache {
         self.way.retired()
     }
 
-    fn try_find(&self, path: &[u8]) -> Result<Result<Found, Miss>> {
+    fn try_find(&self, path: &[u8], spool: &Spooler<'_>) -> Result<Result<Found, Miss>> {
         let turns = if self.has_stand_in { 1 } else { TURNS };
         let lease_patience = self.patience.saturating_mul(turns);
         let mut body = match self.way.ask(path, lease_patience, self.patience)? {
@@ -60,7 +61,12 @@ impl Cache {
         body.set_patience(self.patience);
         match body.size() {
             Size::Known(len) => Ok(Ok(Found { len, body: Body::Segment(Box::new(body)) })),
-            Size::Unknown => Ok(Ok(spool(body).map_err(Error::Source)?)),
+            Size::Unknown => match spool.fill(body) {
+                Ok(found) => Ok(Ok(found)),
+                Err(Unspooled::ClientLeft) => Ok(Err(Miss::ClientLeft)),
+                Err(Unspooled::Io(error)) => Err(Error::Source(error)),
+                Err(too_long) => Err(Error::Source(io::Error::other(too_long.to_string()))),
+            },
         }
     }
 }

@@ -1,15 +1,18 @@
 //! One client's connection: its request, its reply, its end.
 
+use std::cell::Cell;
 use std::io::{self, Read};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use shmferry::{Deadline, Error, Receiver, Receiving, Result, ShmTransfer, Spool, lend, send_all};
 
 use super::getfile::{Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request};
+use super::waiting::{Entry, GRACE, Waiting};
 
 /// How long, and for how many bytes, a client may go on sending after its reply. Closing on unread
 /// input makes the system reset the connection, and that can destroy the reply.
@@ -18,6 +21,9 @@ const LINGER_BYTES: usize = 1 << 20;
 
 /// Bytes that are on their way from a stream to the client.
 const BUFFER: usize = 64 << 10;
+
+/// What every reply begins with, in both dialects.
+const REPLY_START: &[u8] = b"GETFILE ";
 
 /// A file to send, with its exact length.
 pub struct Found {
@@ -32,35 +38,71 @@ pub enum Body {
 }
 
 /// A connection. Dropping it closes it.
-pub struct Client<'p> {
-    stream: TcpStream,
+pub struct Client {
+    stream: Arc<TcpStream>,
     dialect: Dialect,
     patience: Duration,
-    spool: &'p Spool,
+    /// Bytes of its reply's header that it has been sent, to see whether it is there.
+    begun: Cell<usize>,
 }
 
-impl<'p> Client<'p> {
-    /// A client that may take `patience` for its request, and in its reply as long without progress.
-    /// What is left of its reply may be set aside in the spool.
-    pub fn new(stream: TcpStream, dialect: Dialect, patience: Duration, spool: &'p Spool) -> Client<'p> {
-        Client { stream, dialect, patience, spool }
+impl Client {
+    /// A client that may take `patience` for its request, and in its reply as long without
+    /// progress.
+    pub fn new(stream: TcpStream, dialect: Dialect, patience: Duration) -> Client {
+        Client { stream: Arc::new(stream), dialect, patience, begun: Cell::new(0) }
     }
 
-    /// Reads the request; returns the path, or `None` for one that is malformed or not finished in
-    /// time.
-    pub fn request(&self) -> io::Result<Option<Vec<u8>>> {
+    /// Reads the request; returns the path, or `None` for one that is malformed, not finished in
+    /// time, or cut because too many are `waiting`.
+    pub fn request(&self, waiting: &Waiting) -> io::Result<Option<Vec<u8>>> {
         let deadline = Deadline::after(self.patience);
+        let grace = deadline.min(Deadline::after(GRACE));
+        let mut slow = None;
         let mut buffer = [0; MAX_REQUEST_LEN];
         let mut filled = 0;
-        while let Some(read) = self.read(&mut buffer[filled..], deadline)? {
+        loop {
+            let until = if slow.is_some() { deadline } else { grace };
+            let Some(read) = self.read(&mut buffer[filled..], until)? else {
+                if slow.is_some() {
+                    return Ok(None);
+                }
+                slow = Some(waiting.enter(&self.stream, filled > 0));
+                continue;
+            };
             filled += read;
             match parse_request(&buffer[..filled]) {
                 ParsedRequest::Complete { path } => return Ok(Some(path.to_vec())),
-                ParsedRequest::Incomplete if read > 0 => {}
-                ParsedRequest::Incomplete | ParsedRequest::Invalid(_) => break,
+                ParsedRequest::Incomplete if read > 0 => {
+                    slow.iter().for_each(Entry::has_begun);
+                }
+                ParsedRequest::Incomplete | ParsedRequest::Invalid(_) => return Ok(None),
             }
         }
-        Ok(None)
+    }
+
+    /// Whether the client has left, before its reply has begun. One that has sent its last byte may
+    /// have closed its half only, and still read. So it is sent what every reply begins with: one
+    /// that has left answers with a reset, which a later call sees.
+    pub fn has_left(&self) -> io::Result<bool> {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        match poll(&mut fds, Some(&Timespec::default())) {
+            Err(Errno::INTR) => return Ok(false), // the next call sees it
+            polled => polled?,
+        };
+        let seen = fds[0].revents();
+        if seen.intersects(PollFlags::ERR | PollFlags::HUP) {
+            return Ok(true);
+        }
+        if seen.contains(PollFlags::RDHUP) && self.begun.get() == 0 {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match rustix::net::send(&self.stream, REPLY_START, flags) {
+                Ok(sent) => self.begun.set(sent),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Ok(true),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(false)
     }
 
     /// Sends a reply without a body.
@@ -68,19 +110,20 @@ impl<'p> Client<'p> {
         self.send_header(reply, SendFlags::empty())
     }
 
-    /// Sends a file; returns its length.
+    /// Sends a file; returns its length. What is left of it may be set aside while others wait for its
+    /// segment.
     ///
     /// # Errors
     /// [`Error::Sink`] or [`Error::Timeout`] where the client is at fault, anything else for the
     /// source. The client sees fewer bytes than announced then, and the connection's end.
-    pub fn send(&self, found: Found) -> Result<u64> {
+    pub fn send(&self, found: Found, aside: &Spool) -> Result<u64> {
         // The header leaves together with the body's first bytes.
         let flags = if found.len > 0 { SendFlags::MORE } else { SendFlags::empty() };
         self.send_header(Reply::Ok { len: found.len }, flags).map_err(Error::Sink)?;
         match found.body {
             Body::Segment(mut body) => {
                 body.set_patience(self.patience);
-                body.copy_to_or_spool(&self.stream, self.spool)
+                body.copy_to_or_spool(&*self.stream, aside)
             }
             Body::Stream(source) => self.copy_from(source, found.len),
         }
@@ -107,8 +150,9 @@ impl<'p> Client<'p> {
 
     fn send_header(&self, reply: Reply, flags: SendFlags) -> io::Result<()> {
         let header = encode_reply(reply, self.dialect);
+        let header = &header[self.begun.get()..];
         // It is the first that is sent, and shorter than any buffer.
-        match rustix::net::send(&self.stream, &header, flags | SendFlags::NOSIGNAL)? {
+        match rustix::net::send(&self.stream, header, flags | SendFlags::NOSIGNAL)? {
             sent if sent == header.len() => Ok(()),
             _ => Err(io::ErrorKind::WriteZero.into()),
         }
@@ -125,7 +169,7 @@ impl<'p> Client<'p> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(Error::Source(error)),
             };
-            send_all(&self.stream, &buffer[..read], self.patience)?;
+            send_all(&*self.stream, &buffer[..read], self.patience)?;
             sent += read as u64;
         }
         // Seeing the end is what lets an origin's connection serve again.

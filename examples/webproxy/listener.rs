@@ -1,14 +1,15 @@
 //! Where clients come in: the listening socket, and how accepting ends.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
 use tracing::warn;
+
+use super::program::Pace;
 
 /// Clients that wait to be accepted, as the system caps it.
 const BACKLOG: i32 = 4096;
@@ -21,23 +22,17 @@ pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
     closed: AtomicBool,
+    pace: Pace,
 }
 
 impl Listener {
-    /// Listens on an address; without one, on all of IPv6 and IPv4, or of IPv4 alone where the
-    /// host has no IPv6.
-    pub fn bind(ip: Option<IpAddr>, port: u16) -> Result<Listener, String> {
-        let any = Ipv6Addr::UNSPECIFIED.into();
-        let mut asked = SocketAddr::new(ip.unwrap_or(any), port);
-        let mut bound = listen(asked);
-        if ip.is_none() && matches!(bound, Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL)) {
-            asked.set_ip(Ipv4Addr::UNSPECIFIED.into());
-            bound = listen(asked);
-        }
+    /// Listens on an address; on `::`, on all of IPv6 and IPv4.
+    pub fn bind(ip: IpAddr, port: u16) -> Result<Listener, String> {
+        let asked = SocketAddr::new(ip, port);
         let complain = |error| format!("cannot listen on {asked}: {error}");
-        let socket = bound.map_err(|errno| complain(errno.into()))?;
+        let socket = listen(asked).map_err(|errno| complain(errno.into()))?;
         let address = socket.local_addr().map_err(complain)?;
-        Ok(Listener { socket, address, closed: AtomicBool::new(false) })
+        Ok(Listener { socket, address, closed: AtomicBool::new(false), pace: Pace::default() })
     }
 
     /// Where it listens, with the port that the system chose.
@@ -53,7 +48,9 @@ impl Listener {
                 Err(_) if self.closed.load(Ordering::Acquire) => return None,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    warn!("cannot accept: {error}");
+                    if let Some(held_back) = self.pace.admit() {
+                        warn!("cannot accept: {error}{held_back}");
+                    }
                     thread::sleep(PAUSE);
                 }
             }

@@ -15,11 +15,13 @@ mod proxy;
 #[path = "../common/serve.rs"]
 #[allow(dead_code, reason = "simplecached needs other parts of it")]
 mod serve;
+mod spool;
 #[path = "../common/store.rs"]
 #[allow(dead_code, reason = "simplecached needs other parts of it")]
 mod store;
+mod waiting;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -30,13 +32,12 @@ use cache::Cache;
 use clap::{Parser, value_parser};
 use getfile::Dialect;
 use listener::Listener;
-use origin::{BaseUrl, Origin};
-use program::Stop;
+use origin::{BaseUrl, BaseUrlParser, Origin};
+use program::{Quit, Stop};
 use proxy::Proxy;
 use serve::Service;
-use shmferry::{
-    Backing, Crew, InProcess, Memfd, Named, PosixMq, RequestQueue, SegmentPool, Seqpacket, Spool,
-};
+use shmferry::{Backing, Crew, InProcess, Memfd, Named, PosixMq, RequestQueue};
+use shmferry::{SegmentPool, SegmentPoolBuilder, Seqpacket};
 use store::Store;
 use tracing::info;
 
@@ -51,9 +52,10 @@ struct Options {
     /// The TCP port to listen on; 0 for any
     #[arg(short = 'p', long, value_name = "PORT", default_value_t = 25362)]
     listen_port: u16,
-    /// The IP address to listen on [default: all, of IPv6 and IPv4]
-    #[arg(long, value_name = "ADDR")]
-    listen: Option<IpAddr>,
+    /// The IP address to listen on: this machine only, unless told otherwise; 0.0.0.0 for all of
+    /// IPv4, :: for all of IPv6 and IPv4
+    #[arg(long, value_name = "ADDR", default_value_t = Ipv4Addr::LOCALHOST.into())]
+    listen: IpAddr,
     /// Workers: transfers at work at once
     #[arg(short, long, value_name = "COUNT", default_value_t = 8,
         value_parser = value_parser!(u16).range(1..=1024))]
@@ -62,7 +64,7 @@ struct Options {
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 8,
         value_parser = value_parser!(u32).range(1..))]
     segment_count: u32,
-    /// Bytes of payload a segment holds, all slots together
+    /// Bytes of payload a segment holds, all slots together: plain, or as 512k, 64M, 1G
     #[arg(short = 'z', long, value_name = "BYTES", default_value_t = 512 << 10, value_parser = segment_size)]
     segment_size: u64,
     /// Slots a segment is cut into
@@ -71,22 +73,22 @@ struct Options {
     /// Where simplecached is: unix:PATH or mq:/NAME
     #[arg(long, value_name = "ADDRESS", conflicts_with = "root")]
     cache: Option<Address>,
-    /// The base URL of an HTTP server
-    #[arg(short, long, value_name = "URL")]
+    /// The base URL of an HTTP server; http://USER:PASSWORD@HOST for basic authentication
+    #[arg(short, long, value_name = "URL", value_parser = BaseUrlParser)]
     server: Option<BaseUrl>,
     /// A directory to serve, with the cache embedded
     #[arg(long, value_name = "DIRECTORY")]
     root: Option<PathBuf>,
-    /// The most bytes on disk for bodies that are set aside: of slow clients, while others wait for a
-    /// segment
-    #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
-    spool_limit: u64,
     /// How to write replies
     #[arg(long, value_name = "spec|classic", default_value_t = Dialect::Spec)]
     dialect: Dialect,
-    /// Give a transfer up after this long without progress
+    /// Give a transfer up after this long without progress: 0.001 to 86400
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = program::seconds)]
     timeout: Duration,
+    /// The longest body of unknown length that is kept on disk until its length is known, and all that
+    /// is set aside of slow clients' bodies while others wait for a segment: plain, or as 512k, 64M, 1G
+    #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = program::bytes)]
+    spool_limit: u64,
 }
 
 /// How long to wait for the successor of a cache that is gone, when there is no origin to ask instead:
@@ -101,10 +103,9 @@ const NO_ABSENCE: Duration = Duration::ZERO;
 const LEAST_SEGMENT: u64 = 824;
 
 fn segment_size(text: &str) -> Result<u64, String> {
-    match text.parse() {
-        Ok(bytes) if bytes >= LEAST_SEGMENT => Ok(bytes),
-        Ok(_) => Err(format!("a segment must hold at least {LEAST_SEGMENT} bytes")),
-        Err(error) => Err(format!("not a number of bytes: {error}")),
+    match program::bytes(text)? {
+        bytes if bytes >= LEAST_SEGMENT => Ok(bytes),
+        _ => Err(format!("a segment must hold at least {LEAST_SEGMENT} bytes")),
     }
 }
 
@@ -113,12 +114,13 @@ fn main() -> ExitCode {
     program::run("webproxy", |stop| serve(options, stop))
 }
 
-fn serve(options: Options, mut stop: Stop) -> Result<(), String> {
-    let source = Source::open(&options)?;
+fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
+    let source = Source::open(&options, &mut stop)?;
+    stop.check()?;
     let origin = options.server.as_ref().map(|url| Origin::new(url, options.timeout, options.thread_count));
     let listener = Arc::new(Listener::bind(options.listen, options.listen_port)?);
-    let spool = Spool::new(options.spool_limit);
-    let proxy = Arc::new(Proxy::new(source.cache, origin, options.dialect, options.timeout, spool));
+    let proxy =
+        Arc::new(Proxy::new(source.cache, origin, options.dialect, options.timeout, options.spool_limit));
     let crew = {
         let (listener, proxy) = (Arc::clone(&listener), Arc::clone(&proxy));
         let next = move || listener.accept();
@@ -126,13 +128,15 @@ fn serve(options: Options, mut stop: Stop) -> Result<(), String> {
             .map_err(cannot_start_a_worker)?
     };
     info!(
-        "listening on {}: {}, {}, {} workers, dialect {}, timeout {:?}",
+        "listening on {}: {}{}, {}, {} workers, dialect {}, timeout {:?}, spool limit {} bytes",
         listener.address(),
+        if options.listen.is_loopback() { LOOPBACK_ONLY } else { "" },
         source.description,
         options.server.map_or("no origin".to_owned(), |url| format!("origin {url}")),
         options.thread_count,
         options.dialect,
         options.timeout,
+        options.spool_limit,
     );
 
     stop.wait();
@@ -147,6 +151,9 @@ fn serve(options: Options, mut stop: Stop) -> Result<(), String> {
     Ok(())
 }
 
+/// Says who is heard by default, and how to change that.
+const LOOPBACK_ONLY: &str = "this machine only (--listen 0.0.0.0 or --listen :: for others, too), ";
+
 /// The cache to ask first, if there is one.
 struct Source {
     cache: Option<Cache>,
@@ -156,7 +163,7 @@ struct Source {
 }
 
 impl Source {
-    fn open(options: &Options) -> Result<Source, String> {
+    fn open(options: &Options, stop: &mut Stop) -> Result<Source, Quit> {
         let has_origin = options.server.is_some();
         if options.root.is_none() && options.cache.is_none() && has_origin {
             return Ok(Source { cache: None, embedded: None, description: "no cache".to_owned() });
@@ -168,10 +175,10 @@ impl Source {
 
         if let Some(root) = &options.root {
             let service = Arc::new(Service::new(Store::directory(root)?, Duration::ZERO, options.timeout));
+            let pool = memfd_pool(options, stop)?;
             // No request is sent without a segment: there is always room.
             let queue = Arc::new(InProcess::bounded(options.segment_count as usize));
             let crew = service.start(&queue, options.thread_count.into()).map_err(cannot_start_a_worker)?;
-            let pool = pool_of::<Memfd>(options)?;
             let cache = Cache::new(pool, InProcess::clone(&queue), options.timeout, has_origin);
             let description = format!("all beneath {}, {segments}", root.display());
             return Ok(Source { cache: Some(cache), embedded: Some((queue, crew)), description });
@@ -182,18 +189,24 @@ impl Source {
         let unusable = |error| format!("cannot use {address}: {error}");
         let cache = match &address {
             Address::Unix(path) => {
-                let pool = pool_of::<Memfd>(options)?;
+                let pool = memfd_pool(options, stop)?;
                 let queue = Seqpacket::new(path);
-                let queue =
-                    if has_origin { queue.absence(NO_ABSENCE) } else { queue.absence_after_loss(ABSENCE) };
+                let queue = match has_origin {
+                    true => queue.absence(NO_ABSENCE),
+                    false => queue.absence_after_loss(ABSENCE),
+                };
                 let requester = queue.requester(&pool).map_err(unusable)?;
                 Cache::new(pool, requester, options.timeout, has_origin)
             }
             Address::Mq(name) => {
-                let pool = pool_of::<Named>(options)?;
+                // Not abandoned half-way: its names would stay.
+                let pool = made(pool_of::<Named>(options))?;
+                stop.check()?;
                 let queue = PosixMq::new(name).map_err(unusable)?;
-                let queue =
-                    if has_origin { queue.absence(NO_ABSENCE) } else { queue.absence_after_loss(ABSENCE) };
+                let queue = match has_origin {
+                    true => queue.absence(NO_ABSENCE),
+                    false => queue.absence_after_loss(ABSENCE),
+                };
                 let requester = queue.requester(&pool);
                 Cache::new(pool, requester, options.timeout, has_origin)
             }
@@ -202,13 +215,21 @@ impl Source {
     }
 }
 
-fn pool_of<B: Backing>(options: &Options) -> Result<SegmentPool<B>, String> {
+/// Allocates a pool, unless a signal comes first: its memory goes with the process.
+fn memfd_pool(options: &Options, stop: &mut Stop) -> Result<SegmentPool<Memfd>, Quit> {
+    let pool = pool_of(options);
+    stop.abandonable(move || made(pool))
+}
+
+fn pool_of<B: Backing>(options: &Options) -> SegmentPoolBuilder<B> {
     SegmentPool::builder()
         .segments(options.segment_count)
         .segment_len(options.segment_size)
         .slots(options.slots)
-        .create()
-        .map_err(|error| format!("cannot make the pool: {error}"))
+}
+
+fn made<B: Backing>(pool: SegmentPoolBuilder<B>) -> Result<SegmentPool<B>, String> {
+    pool.create().map_err(|error| format!("cannot make the pool: {error}"))
 }
 
 fn cannot_start_a_worker(error: std::io::Error) -> String {

@@ -1,48 +1,130 @@
-//! Asking the HTTP origin, and making a body's length known where it does not say.
+//! Asking the HTTP origin: what it is asked for, and what is believed of its answer.
 
+use std::ffi::OsStr;
 use std::fmt;
-use std::io::{self, Cursor, Read, Seek, Write};
+use std::io::{self, Read};
 use std::str::FromStr;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use clap::builder::TypedValueParser;
+use clap::error::ErrorKind;
 use shmferry::lend;
 use tracing::warn;
-use ureq::Agent;
-use ureq::http::Uri;
+use ureq::config::RedirectAuthHeaders;
+use ureq::http::header::{AUTHORIZATION, CONTENT_ENCODING, TRANSFER_ENCODING};
+use ureq::http::{HeaderMap, HeaderValue, Response, Uri};
+use ureq::{Agent, Body as ResponseBody};
 
 use super::client::{Body, Found};
 use super::proxy::Miss;
+use super::spool::{Spooler, Unspooled};
 
 /// The longest that connecting may take.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// The longest body of unknown length that is kept in memory.
-const IN_MEMORY: u64 = 64 << 10;
-
-/// An origin's URL, without a slash at its end: paths are appended.
-#[derive(Clone, Debug)]
-pub struct BaseUrl(String);
+/// An origin's URL, without a slash at its end: paths are appended. Shown without its credentials.
+#[derive(Clone)]
+pub struct BaseUrl {
+    /// Without user and password.
+    url: String,
+    /// User and password, as a header that no log shows.
+    authorization: Option<HeaderValue>,
+}
 
 impl FromStr for BaseUrl {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const FORM: &str = "expected http://HOST or https://HOST";
+        let (scheme, rest) = text.split_once("://").ok_or(FORM)?;
         let url: Uri = text.parse().map_err(|_| "not a URL")?;
-        match (url.scheme_str(), url.host()) {
-            (Some("http" | "https"), Some(host)) if !host.is_empty() => {}
-            _ => return Err("expected http://HOST or https://HOST"),
+        let (Some("http" | "https"), Some(authority)) = (url.scheme_str(), url.authority()) else {
+            return Err(FORM);
+        };
+        if authority.host().is_empty() {
+            return Err(FORM);
         }
         if url.query().is_some() || text.contains('#') {
             return Err("paths cannot be appended to a query or a fragment");
         }
-        Ok(BaseUrl(text.trim_end_matches('/').to_owned()))
+        let authority = authority.as_str();
+        let (credentials, place) = match authority.rsplit_once('@') {
+            Some((credentials, place)) => (Some(credentials), place),
+            None => (None, authority),
+        };
+        // A colon within brackets belongs to an IPv6 address.
+        let port = place.rsplit_once(':').filter(|(_, port)| !port.contains(']'));
+        if port.is_some_and(|(_, port)| !matches!(port.parse::<u16>(), Ok(1..))) {
+            return Err("expected a port from 1 to 65535 after the colon");
+        }
+        let path = rest[authority.len()..].trim_end_matches('/');
+        let authorization = credentials.map(basic).transpose()?;
+        Ok(BaseUrl { url: format!("{scheme}://{place}{path}"), authorization })
     }
 }
 
 impl fmt::Display for BaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        match self.url.split_once("://") {
+            Some((scheme, rest)) if self.authorization.is_some() => {
+                let hidden = "***";
+                write!(f, "{scheme}://{hidden}@{rest}")
+            }
+            _ => f.write_str(&self.url),
+        }
     }
+}
+
+/// Parses a [`BaseUrl`] on the command line. Clap's own way shows the whole value in an error.
+#[derive(Clone)]
+pub struct BaseUrlParser;
+
+impl TypedValueParser for BaseUrlParser {
+    type Value = BaseUrl;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        flag: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<BaseUrl, clap::Error> {
+        let text = value.to_string_lossy();
+        text.parse().map_err(|why| {
+            let flag = flag.map_or_else(String::new, |flag| format!(" for '{flag}'"));
+            let message = format!("invalid value '{}'{flag}: {why}\n", redacted(&text));
+            clap::Error::raw(ErrorKind::ValueValidation, message).with_cmd(command)
+        })
+    }
+}
+
+/// A text that may be a URL, without all that may be credentials.
+fn redacted(text: &str) -> String {
+    let Some((before, after)) = text.rsplit_once('@') else { return text.to_owned() };
+    match before.split_once("://") {
+        Some((scheme, _)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
+            format!("{scheme}://***@{after}")
+        }
+        _ => format!("***@{after}"),
+    }
+}
+
+/// The header for `USER:PASSWORD` as it stands in a URL. Our HTTP client makes one, too, but leaves
+/// escapes as they are.
+fn basic(credentials: &str) -> Result<HeaderValue, &'static str> {
+    let (user, password) = credentials.split_once(':').unwrap_or((credentials, ""));
+    let part = |text: &str| {
+        let text = text.as_bytes();
+        let mut signs = (0..text.len()).filter(|&at| text[at] == b'%');
+        let is_whole = signs.all(|at| escaped(&text[at..]).is_some());
+        if is_whole { Ok(decode(text)) } else { Err("a percent sign escapes nothing") }
+    };
+    let pair = [part(user)?, part(password)?].join(&b':');
+    let header = format!("Basic {}", BASE64_STANDARD.encode(pair));
+    let mut header = HeaderValue::try_from(header).map_err(|_| "credentials fit no header")?;
+    header.set_sensitive(true);
+    Ok(header)
 }
 
 /// An HTTP server to stream files from.
@@ -56,13 +138,14 @@ pub struct Origin {
 
 impl Origin {
     /// Asks beneath `base`, waiting up to `patience` for each step; keeps as many idle connections
-    /// as there are workers. Redirects are followed, and the environment's HTTP proxy is used, as
-    /// ureq does.
+    /// as there are workers. Redirects are followed, with credentials to the same host only, and
+    /// the environment's HTTP proxy is used, as ureq does.
     pub fn new(base: &BaseUrl, patience: Duration, workers: u16) -> Origin {
         let keeping = |idle: u16| {
             let config = Agent::config_builder()
                 .http_status_as_error(false)
                 .accept_encoding("identity")
+                .redirect_auth_headers(RedirectAuthHeaders::SameHost)
                 .timeout_connect(Some(patience.min(CONNECT)))
                 .timeout_recv_response(Some(patience))
                 .timeout_per_read(Some(patience))
@@ -74,16 +157,20 @@ impl Origin {
         Origin { agent: keeping(workers), fresh: keeping(0), base: base.clone() }
     }
 
-    /// Asks for a path.
-    pub fn find(&self, path: &[u8]) -> Result<Found, Miss> {
+    /// Asks for a path. A body of unknown length is spooled. A path that leads out of the base URL
+    /// is not asked for, and not there.
+    pub fn find(&self, path: &[u8], spool: &Spooler<'_>) -> Result<Found, Miss> {
+        if leads_elsewhere(path) {
+            return Err(Miss::NotFound);
+        }
         let fail = |error: &dyn fmt::Display| {
             warn!("the origin failed for {}: {error}", path.escape_ascii());
             Miss::Failed
         };
-        let url = format!("{}{}", self.base, encode(path));
-        let response = lend(|| match self.agent.get(&url).call() {
+        let url = format!("{}{}", self.base.url, encode(path));
+        let response = lend(|| match self.ask(&self.agent, &url) {
             // Perhaps it closed an idle connection just when we took that up again.
-            Err(ureq::Error::Io(_)) => self.fresh.get(&url).call(),
+            Err(ureq::Error::Io(_)) => self.ask(&self.fresh, &url),
             response => response,
         });
         let response = response.map_err(|error| fail(&error))?;
@@ -92,29 +179,75 @@ impl Origin {
             404 | 410 => return Err(Miss::NotFound),
             status => return Err(fail(&format_args!("HTTP status {status}"))),
         }
+        if let Some(encoding) = foreign_encoding(response.headers()) {
+            return Err(fail(&format_args!("it sent {encoding}, and not the file as it is")));
+        }
         let body = response.into_body();
         let len = body.content_length();
         let body = Lending(body.into_reader());
         match len {
             Some(len) => Ok(Found { len, body: Body::Stream(Box::new(body)) }),
-            None => spool(body).map_err(|error| fail(&error)),
+            None => spool.fill(body).map_err(|error| match error {
+                Unspooled::ClientLeft => Miss::ClientLeft,
+                error => fail(&error),
+            }),
         }
+    }
+
+    fn ask(&self, agent: &Agent, url: &str) -> Result<Response<ResponseBody>, ureq::Error> {
+        let mut request = agent.get(url);
+        if let Some(authorization) = &self.base.authorization {
+            request = request.header(AUTHORIZATION, authorization);
+        }
+        request.call()
     }
 }
 
-/// Reads a body to its end, so that its length is known: in memory, or in an unnamed temporary
-/// file where it is long.
-pub fn spool(mut body: impl Read) -> io::Result<Found> {
-    let mut start = Vec::new();
-    let len = body.by_ref().take(IN_MEMORY + 1).read_to_end(&mut start)? as u64;
-    if len <= IN_MEMORY {
-        return Ok(Found { len, body: Body::Stream(Box::new(Cursor::new(start))) });
+/// The header by which an origin says that its body is not the file itself, if there is one.
+fn foreign_encoding(headers: &HeaderMap) -> Option<String> {
+    // The client undoes chunks, and nothing else.
+    let harmless = [(CONTENT_ENCODING, "identity"), (TRANSFER_ENCODING, "chunked")];
+    harmless.into_iter().find_map(|(name, harmless)| {
+        headers.get_all(&name).into_iter().find_map(|value| {
+            let value = value.as_bytes();
+            let mut encodings = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+            let harmless = harmless.as_bytes();
+            let is_harmless = |coding: &[u8]| coding.is_empty() || coding.eq_ignore_ascii_case(harmless);
+            let foreign = !encodings.all(is_harmless);
+            foreign.then(|| format!("{name}: {}", value.escape_ascii()))
+        })
+    })
+}
+
+/// Whether a path has a segment `.` or `..` for a server that decodes its escapes: that could lead
+/// out of the base URL. Some servers take what follows a semicolon off a segment first.
+fn leads_elsewhere(path: &[u8]) -> bool {
+    decode(path).split(|byte| *byte == b'/').any(|segment| {
+        let name = segment.split(|byte| *byte == b';').next();
+        matches!(name, Some(b"." | b".."))
+    })
+}
+
+/// Undoes escapes, once. What is no escape stays as it is.
+fn decode(text: &[u8]) -> Vec<u8> {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let [first, others @ ..] = rest {
+        let (byte, after) = match escaped(rest) {
+            Some(byte) => (byte, &rest[3..]),
+            None => (*first, others),
+        };
+        decoded.push(byte);
+        rest = after;
     }
-    let mut file = tempfile::tempfile()?;
-    file.write_all(&start)?;
-    let len = len + io::copy(&mut body, &mut file)?;
-    file.rewind()?;
-    Ok(Found { len, body: Body::Stream(Box::new(file)) })
+    decoded
+}
+
+/// The byte that an escape at the beginning of `text` stands for.
+fn escaped(text: &[u8]) -> Option<u8> {
+    let [b'%', high, low, ..] = text else { return None };
+    let digit = |byte: &u8| char::from(*byte).to_digit(16);
+    u8::try_from(digit(high)? << 4 | digit(low)?).ok()
 }
 
 /// Escapes what a URL's path cannot hold, and what would end it.
@@ -122,7 +255,7 @@ fn encode(path: &[u8]) -> String {
     let mut encoded = String::with_capacity(path.len());
     for (at, byte) in path.iter().enumerate() {
         let legal = match byte {
-            b'%' => matches!(path[at + 1..], [a, b, ..] if a.is_ascii_hexdigit() && b.is_ascii_hexdigit()),
+            b'%' => escaped(&path[at..]).is_some(),
             byte => byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(byte),
         };
         if legal {

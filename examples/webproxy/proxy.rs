@@ -11,6 +11,8 @@ use super::client::{Client, Found};
 use super::getfile::{Dialect, Reply};
 use super::origin::Origin;
 use super::program::Counter;
+use super::spool::Spooler;
+use super::waiting::Waiting;
 
 /// Why there is nothing to send.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +21,8 @@ pub enum Miss {
     NotFound,
     /// Nobody could say whether it is there.
     Failed,
+    /// The client left before it could be sent.
+    ClientLeft,
 }
 
 /// Answers clients, and counts how it went.
@@ -27,7 +31,11 @@ pub struct Proxy {
     origin: Option<Origin>,
     dialect: Dialect,
     patience: Duration,
-    spool: Spool,
+    /// The longest body of unknown length, in bytes.
+    spool_limit: u64,
+    /// Where bodies of slow clients are set aside.
+    aside: Spool,
+    waiting: Waiting,
     tally: Tally,
 }
 
@@ -44,21 +52,24 @@ struct Tally {
 }
 
 impl Proxy {
-    /// Answers from the cache first, then from the origin, where they are.
+    /// Answers from the cache first, then from the origin, where they are. Bodies of unknown length
+    /// may have up to `spool_limit` bytes.
     pub fn new(
         cache: Option<Cache>,
         origin: Option<Origin>,
         dialect: Dialect,
         patience: Duration,
-        spool: Spool,
+        spool_limit: u64,
     ) -> Proxy {
-        Proxy { cache, origin, dialect, patience, spool, tally: Tally::default() }
+        let (aside, waiting) = (Spool::new(spool_limit), Waiting::new());
+        let tally = Tally::default();
+        Proxy { cache, origin, dialect, patience, spool_limit, aside, waiting, tally }
     }
 
     /// Serves one client, from its request to its end. A client that leaves is nobody's error.
     pub fn serve(&self, stream: TcpStream) {
-        let client = Client::new(stream, self.dialect, self.patience, &self.spool);
-        let path = match client.request() {
+        let client = Client::new(stream, self.dialect, self.patience);
+        let path = match client.request(&self.waiting) {
             Ok(path) => path,
             Err(error) => return debug!("a client left before it asked: {error}"),
         };
@@ -67,8 +78,8 @@ impl Proxy {
             self.tally.invalid.add(1);
             return refuse(client, Reply::Invalid);
         };
-        match self.find(&path) {
-            Ok(found) => match client.send(found) {
+        match self.find(&path, &client) {
+            Ok(found) => match client.send(found, &self.aside) {
                 Ok(len) => {
                     self.tally.bytes.add(len);
                     client.close(false);
@@ -87,21 +98,25 @@ impl Proxy {
                 self.tally.errors.add(1);
                 refuse(client, Reply::Error);
             }
+            Err(Miss::ClientLeft) => debug!("a client left {}", path.escape_ascii()),
         }
     }
 
-    fn find(&self, path: &[u8]) -> Result<Found, Miss> {
+    fn find(&self, path: &[u8], client: &Client) -> Result<Found, Miss> {
+        let spool = Spooler { limit: self.spool_limit, client };
         let mut found = Err(Miss::NotFound);
         if let Some(cache) = &self.cache {
-            found = cache.find(path);
+            found = cache.find(path, &spool);
             match found {
                 Ok(_) => self.tally.hits.add(1),
                 Err(Miss::NotFound) => self.tally.misses.add(1),
-                Err(Miss::Failed) => {}
+                Err(Miss::Failed | Miss::ClientLeft) => {}
             }
         }
         match (&self.origin, found) {
-            (Some(origin), Err(_)) => origin.find(path).inspect(|_| self.tally.from_origin.add(1)),
+            (Some(origin), Err(Miss::NotFound | Miss::Failed)) => {
+                origin.find(path, &spool).inspect(|_| self.tally.from_origin.add(1))
+            }
             (_, found) => found,
         }
     }
@@ -113,12 +128,12 @@ impl Proxy {
         format!(
             "requests={requests} hits={hits} misses={misses} from_origin={from_origin} invalid={invalid} \
              errors={errors} bytes={bytes} retired={retired} set_aside={}",
-            self.spool.bodies(),
+            self.aside.bodies(),
         )
     }
 }
 
-fn refuse(client: Client<'_>, reply: Reply) {
+fn refuse(client: Client, reply: Reply) {
     match client.reply(reply) {
         // A malformed request may still be on its way.
         Ok(()) => client.close(reply == Reply::Invalid),

@@ -1,6 +1,9 @@
 //! Any bytes as a manifest, and its keys looked up; any bytes as a key beneath a directory.
 #![no_main]
 
+#[path = "../../examples/common/getfile.rs"]
+#[allow(dead_code, reason = "the programs use parts that need no test")]
+mod getfile;
 #[path = "../../examples/common/store.rs"]
 #[allow(dead_code, reason = "the programs use parts that need no test")]
 mod store;
@@ -9,6 +12,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
+use shmferry::Size;
 use store::Store;
 
 /// A directory with two files to name. It is not removed: `TMPDIR` says where it is.
@@ -26,8 +30,10 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     match Store::open(&manifest) {
         Ok(store) => {
             let Store::Manifest(files) = &store else { panic!("a file is no directory") };
+            assert!(!files.is_empty());
             for key in files.keys() {
-                assert!(!key.is_empty() && !key.iter().any(|byte| b" \t\n".contains(byte)));
+                assert_eq!(getfile::check_path(key), Ok(()));
+                assert!(!key.contains(&b'\t'));
                 assert!(store.look_up(key).expect("it could be opened before").is_some());
             }
         }
@@ -35,6 +41,6 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     }
     let beneath = Store::open(&PLACE.join("d")).expect("a directory");
     if let Ok(Some((_, len))) = beneath.look_up(bytes) {
-        assert_eq!(len, 6, "{} leads out", bytes.escape_ascii());
+        assert_eq!(len, Size::Known(6), "{} leads out", bytes.escape_ascii());
     }
 });
