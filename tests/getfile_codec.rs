@@ -192,6 +192,35 @@ fn a_reply_arrives_byte_by_byte() {
 }
 
 #[test]
+fn replies_are_also_taken_as_other_servers_write_them() {
+    let len = 18_446_744_073_709_551_615; // as many digits as there can be
+    let tolerated: [(&[u8], Reply); 10] = [
+        (b"GETFILE FILE_NOT_FOUND 0\r\n\r\n", Reply::FileNotFound),
+        (b"GETFILE FILE_NOT_FOUND \r\n\r\n", Reply::FileNotFound),
+        (b"GETFILE FILE_NOT_FOUND 0 \r\n\r\n", Reply::FileNotFound),
+        (b"GETFILE ERROR 0\r\n\r\n", Reply::Error),
+        (b"GETFILE ERROR \r\n\r\n", Reply::Error),
+        (b"GETFILE INVALID 0\r\n\r\n", Reply::Invalid),
+        (b"GETFILE INVALID \r\n\r\n", Reply::Invalid),
+        (b"GETFILE OK 12 \r\n\r\n", Reply::Ok { len: 12 }),
+        (b"GETFILE OK 0 \r\n\r\n", Reply::Ok { len: 0 }),
+        (b"GETFILE OK 18446744073709551615 \r\n\r\n", Reply::Ok { len }),
+    ];
+    for (header, reply) in tolerated {
+        let shown = header.escape_ascii();
+        assert!(header.len() <= MAX_REPLY_HEADER_LEN, "{shown}");
+        for end in 0..header.len() {
+            let parsed = parse_reply(&header[..end], Dialect::Spec);
+            assert_eq!(parsed, ParsedReply::Incomplete, "{shown} at {end}");
+        }
+        let complete = ParsedReply::Complete { reply, consumed: header.len() };
+        for body in [&b""[..], b"x", b" ", b"\r\n\r\n", b"0"] {
+            assert_eq!(parse_reply(&[header, body].concat(), Dialect::Spec), complete, "{shown}");
+        }
+    }
+}
+
+#[test]
 fn a_malformed_reply_is_refused_at_its_first_wrong_byte() {
     use Malformed::{Length, ReplyEnd, ReplyStart};
     let both: [(&[u8], Malformed); 20] = [
@@ -216,13 +245,21 @@ fn a_malformed_reply_is_refused_at_its_first_wrong_byte() {
         (b"GETFILE OK 000000000000000000000", Length), // the 21st digit
         (b"GETFILE OK 12.", ReplyEnd),
     ];
-    let spec: [(&[u8], Malformed); 6] = [
-        (b"GETFILE OK 12 ", ReplyEnd), // classic
+    let spec: [(&[u8], Malformed); 14] = [
+        (b"GETFILE OK 12 x", ReplyEnd), // classic
+        (b"GETFILE OK 12  ", ReplyEnd), // one space at most
         (b"GETFILE OK 12\n", ReplyEnd),
         (b"GETFILE OK 12\r\n\n", ReplyEnd),
         (b"GETFILE OK 0x", ReplyEnd),
-        (b"GETFILE FILE_NOT_FOUND ", ReplyStart), // classic
-        (b"GETFILE ERROR ", ReplyStart),
+        (b"GETFILE FILE_NOT_FOUND 0\n", ReplyEnd), // classic
+        (b"GETFILE ERROR 0\n", ReplyEnd),
+        (b"GETFILE FILE_NOT_FOUND 1", ReplyEnd), // there is no body
+        (b"GETFILE FILE_NOT_FOUND 00", ReplyEnd),
+        (b"GETFILE ERROR  ", ReplyEnd),
+        (b"GETFILE INVALID 0  ", ReplyEnd),
+        (b"GETFILE INVALID\n", ReplyStart),
+        (b"GETFILE ERROR0", ReplyStart),
+        (b"GETFILE FILE_NOT_FOUND\r\r", ReplyEnd),
     ];
     let classic: [(&[u8], Malformed); 6] = [
         (b"GETFILE OK 12\r", ReplyEnd), // spec

@@ -711,8 +711,21 @@ fn a_dialect() -> impl Strategy<Value = Dialect> {
 }
 
 const REQUEST_WORDS: &[&str] = &["GETFILE", " ", "GET", "GETFILE GET ", "/", "/a", "\r\n\r\n", "\r\n", "\n"];
-const REPLY_WORDS: &[&str] =
-    &["GETFILE", " ", "OK", "GETFILE OK ", "0", "ERROR", "FILE_NOT_FOUND", "INVALID", "\r\n\r\n", "\n", "9"];
+const REPLY_WORDS: &[&str] = &[
+    "GETFILE",
+    " ",
+    "OK",
+    "GETFILE OK ",
+    "0",
+    "ERROR",
+    "FILE_NOT_FOUND",
+    "INVALID",
+    "\r\n\r\n",
+    "\n",
+    "9",
+    " 0",
+    " \r\n\r\n",
+];
 
 proptest! {
     #![proptest_config(config(5000))]

@@ -8,6 +8,10 @@
 //!          GETFILE FILE_NOT_FOUND 0 LF               so does ERROR; there is no INVALID
 //! ```
 //!
+//! Some programs in the field write the spec dialect a little differently. Accepted as well are one
+//! space before CR LF CR LF, in requests and replies, and `0` after the status of a reply that has
+//! no body: `GETFILE FILE_NOT_FOUND 0 CR LF CR LF`. Neither is ever written.
+//!
 //! Parsing is incremental and stateless: hand over all bytes received so far, again after every
 //! read. A header that no further bytes can make valid is reported at its first wrong byte, and
 //! none is `Incomplete` beyond [`MAX_REQUEST_LEN`] or [`MAX_REPLY_HEADER_LEN`], so a buffer of
@@ -21,8 +25,9 @@ pub const MAX_PATH_LEN: usize = 4096;
 /// The longest valid request, in bytes: the longest path, the tolerated space, the blank line.
 pub const MAX_REQUEST_LEN: usize = REQUEST_START.len() + MAX_PATH_LEN + 1 + BLANK_LINE.len();
 
-/// The longest valid reply header of any dialect, in bytes.
-pub const MAX_REPLY_HEADER_LEN: usize = OK_START.len() + MAX_LENGTH_DIGITS + BLANK_LINE.len();
+/// The longest valid reply header of any dialect, in bytes: the longest length, the tolerated
+/// space, the blank line.
+pub const MAX_REPLY_HEADER_LEN: usize = OK_START.len() + MAX_LENGTH_DIGITS + 1 + BLANK_LINE.len();
 
 /// How replies are written; requests are the same in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,7 +124,7 @@ pub enum Malformed {
     ReplyStart,
     /// A length that is missing, not decimal, or not below 2^64.
     Length,
-    /// A length followed by something other than what ends the header.
+    /// A length, or a status without one, followed by something other than what ends the header.
     ReplyEnd,
 }
 
@@ -133,7 +138,7 @@ impl fmt::Display for Malformed {
             Self::RequestEnd => "the path is not followed by CR LF CR LF",
             Self::ReplyStart => "no known status",
             Self::Length => "the length is not a decimal number below 2^64",
-            Self::ReplyEnd => "the length is not followed by the end of the header",
+            Self::ReplyEnd => "the status or length is not followed by the end of the header",
         })
     }
 }
@@ -257,16 +262,39 @@ fn reply_header(bytes: &[u8], dialect: Dialect) -> Result<(Reply, &[u8]), Stop> 
         (invalid(dialect), Reply::Invalid),
     ];
     for (header, reply) in without_length {
-        match after(bytes, header, Malformed::ReplyStart) {
-            Ok(rest) => return Ok((reply, rest)),
+        let status = match dialect {
+            Dialect::Spec => header.strip_suffix(BLANK_LINE).unwrap_or(header),
+            Dialect::Classic => header,
+        };
+        match after(bytes, status, Malformed::ReplyStart) {
+            Ok(rest) => return Ok((reply, after_status(rest, dialect)?)),
             Err(Stop::Incomplete) => return Err(Stop::Incomplete),
             Err(Stop::Invalid(_)) => {} // another status
         }
     }
     let rest = after(bytes, OK_START, Malformed::ReplyStart)?;
     let (len, rest) = length(rest)?;
-    let body = after(rest, ok_end(dialect), Malformed::ReplyEnd)?;
+    let body = match dialect {
+        Dialect::Spec => after_blank_line(rest)?,
+        Dialect::Classic => after(rest, ok_end(dialect), Malformed::ReplyEnd)?,
+    };
     Ok((Reply::Ok { len }, body))
+}
+
+/// What follows the rest of a header without a body, from behind its status on.
+fn after_status(rest: &[u8], dialect: Dialect) -> Result<&[u8], Stop> {
+    match (dialect, rest.first()) {
+        (Dialect::Classic, _) => Ok(rest), // its status ends the header
+        (Dialect::Spec, None | Some(b' ' | b'\r')) => {
+            after_blank_line(rest.strip_prefix(b" 0").unwrap_or(rest))
+        }
+        (Dialect::Spec, Some(_)) => Err(Malformed::ReplyStart.into()), // a longer word
+    }
+}
+
+/// What follows a reply's blank line, before which one space is tolerated.
+fn after_blank_line(bytes: &[u8]) -> Result<&[u8], Stop> {
+    after(bytes.strip_prefix(b" ").unwrap_or(bytes), BLANK_LINE, Malformed::ReplyEnd)
 }
 
 /// The decimal number that `bytes` starts with, and what follows it.

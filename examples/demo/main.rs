@@ -3,19 +3,24 @@
 //!
 //! `cargo run --release --example demo`, and `-- --stay` to keep it running.
 
+mod child;
 mod running;
 mod samples;
+#[path = "../common/signals.rs"]
+mod signals;
 
+use std::convert::Infallible;
+use std::ffi::OsString;
 use std::fs;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use clap::Parser;
+use child::{Child, Interrupt};
+use clap::{Parser, Subcommand};
 use running::Running;
 use samples::Sample;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 /// Start simplecached and webproxy, fetch files through them, and check every byte.
 #[derive(Parser)]
@@ -23,65 +28,100 @@ struct Options {
     /// Keep both programs running, until interrupted
     #[arg(long)]
     stay: bool,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// Become a program that ends with the demo
+    #[command(name = child::PART, hide = true)]
+    ChildOf {
+        parent: u32,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        program: Vec<OsString>,
+    },
 }
 
 type Result<T> = std::result::Result<T, String>;
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse();
+    let outcome = match &options.part {
+        Some(Part::ChildOf { parent, program }) => {
+            child::become_child(*parent, program).map(|never: Infallible| match never {})
+        }
+        None => interruptible(&options),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("demo: {error}");
+            // With standard error gone there is nobody left to tell; the exit code still says it.
+            let _ = writeln!(io::stderr(), "demo: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(options: &Options) -> Result<()> {
-    let programs = build()?;
+/// Runs the demo. A signal has it clear up, and then ends it as if it had not been caught.
+fn interruptible(options: &Options) -> Result<()> {
+    let interrupt = Interrupt::install().map_err(|error| format!("cannot catch signals: {error}"))?;
+    let outcome = run(options, &interrupt);
+    if let (Err(_), Some(signal)) = (&outcome, interrupt.signal()) {
+        let ended = signal_hook::low_level::emulate_default_handler(signal);
+        ended.map_err(|error| format!("cannot end by the signal {signal}: {error}"))?;
+    }
+    outcome
+}
+
+fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
+    let programs = build(interrupt)?;
     let dir = tempfile::Builder::new().prefix("shmferry-demo-").tempdir().map_err(|e| e.to_string())?;
-    let samples = samples::make(&dir.path().join("files"))?;
+    let samples = samples::make(&dir.path().join("files"), interrupt)?;
     let manifest = manifest(dir.path(), &samples)?;
     let socket = dir.path().join("run/cache.sock");
     let address = format!("unix:{}", socket.display());
 
-    let mut cache = Running::start(
-        Command::new(programs.join("simplecached")).arg("-c").arg(&manifest).args(["--listen", &address]),
-    )?;
-    println!("simplecached (process {}) {}", cache.pid(), cache.ready()?);
-    let mut proxy = Running::start(
-        Command::new(programs.join("webproxy")).args(["-p", "0", "--cache", &address, "-z", "524288"]),
-    )?;
+    let args = ["-c".as_ref(), manifest.as_os_str(), "--listen".as_ref(), address.as_ref()];
+    let mut cache = Running::start(&programs.join("simplecached"), &args, interrupt)?;
+    tell(&format!("simplecached (process {}) {}", cache.pid(), cache.ready()?))?;
+    let args = ["-p", "0", "--listen", HOST, "--cache", &address, "-z", "524288"];
+    let args = args.map(AsRef::as_ref);
+    let mut proxy = Running::start(&programs.join("webproxy"), &args, interrupt)?;
     let chosen = proxy.ready()?;
-    println!("webproxy     (process {}) {chosen}\n", proxy.pid());
-    let port = port_of(&chosen)?;
+    tell(&format!("webproxy     (process {}) {chosen}\n", proxy.pid()))?;
 
-    let getfile = programs.join("getfile");
-    println!("{:<28} {:>12} {:>10}   what came", "file", "bytes", "ms");
+    let getfile = GetFile { program: programs.join("getfile"), port: port_of(&chosen)?, interrupt };
+    tell(&format!("{:<28} {:>12} {:>10}   what came", "file", "bytes", "ms"))?;
     for sample in &samples {
-        println!("{}", fetch(&getfile, port, sample, &dir.path().join("fetched"))?);
+        tell(&getfile.fetch(sample, &dir.path().join("fetched"))?)?;
     }
-    println!("{}", fetch_missing(&getfile, port)?);
+    tell(&getfile.fetch_missing()?)?;
 
     if options.stay {
-        stay(&getfile, port, &samples)?;
+        getfile.explain(&samples[0].key)?;
+        interrupt.wait();
     }
     let ends = [proxy.end()?, cache.end()?];
-    println!("\nwebproxy     {}\nsimplecached {}", ends[0], ends[1]);
+    tell(&format!("\nwebproxy     {}\nsimplecached {}", ends[0], ends[1]))?;
     if socket.parent().is_some_and(Path::exists) {
         return Err(format!("{} is still there", socket.display()));
     }
     dir.close().map_err(|error| format!("cannot remove the demo's files: {error}"))?;
-    println!("\nevery byte as it was; both programs ended, and nothing is left behind");
-    Ok(())
+    tell("\nevery byte as it was; both programs ended, and nothing is left behind")
+}
+
+/// Prints a line. Where there is no one to read it any more, the demo ends, and clears up.
+fn tell(line: &str) -> Result<()> {
+    writeln!(io::stdout(), "{line}").map_err(|error| format!("cannot print: {error}"))
 }
 
 /// Builds the programs in the profile that the demo itself was built in; says where they are.
-fn build() -> Result<PathBuf> {
+fn build(interrupt: &Interrupt) -> Result<PathBuf> {
     let here = std::env::current_exe().map_err(|error| error.to_string())?;
     let programs = here.parent().ok_or("the demo has no directory")?.to_owned();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut build = Command::new(cargo);
+    let mut build = child::command(cargo.as_ref())?;
     build.args(["build", "--quiet", "--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]);
     build.args(["--example", "simplecached", "--example", "webproxy", "--example", "getfile"]);
     if programs.components().any(|part| part.as_os_str() == "release") {
@@ -93,8 +133,9 @@ fn build() -> Result<PathBuf> {
             build.env_remove(name);
         }
     }
-    let built = build.status().map_err(|error| format!("cannot run cargo: {error}"))?;
-    if built.success() { Ok(programs) } else { Err("the programs do not build".to_owned()) }
+    let mut built =
+        Child::spawn(&mut build, interrupt).map_err(|error| format!("cannot run cargo: {error}"))?;
+    if built.wait()?.success() { Ok(programs) } else { Err("the programs do not build".to_owned()) }
 }
 
 fn manifest(dir: &Path, samples: &[Sample]) -> Result<PathBuf> {
@@ -111,44 +152,62 @@ fn port_of(line: &str) -> Result<u16> {
     port.and_then(|port| port.parse().ok()).ok_or_else(|| format!("no port in {line:?}"))
 }
 
-/// Fetches one file with `getfile`, compares it, and says how that went.
-fn fetch(getfile: &Path, port: u16, sample: &Sample, to: &Path) -> Result<String> {
-    let start = Instant::now();
-    let fetched = Command::new(getfile)
-        .args(["-s", "localhost", "-p", &port.to_string(), "-o"])
-        .arg(to)
-        .arg(&sample.key)
-        .output()
-        .map_err(|error| format!("cannot run getfile: {error}"))?;
-    let took = start.elapsed();
-    if !fetched.status.success() {
-        return Err(format!("{}: {}", sample.key, String::from_utf8_lossy(&fetched.stderr).trim()));
-    }
-    let what = sample.check(to)?;
-    Ok(format!("{:<28} {:>12} {:>10.1}   {what}", sample.key, sample.len(), took.as_secs_f64() * 1e3))
+/// The client, and the proxy that it asks.
+struct GetFile<'a> {
+    program: PathBuf,
+    port: u16,
+    interrupt: &'a Interrupt,
 }
 
-fn fetch_missing(getfile: &Path, port: u16) -> Result<String> {
-    let mut command = Command::new(getfile);
-    command.args(["-s", "localhost", "-p", &port.to_string(), "-o", "-", "/no/such/file"]);
-    let fetched = command.output().map_err(|error| format!("cannot run getfile: {error}"))?;
-    if fetched.status.success() {
-        return Err("a file that does not exist was served".to_owned());
+impl GetFile<'_> {
+    /// Runs it to its end; returns what it says on standard error.
+    fn run(&self, output: &Path, path: &str) -> Result<(ExitStatus, String)> {
+        let mut command = child::command(&self.program)?;
+        command.args(["-s", HOST, "-p", &self.port.to_string(), "-o"]).arg(output).arg(path);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = Child::spawn(&mut command, self.interrupt)
+            .map_err(|error| format!("cannot run getfile: {error}"))?;
+        let status = child.wait()?;
+        let mut said = String::new();
+        if let Some(stderr) = &mut child.process.stderr {
+            stderr.read_to_string(&mut said).map_err(|error| format!("getfile: {error}"))?;
+        }
+        Ok((status, said.trim().to_owned()))
     }
-    let told = String::from_utf8_lossy(&fetched.stderr);
-    Ok(format!("{:<28} {:>12} {:>10}   refused, as it should be: {}", "/no/such/file", "-", "-", told.trim()))
+
+    /// Fetches one file, compares it, and says how that went.
+    fn fetch(&self, sample: &Sample, to: &Path) -> Result<String> {
+        let start = Instant::now();
+        let (status, said) = self.run(to, &sample.key)?;
+        let took = start.elapsed();
+        if !status.success() {
+            return Err(format!("{}: {said}", sample.key));
+        }
+        let what = sample.check(to)?;
+        let took = took.as_secs_f64() * 1e3;
+        Ok(format!("{:<28} {:>12} {took:>10.1}   {what}", sample.key, sample.len()))
+    }
+
+    fn fetch_missing(&self) -> Result<String> {
+        let key = "/no/such/file";
+        let (status, said) = self.run(Path::new("-"), key)?;
+        if status.success() {
+            return Err("a file that does not exist was served".to_owned());
+        }
+        Ok(format!("{key:<28} {:>12} {:>10}   refused, as it should be: {said}", "-", "-"))
+    }
+
+    fn explain(&self, key: &str) -> Result<()> {
+        let (program, port) = (self.program.display(), self.port);
+        tell("\nstill running; fetch by hand, in another terminal:")?;
+        tell(&format!("  {program} -s {HOST} -p {port} -o - {key}"))?;
+        tell(&format!("  printf 'GETFILE GET {key}\\r\\n\\r\\n' | nc {HOST} {port}"))?;
+        tell("interrupt with Ctrl-C to end")
+    }
 }
 
-fn stay(getfile: &Path, port: u16, samples: &[Sample]) -> Result<()> {
-    let key = &samples[0].key;
-    println!("\nstill running; fetch by hand, in another terminal:");
-    println!("  {} -p {port} -o - {key}", getfile.display());
-    println!("  printf 'GETFILE GET {key}\\r\\n\\r\\n' | nc localhost {port}");
-    println!("interrupt with Ctrl-C to end");
-    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| error.to_string())?;
-    signals.forever().next();
-    Ok(())
-}
+/// Where the proxy listens: for this machine alone.
+const HOST: &str = "127.0.0.1";
 
 /// How long a program may take to come up or to end.
 const PATIENCE: Duration = Duration::from_secs(20);

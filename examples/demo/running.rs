@@ -1,36 +1,44 @@
 //! A program that the demo has started: its words, and its end.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Instant;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 
+use super::child::{self, Child, GLANCE, Interrupt};
 use super::{PATIENCE, Result};
 
-/// Killed when dropped, so that a failing demo leaves no process behind.
+/// Ended when dropped, so that a failing demo leaves no process behind.
 pub struct Running {
     name: String,
     child: Child,
     /// What it logs, line by line; disconnected at its end.
     log: Receiver<String>,
+    interrupt: Interrupt,
 }
 
 impl Running {
-    pub fn start(command: &mut Command) -> Result<Running> {
-        let name = command.get_program().to_string_lossy().rsplit('/').next().unwrap_or("?").to_owned();
+    pub fn start(program: &Path, args: &[&OsStr], interrupt: &Interrupt) -> Result<Running> {
+        interrupt.check()?;
+        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut command = child::command(program)?;
         // Its own group: an interrupt at the terminal is the demo's to pass on.
-        std::os::unix::process::CommandExt::process_group(command, 0);
-        let mut child = command
+        command
+            .args(args)
+            .process_group(0)
             .env("RUST_LOG", "info")
             .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(|error| format!("cannot start {name}: {error}"))?;
+            .stderr(Stdio::piped());
+        let child = Child::spawn(&mut command, interrupt);
+        let mut child = child.map_err(|error| format!("cannot start {name}: {error}"))?;
         let (lines, log) = mpsc::channel();
-        if let Some(stderr) = child.stderr.take() {
+        if let Some(stderr) = child.process.stderr.take() {
             thread::spawn(move || {
                 for line in BufReader::new(stderr).lines().map_while(std::result::Result::ok) {
                     if lines.send(line).is_err() {
@@ -39,11 +47,11 @@ impl Running {
                 }
             });
         }
-        Ok(Running { name, child, log })
+        Ok(Running { name, child, log, interrupt: interrupt.clone() })
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.process.id()
     }
 
     /// Waits until it listens; returns what it says of that.
@@ -53,9 +61,9 @@ impl Running {
 
     /// Asks it to end; returns what it says last.
     pub fn end(&mut self) -> Result<String> {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).map_err(|error| error.to_string())?;
+        kill_process(self.child.pid(), Signal::TERM).map_err(|error| error.to_string())?;
         let summary = self.line_with("requests=")?;
-        let status = self.child.wait().map_err(|error| error.to_string())?;
+        let status = self.child.wait()?;
         if status.success() { Ok(summary) } else { Err(format!("{} ended with {status}", self.name)) }
     }
 
@@ -64,21 +72,17 @@ impl Running {
         let limit = Instant::now() + PATIENCE;
         let mut last = String::new();
         loop {
-            let line = self.log.recv_timeout(limit.saturating_duration_since(Instant::now()));
-            let line =
-                line.map_err(|_| format!("{} did not come to say {word:?}; last: {last}", self.name))?;
-            match line.find(word) {
-                Some(at) => return Ok(line[at..].to_owned()),
-                None => last = line,
+            self.interrupt.check()?;
+            match self.log.recv_timeout(GLANCE) {
+                Ok(line) => match line.find(word) {
+                    Some(at) => return Ok(line[at..].to_owned()),
+                    None => last = line,
+                },
+                Err(RecvTimeoutError::Timeout) if Instant::now() < limit => {}
+                Err(_) => {
+                    return Err(format!("{} did not come to say {word:?}; last: {last}", self.name));
+                }
             }
         }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Fails only if it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

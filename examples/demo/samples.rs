@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use image::{ImageFormat, ImageReader, Rgb, RgbImage};
 
 use super::Result;
+use super::child::Interrupt;
 
 /// A file, what it is asked for by, and what it holds.
 pub struct Sample {
@@ -15,8 +16,8 @@ pub struct Sample {
     is_picture: bool,
 }
 
-/// Makes the files in a directory.
-pub fn make(dir: &Path) -> Result<Vec<Sample>> {
+/// Makes the files in a directory, unless interrupted.
+pub fn make(dir: &Path, interrupt: &Interrupt) -> Result<Vec<Sample>> {
     fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
     let picture = |format| {
         let mut bytes = std::io::Cursor::new(Vec::new());
@@ -33,6 +34,7 @@ pub fn make(dir: &Path) -> Result<Vec<Sample>> {
         ("/large.bin", noise(64 << 20), false),
     ];
     let samples = samples.into_iter().enumerate().map(|(i, (key, bytes, is_picture))| {
+        interrupt.check()?;
         let path = dir.join(i.to_string());
         fs::write(&path, &bytes).map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(Sample { key: key.to_owned(), path, bytes, is_picture })

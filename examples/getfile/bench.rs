@@ -136,7 +136,7 @@ struct Sample {
     index: u64,
     /// The body's length.
     outcome: Result<u64, Failure>,
-    /// From before connecting to the end of the stream.
+    /// From before connecting to the last byte of the body.
     latency: Duration,
 }
 

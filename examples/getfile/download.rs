@@ -4,23 +4,26 @@ use std::{
     collections::HashSet,
     ffi::{OsStr, OsString},
     fmt,
-    fs::{self, OpenOptions, Permissions},
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, IsTerminal, Write},
-    os::unix::{ffi::OsStrExt, fs::PermissionsExt},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
+    },
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
-use signal_hook::{
-    consts::{SIGINT, SIGTERM},
-    iterator::Signals,
-    low_level::emulate_default_handler,
+use rustix::{
+    fs::{Access, AtFlags, CWD, accessat},
+    io::Errno,
 };
-use tempfile::TempPath;
+use signal_hook::{iterator::Signals, low_level::emulate_default_handler};
+use tempfile::{NamedTempFile, TempPath};
 
-use crate::{Client, Connection, Failure, complain, protocol::check_path};
+use crate::{Client, Connection, Failure, complain, protocol::check_path, signals};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -137,35 +140,92 @@ impl Output {
         let Target::File(path) = target else {
             return Ok(Self { file: Box::new(io::stdout()), rename_to: None });
         };
-        // Through symbolic links: they stay, and what they point to is replaced.
-        let path = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-        match fs::metadata(&path).map(|metadata| metadata.file_type()) {
-            Ok(kind) if kind.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
-            Ok(kind) if !kind.is_file() => {
+        let path = behind_links(path)?;
+        let existing = match fs::metadata(&path) {
+            Ok(found) if found.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+            Ok(found) if !found.is_file() => {
                 let file = OpenOptions::new().write(true).open(path)?;
                 return Ok(Self { file: Box::new(file), rename_to: None });
             }
-            _ => {}
-        }
+            Ok(found) => {
+                // One that may not be written is meant to stay, though a rename would replace it.
+                accessat(CWD, &path, Access::WRITE_OK, AtFlags::EACCESS)?;
+                Some(found)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
         let beside = path.parent().filter(|parent| !parent.as_os_str().is_empty());
         let mut temporary = lock_temporary();
-        let (file, name) = tempfile::Builder::new()
-            .prefix(".getfile-")
-            .permissions(Permissions::from_mode(0o666)) // less the umask, as for any new file
-            .tempfile_in(beside.unwrap_or(Path::new(".")))?
-            .into_parts();
+        // What replaces a file is nobody else's to read before it has that file's mode.
+        let mode = if existing.is_some() { 0o600 } else { 0o666 };
+        let (file, name) = temporary_in(beside.unwrap_or(Path::new(".")), mode)?.into_parts();
         *temporary = Some(name);
-        Ok(Self { file: Box::new(file), rename_to: Some(path) })
+        drop(temporary);
+        let output = Self { file: Box::new(file.try_clone()?), rename_to: Some(path) };
+        if let Some(existing) = existing {
+            take_after(&file, &existing)?;
+        }
+        Ok(output)
     }
 
     fn finish(mut self) -> io::Result<()> {
         self.file.flush()?;
         let mut temporary = lock_temporary(); // held for as long as it takes to rename
         match (&self.rename_to, temporary.take()) {
-            (Some(target), Some(name)) => Ok(name.persist(target)?),
+            // Its error says what failed; whoever asked is told of the target.
+            (Some(target), Some(name)) => name.persist(target).map_err(|error| error.error),
             _ => Ok(()),
         }
     }
+}
+
+/// Where a path leads through symbolic links: they stay, and what they point to is replaced, or
+/// made where it is not there.
+fn behind_links(path: &Path) -> io::Result<PathBuf> {
+    /// As many as the kernel follows.
+    const MOST: usize = 40;
+    let mut path = path.to_owned();
+    for _ in 0..MOST {
+        match fs::read_link(&path) {
+            Ok(target) => path = path.parent().unwrap_or(Path::new("")).join(target),
+            // No link (EINVAL), or nothing there.
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => return Ok(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(path),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Errno::LOOP.into())
+}
+
+/// Makes a temporary file. An error does not name it: it is the target that cannot be written.
+fn temporary_in(directory: &Path, mode: u32) -> io::Result<NamedTempFile<File>> {
+    let mut reason = None;
+    let made = tempfile::Builder::new().prefix(".getfile-").make_in(directory, |path| {
+        // Less the umask, as for any new file.
+        let made = OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
+        reason = made.as_ref().err().and_then(io::Error::raw_os_error);
+        made
+    });
+    made.map_err(|error| reason.map_or(error, io::Error::from_raw_os_error))
+}
+
+/// Gives a file the mode of the one that it will replace, and its owner and group where that is
+/// permitted. Set-user-ID and set-group-ID bits are left out: they would vouch for other contents.
+fn take_after(file: &File, existing: &fs::Metadata) -> io::Result<()> {
+    let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    for (owner, group) in [(None, Some(existing.gid())), (Some(existing.uid()), None)] {
+        match fchown(file, owner, group) {
+            Err(error) if !denied(&error) => return Err(error),
+            _ => {} // done, or not ours to give away
+        }
+    }
+    let mut mode = existing.mode() & 0o777;
+    if file.metadata()?.gid() != existing.gid() {
+        // Another group gets no more than everyone.
+        mode = (mode & 0o707) | (mode & 0o007) << 3;
+    }
+    file.set_permissions(Permissions::from_mode(mode))
 }
 
 impl Drop for Output {
@@ -179,7 +239,7 @@ fn lock_temporary() -> MutexGuard<'static, Option<TempPath>> {
 }
 
 fn remove_unfinished_on_signals() -> io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let mut signals = Signals::new(signals::that_end()?)?;
     thread::Builder::new().spawn(move || {
         for signal in signals.forever() {
             let mut temporary = lock_temporary(); // and keep it: no other may be made any more
