@@ -6,6 +6,7 @@
 #   ci/mutants.sh -f src/protocol/sender.rs    one file
 #   ci/mutants.sh --list                       what would be changed
 #
+# MUTANTS_JOBS says how many are tried at a time: 6, unless told otherwise.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Small and quick to build: a change costs a second or two to compile, and as much to test.
@@ -25,7 +26,8 @@ mkdir "$copy/examples" && cp -r examples/common "$copy/examples"
 sed -E '/^\[\[bench\]\]/,/^$/d; /^(clap|image|indicatif|signal-hook|tiny_http|tracing|tracing-subscriber|ureq) = /d' \
     Cargo.toml >"$copy/Cargo.toml"
 
-files=(-f 'src/sync/*.rs' -f 'src/segment/**/*.rs' -f src/protocol.rs -f 'src/protocol/*.rs' -f 'src/channel/**/*.rs')
+files=(-f 'src/sync/*.rs' -f 'src/segment/**/*.rs' -f src/protocol.rs -f 'src/protocol/*.rs' -f 'src/channel/**/*.rs'
+    -f src/peer.rs -f 'src/peer/*.rs' -f src/crew.rs)
 case " $* " in *" -f "* | *" --file "*) files=() ;; esac
 # Left out: what is not built here (the other parker, loom's stand-ins), tests, what only debuggers read, and `^` for
 # `|`, which is the same wherever we join bits: they are apart.
@@ -34,7 +36,7 @@ mutants() {
         -e src/sync/raw_sync.rs -e src/sync/warden.rs -e src/segment/mapping_model.rs \
         -e "src/**/model.rs" -e src/protocol/tests.rs --exclude-re ' tests::' --exclude-re 'impl fmt::Debug' \
         --exclude-re 'replace \| with \^' \
-        --jobs 6 --no-shuffle --colors never "$@"
+        --jobs "${MUTANTS_JOBS:-6}" --no-shuffle --colors never "$@"
 }
 
 # In stages, each at what the one before has missed: most is noticed by the unit tests alone, which are the

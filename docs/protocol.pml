@@ -1,6 +1,7 @@
 /*
- * The transfer as a model: one receiver with a pool of one segment, senders that may be late or die
- * at any step, and a watcher that pushes the death. `ci/model.sh` checks it with spin.
+ * The transfer as a model: one receiver with a pool of one segment, senders in one or two servers
+ * that may be late or die at any step, connections that end, and a watcher in each process.
+ * `ci/model.sh` checks it with spin.
  *
  * Phases and rules are those of protocol.md. A semaphore is a counter and a poison bit whose wait is
  * a guard: that no wake-up is lost below that is argued in src/sync/semaphore.rs, not here.
@@ -8,13 +9,19 @@
  * Checked in every interleaving:
  *   - a receiver never reads a slot that another generation has written (P1, P6);
  *   - a sender never writes to a segment that was given to another generation (P6);
+ *   - a watcher never poisons a segment on behalf of another generation than the one it carries (P7);
+ *   - a generation is accepted once, by one sender (P1);
  *   - permits are never more than slots;
  *   - nobody waits for ever: no end state but the proper one (P7);
  *   - at the end the pool has its one segment, idle or lingering, and nobody but a late sender has
  *     any other.
  *
  * -DTIMEOUTS    any wait of the receiver may end by its deadline (a stopped sender, a slow one)
- * -DCRASHES     the sender's process may die at any step
+ * -DCRASHES     the first server's process may die at any step
+ * -DHANGUPS     the first server's connection may end at any step although both processes live;
+ *               the receiver then asks a second server, and the first one's worker may be late
+ * -DAPART       the request is sent, or dropped unsent, by another thread than the receiver's
+ * -DORPHANS     the receiver's process may die at any step
  * -DSTEADFAST   the sender never gives up by itself
  */
 
@@ -24,6 +31,28 @@
 #define GENERATIONS 2       /* transfers, one after the other; more with -DGENERATIONS=3 */
 #endif
 #define SEGMENTS GENERATIONS
+#define WORKERS  2
+
+/* A process that dies stops between any two steps. */
+#ifdef CRASHES
+#define until_dead(server)  unless { dead[server] }
+#else
+#define until_dead(server)
+#endif
+#ifdef ORPHANS
+#define until_orphaned      unless { orphaned }
+#else
+#define until_orphaned
+#endif
+
+/* The two workers are in one process, or the second one is in a server of its own. */
+#ifdef HANGUPS
+#define SERVERS  2
+#define server_of(w) (w)
+#else
+#define SERVERS  1
+#define server_of(w) 0
+#endif
 
 mtype = { Idle, Offered, Accepted, Announced, Finished, Refused, Aborted, Withdrawn };
 
@@ -38,21 +67,38 @@ typedef Segment {
 };
 
 Segment segment[SEGMENTS];
-byte leased;                /* the generation that the receiver runs, 0 for none */
-byte leased_segment;
-bool enrolled;              /* the receiver's link watches over the leased segment */
-bool dead;                  /* the sender's process is gone */
-bool severed;               /* and the receiver's process knows */
+bool accepted[GENERATIONS + 1];
+
+/* The connection to each server, and its two links: one in each process, which learn of its end
+   one after the other. */
+bool hung_up[SERVERS];
+bool dead[SERVERS];             /* the server's process is gone */
+bool orphaned;                  /* the receiver's process is gone */
+
+/* The receiver's process. */
+bool receivers_link_severed[SERVERS];
+byte over;                      /* the last generation whose transfer is over */
+bool enrolled;                  /* a link watches over this segment and generation */
+byte enrolled_segment, enrolled_generation, enrolled_link;
+
+/* The servers' processes. */
+bool senders_link_severed[SERVERS];
+bool covered[WORKERS];          /* the link watches over this segment and generation */
+byte covered_segment[WORKERS], covered_generation[WORKERS];
+
 bool receiver_done;
 
-chan requests = [GENERATIONS] of { byte, byte };    /* segment, generation */
+chan requests[SERVERS] = [GENERATIONS] of { byte, byte };    /* segment, generation */
+#ifdef APART
+chan unsent = [GENERATIONS] of { byte, byte };
+#endif
 
 #define off(p) (p == Idle || p == Finished || p == Refused || p == Aborted || p == Withdrawn)
 
-/* One compare-exchange on the turn word, which a dead process does not come to. */
-inline advance(alive, seg, gen, from, to, ok) {
+/* One compare-exchange on the turn word. */
+inline advance(seg, gen, from, to, ok) {
     atomic {
-        ok = (alive && segment[seg].generation == gen && segment[seg].phase == from);
+        ok = (segment[seg].generation == gen && segment[seg].phase == from);
         if
         :: ok -> segment[seg].phase = to
         :: else -> skip
@@ -63,119 +109,213 @@ inline advance(alive, seg, gen, from, to, ok) {
 /* What a sender may write to: a segment of its own generation, or one that nobody reads any more. */
 #define ours(s, g)  (segment[s].retired || segment[s].generation == g)
 
-/* A worker of the cache. All of them are one process: `dead` ends them between any two steps. */
-proctype Worker() {
+/* A worker of a server. It stops between any two steps when its process dies. */
+proctype Worker(byte me) {
     byte s, g, cursor, sent;
     bool won;
 end_take:
-    do
-    :: requests ? s, g -> cursor = 0; sent = 0;
-        advance(!dead, s, g, Offered, Accepted, won);
+    {
+    if
+    :: requests[server_of(me)] ? s, g ->
+        atomic {
+            advance(s, g, Offered, Accepted, won);
+            if
+            :: won -> assert(!accepted[g]); accepted[g] = true
+            :: !won -> s = 0; g = 0; goto end_take     /* stale: nothing was written */
+            fi
+        };
+        /* In reach of its own link from here on; a link that is severed already poisons at once. */
+        atomic { covered[me] = true; covered_segment[me] = s; covered_generation[me] = g;
+            if
+            :: senders_link_severed[server_of(me)] -> segment[s].free_poison = true
+            :: else -> skip
+            fi
+        };
         if
-        :: dead -> goto gone
-        :: !dead && !won -> goto end_take      /* stale: nothing was written */
-        :: !dead && won -> skip
-        fi;
-        if
-        :: dead -> goto gone
-        :: !dead -> skip                       /* accept */
-        :: !dead -> goto refuse
+        :: skip                                /* accept */
+        :: goto refuse
         fi;
 chunk:
         if
-        :: dead -> goto gone
-        :: !dead && segment[s].free_poison -> goto abort        /* cancelled, or severed */
+        :: segment[s].free_poison -> goto abort                 /* cancelled, or severed */
 #ifndef STEADFAST
-        :: !dead -> goto abort                                  /* dropped, panicked, source failed */
+        :: goto abort                                           /* dropped, panicked, source failed */
 #endif
-        :: atomic { !dead && !segment[s].free_poison && segment[s].free > 0 -> segment[s].free-- }
+        :: atomic { !segment[s].free_poison && segment[s].free > 0 -> segment[s].free-- }
         fi;
+        atomic {
+            /* The file is read into the slot, whatever has become of the connection meanwhile. */
+            assert(ours(s, g));
+            assert(segment[s].phase == Accepted || segment[s].phase == Announced);
+            segment[s].tag[cursor] = g;
+            sent++;
+            segment[s].last[cursor] = (sent == CHUNKS)
+        };
         if
-        :: dead -> goto gone
-        :: atomic { !dead ->
-                /* The file is read into the slot. */
-                assert(ours(s, g));
-                assert(segment[s].phase == Accepted || segment[s].phase == Announced);
-                segment[s].tag[cursor] = g;
-                sent++;
-                segment[s].last[cursor] = (sent == CHUNKS)
-            }
+        :: atomic { sent == 1 -> advance(s, g, Accepted, Announced, won); assert(won) }
+        :: sent > 1
         fi;
-        if
-        :: dead -> goto gone
-        :: !dead && sent == 1 -> advance(!dead, s, g, Accepted, Announced, won); assert(won || dead)
-        :: !dead && sent > 1 -> skip
-        fi;
-        if
-        :: dead -> goto gone
-        :: atomic { !dead -> assert(ours(s, g)); segment[s].filled++; assert(segment[s].filled <= SLOTS) }
-        fi;
-        cursor = (cursor + 1) % SLOTS;
-        if
-        :: dead -> goto gone
-        :: !dead && sent < CHUNKS -> goto chunk
-        :: !dead && sent == CHUNKS -> advance(!dead, s, g, Announced, Finished, won); assert(won || dead); goto end_take
-        fi;
+        atomic { assert(ours(s, g)); segment[s].filled++; assert(segment[s].filled <= SLOTS);
+            cursor = (cursor + 1) % SLOTS;
+            if
+            :: sent < CHUNKS -> goto chunk
+            :: else -> skip
+            fi
+        };
+        covered[me] = false;
+        advance(s, g, Announced, Finished, won);                /* the last write */
+        goto left;
 refuse:
-        if
-        :: dead -> goto gone
-        :: atomic { !dead -> segment[s].free--; segment[s].last[0] = true; segment[s].tag[0] = g }
-        fi;
-        if
-        :: dead -> goto gone
-        :: atomic { !dead -> assert(ours(s, g)); segment[s].filled++ }
-        fi;
-        if
-        :: dead -> goto gone
-        :: !dead -> advance(!dead, s, g, Accepted, Refused, won); assert(won || dead); goto end_take
-        fi;
+        atomic { segment[s].free--; segment[s].last[0] = true; segment[s].tag[0] = g };
+        atomic { assert(ours(s, g)); segment[s].filled++; assert(segment[s].filled <= SLOTS) };
+        covered[me] = false;
+        advance(s, g, Accepted, Refused, won);                  /* the last write */
+        goto left;
 abort:
-        if
-        :: dead -> goto gone
-        :: atomic { !dead -> assert(ours(s, g)); segment[s].filled_poison = true }
-        fi;
-        if
-        :: dead -> goto gone
-        :: atomic { !dead ->
-                assert(segment[s].generation == g);
-                assert(segment[s].phase == Accepted || segment[s].phase == Announced);
-                segment[s].phase = Aborted              /* the last write */
-            }
-        fi
-    :: dead || (receiver_done && empty(requests)) -> goto gone
-    od;
-gone:
-    skip
+        atomic { assert(ours(s, g)); segment[s].filled_poison = true };
+        covered[me] = false;
+        atomic {
+            won = (segment[s].generation == g
+                && (segment[s].phase == Accepted || segment[s].phase == Announced));
+            segment[s].phase = Aborted                          /* the last write */
+        };
+left:
+        atomic { assert(won); s = 0; g = 0; cursor = 0; sent = 0; won = false; goto end_take }
+#ifdef HANGUPS
+    :: hung_up[server_of(me)]                  /* it takes nothing more from this connection */
+#endif
+    fi
+    } until_dead(server_of(me))
 }
 
 #ifdef CRASHES
 active proctype Death() {
-    dead = true
+    atomic { dead[0] = true; hung_up[0] = true }
 }
 #endif
 
-/* The receiver's process learns of the death, and poisons what is enrolled, under the link's lock. */
-active proctype Watcher() {
-    if
-    :: atomic { dead -> severed = true;
+#ifdef HANGUPS
+/* The receiver dropped its requester, or the server dropped the client. Both live on. */
+active proctype HangUp() {
+    hung_up[0] = true
+}
+#endif
+
+#ifdef ORPHANS
+active proctype Orphaning() {
+    atomic {
+        orphaned = true; hung_up[0] = true;
+#ifdef HANGUPS
+        hung_up[1] = true
+#endif
+    }
+}
+#endif
+
+/* The receiver's process learns that a connection ended, and poisons what its own side waits on:
+   `filled` of what is enrolled, under the link's lock. */
+proctype ReceiversWatcher(byte link) {
+end_watch:
+    {
+        atomic { hung_up[link] -> receivers_link_severed[link] = true;
             if
-            :: enrolled ->
-                segment[leased_segment].filled_poison = true;
-                segment[leased_segment].free_poison = true
+            :: enrolled && enrolled_link == link ->
+                assert(segment[enrolled_segment].generation == enrolled_generation);
+                segment[enrolled_segment].filled_poison = true
             :: else -> skip
             fi
         }
-    :: receiver_done
-    fi
+    } until_orphaned
 }
 
+/* A server's process learns of it, too, and poisons `free` of what its workers are on. */
+proctype SendersWatcher(byte link) {
+    byte w;
+end_watch:
+    {
+        atomic { hung_up[link] -> senders_link_severed[link] = true;
+            w = 0;
+            do
+            :: w < WORKERS ->
+                if
+                :: covered[w] && server_of(w) == link ->
+                    assert(ours(covered_segment[w], covered_generation[w]));
+                    segment[covered_segment[w]].free_poison = true
+                :: else -> skip
+                fi;
+                w++
+            :: else -> break
+            od;
+            w = 0
+        }
+    } until_dead(link)
+}
+
+/* The request goes over the connection to the server that is there, and the transfer is enrolled
+   with that link, unless it is over by then. */
+inline send(s, g, link) {
+    atomic {
+#ifdef HANGUPS
+        link = (receivers_link_severed[0] -> 1 : 0);
+#endif
+        requests[link] ! s, g
+    };
+    atomic {
+        if
+        :: g > over ->
+            enrolled = true; enrolled_link = link; enrolled_segment = s; enrolled_generation = g;
+            if
+            :: receivers_link_severed[link] ->
+                assert(segment[s].generation == g);
+                segment[s].filled_poison = true
+            :: else -> skip
+            fi
+        :: else -> skip
+        fi
+    }
+}
+
+#ifdef APART
+/* The thread that sends requests. One that cannot be sent is dropped, which ends its transfer. */
+proctype Requester() {
+    byte s, g, link;
+end_idle:
+    {
+    if
+    :: unsent ? s, g ->
+        if
+        :: send(s, g, link)
+        :: atomic {
+                /* Under the offer's lock: the transfer cannot end meanwhile. */
+                if
+                :: g > over && segment[s].generation == g && segment[s].phase == Offered ->
+                    segment[s].phase = Withdrawn; segment[s].filled_poison = true
+                :: else -> skip
+                fi
+            }
+        fi;
+        atomic { s = 0; g = 0; link = 0; goto end_idle }
+    fi
+    } until_orphaned
+}
+#endif
+
 active proctype Receiver() {
-    byte g = 1, s = 0, fresh = 0, cursor;
-    bool won, lingering = false, found;
+    byte g = 1, s = 0, fresh = 0, cursor, link;
+    bool won, lingering = false, severed;
 
-    segment[0].phase = Idle;
-    run Worker(); run Worker();
-
+    atomic {
+        segment[0].phase = Idle;
+        run Worker(0); run Worker(1);
+        run ReceiversWatcher(0); run SendersWatcher(0);
+#ifdef HANGUPS
+        run ReceiversWatcher(1); run SendersWatcher(1);
+#endif
+#ifdef APART
+        run Requester();
+#endif
+    };
+    {
     do
     :: g <= GENERATIONS ->
         /* Lease: an idle segment, or a lingering one that settles, or a fresh one in its place. */
@@ -185,7 +325,8 @@ active proctype Receiver() {
             do
             :: atomic { off(segment[s].phase) -> segment[s].phase = Idle; break }
             /* Hung up and dead for certain: by compare-exchange, as everything. */
-            :: atomic { severed && dead && !off(segment[s].phase) -> segment[s].phase = Idle; break }
+            :: atomic { receivers_link_severed[link] && dead[link] && !off(segment[s].phase) ->
+                    segment[s].phase = Idle; break }
             /* The grace is over. */
             :: atomic { !off(segment[s].phase) ->
                     segment[s].retired = true; fresh++; s = fresh; segment[s].phase = Idle; break }
@@ -194,23 +335,21 @@ active proctype Receiver() {
         fi;
 
         /* Offer: reset, then open the next generation. */
-        segment[s].filled = 0; segment[s].free = SLOTS;
-        segment[s].filled_poison = false; segment[s].free_poison = false;
-        segment[s].cancelled = false;
-        cursor = 0; found = false;
+        atomic {
+            segment[s].filled = 0; segment[s].free = SLOTS;
+            segment[s].filled_poison = false; segment[s].free_poison = false;
+            segment[s].cancelled = false;
+        }
         atomic {
             assert(segment[s].phase == Idle);
-            segment[s].generation = g; segment[s].phase = Offered;
-            leased = g; leased_segment = s
+            cursor = 0;
+            segment[s].generation = g; segment[s].phase = Offered
         };
-        requests ! s, g;
-        /* Sent, then enrolled; a link that is severed already poisons at once. */
-        atomic { enrolled = true;
-            if
-            :: severed -> segment[s].filled_poison = true; segment[s].free_poison = true
-            :: else -> skip
-            fi
-        };
+#ifdef APART
+        unsent ! s, g;
+#else
+        send(s, g, link);
+#endif
 
         /* Take filled slots until the last. Permits are drained before poison is looked at. */
         do
@@ -221,9 +360,9 @@ active proctype Receiver() {
             assert(segment[s].tag[cursor] == g);
             if
             :: segment[s].last[cursor] -> break
-            :: !segment[s].last[cursor] ->
-                cursor = (cursor + 1) % SLOTS;
-                atomic { segment[s].free++; assert(segment[s].free <= SLOTS) }
+            :: atomic { !segment[s].last[cursor] ->
+                    cursor = (cursor + 1) % SLOTS;
+                    segment[s].free++; assert(segment[s].free <= SLOTS) }
             fi
         :: atomic { segment[s].filled == 0 && segment[s].filled_poison -> break }
         :: segment[s].filled > 0 -> break           /* the receiver is dropped early */
@@ -233,20 +372,31 @@ active proctype Receiver() {
         od;
 
         /* Drop: out of the link's reach, withdraw or cancel, give back. */
-        atomic { enrolled = false };
-        advance(true, s, g, Offered, Withdrawn, won);
-        if
-        :: segment[s].phase == Accepted || segment[s].phase == Announced ->
-            segment[s].cancelled = true;
-            segment[s].free_poison = true
-        :: else -> skip
-        fi;
-        atomic {
-            if
-            :: off(segment[s].phase) -> segment[s].phase = Idle
-            :: else -> lingering = true
-            fi
+        atomic { over = g;
+            severed = enrolled && receivers_link_severed[enrolled_link];
+            link = (enrolled -> enrolled_link : 0);
+            enrolled = false; enrolled_segment = 0; enrolled_generation = 0; enrolled_link = 0
         };
+        advance(s, g, Offered, Withdrawn, won);
+        if
+        :: severed && won ->
+            /* No sender has it, and none can take it any more: it is asked again, through this same
+               segment, by the next generation, of the successor. */
+            segment[s].phase = Idle
+        :: else ->
+            if
+            :: segment[s].phase == Accepted || segment[s].phase == Announced ->
+                segment[s].cancelled = true;
+                segment[s].free_poison = true
+            :: else -> skip
+            fi;
+            atomic {
+                if
+                :: off(segment[s].phase) -> segment[s].phase = Idle
+                :: else -> lingering = true
+                fi
+            }
+        fi;
         g++
     :: g > GENERATIONS -> break
     od;
@@ -254,4 +404,5 @@ active proctype Receiver() {
     assert(lingering || segment[s].phase == Idle);
     assert(!segment[s].retired);
     receiver_done = true
+    } until_orphaned
 }

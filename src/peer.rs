@@ -78,6 +78,9 @@ struct LinkState {
     enrolled: BTreeMap<u64, Option<Arc<dyn Poison>>>,
     next: u64,
     relief: Option<Relief>,
+    /// What a model says of the peer's process, which it does not have.
+    #[cfg(loom)]
+    peer_is_dead: bool,
 }
 
 /// What is to happen once fewer than `below` are enrolled.
@@ -185,8 +188,18 @@ impl Link {
     #[cfg(target_os = "linux")]
     pub(crate) fn wait_dead(&self, deadline: Deadline) -> bool {
         use rustix::event::PollFlags;
+        #[cfg(loom)]
+        if lock(&self.state).peer_is_dead {
+            return true;
+        }
         let Some(process) = &self.process else { return false };
         crate::sync::wait_ready(process, PollFlags::IN, deadline).unwrap_or(false)
+    }
+
+    /// For models: the peer's process has ended. What it wrote before is seen by all who learn of it.
+    #[cfg(loom)]
+    pub(crate) fn peer_died(&self) {
+        lock(&self.state).peer_is_dead = true;
     }
 
     /// There is no telling.

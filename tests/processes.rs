@@ -154,6 +154,7 @@ over_both! {
     a_request_whose_transfer_is_gone_is_stale_and_harms_nobody,
     a_queue_that_is_dropped_hangs_up_and_aborts_nothing,
     a_stopped_sender_writes_to_nobody_afterwards,
+    a_hang_up_on_a_sender_that_lives_is_not_taken_for_its_death,
     a_hundred_thousand_transfers_at_random,
 }
 
@@ -656,6 +657,31 @@ fn a_stopped_sender_writes_to_nobody_afterwards<C: Carrier>() {
         assert!(read_all(ask::<C>(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
     }
     assert_eq!((id_of(&pool), pool.stats().retired), (fresh, 1));
+}
+
+fn a_hang_up_on_a_sender_that_lives_is_not_taken_for_its_death<C: Carrier>() {
+    let _watchdog = watchdog();
+    let place = Place::over(C::TRANSPORT);
+    let address = &place.cache_address();
+    let pool = pool::<C>(1, 2);
+    let requester = C::requester(address, &pool);
+    let mut server = Other::start("send when told", &place);
+    server.wait_for("ready");
+    let old = ask::<C>(&requester, &pool, 0).unwrap();
+    server.wait_for("sent");
+    drop((old, requester));
+
+    // The connection is gone, but the sender's process is not. It may still write to the
+    // segment, which is therefore replaced (rule P6).
+    let fresh = pool.lease(soon()).unwrap().segment().id();
+    assert_eq!((fresh.index(), pool.stats().retired), (1, 1));
+    server.nudge();
+    server.wait_for("old");
+    let requester = C::requester(address, &pool);
+    for len in [1, 5000, 100_000] {
+        assert!(read_all(ask::<C>(&requester, &pool, len).unwrap()) == pattern(len), "{len}");
+    }
+    assert_eq!(pool.stats().retired, 1);
 }
 
 #[test]

@@ -610,3 +610,235 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
         watcher.join().unwrap();
     });
 }
+
+#[test]
+fn a_hang_up_on_a_sender_that_lives_gives_no_segment_back_before_it_has_left() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        let old = thread::spawn(move || drop(send(asking, &[1, 1])));
+        ours.sever(|| None);
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        old.join().unwrap();
+    });
+}
+
+#[test]
+fn a_hang_up_on_a_sender_that_lives_and_lingers_has_its_segment_replaced() {
+    model(|| {
+        let pool = pool(1, IMPATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        let old = thread::spawn(move || drop(send(asking, &[1, 1])));
+        ours.sever(|| None);
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        old.join().unwrap();
+    });
+}
+
+#[test]
+fn a_segment_whose_sender_died_is_leased_again() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        let sending = asking.accept(2).unwrap();
+        let dying = {
+            let ours = Arc::clone(&ours);
+            thread::spawn(move || {
+                sending.die();
+                ours.peer_died();
+            })
+        };
+        ours.sever(|| None);
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        dying.join().unwrap();
+    });
+}
+
+#[test]
+fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        let dying = {
+            let ours = Arc::clone(&ours);
+            thread::spawn(move || {
+                // It dies with its first chunk sent and the second slot in hand, or before.
+                if let Ok(mut sending) = asking.accept(2) {
+                    let slot = sending.next_slot(Deadline::NEVER);
+                    if slot.is_ok_and(|slot| slot.send(&[1]).is_ok()) {
+                        let _ = sending.next_slot(Deadline::NEVER).map(drop);
+                    }
+                    sending.die();
+                }
+                ours.peer_died();
+            })
+        };
+        let watcher = {
+            let ours = Arc::clone(&ours);
+            thread::spawn(move || ours.sever(|| None))
+        };
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        // Replaced only if it died between two looks, which saw two phases.
+        assert!(pool.stats().retired <= 1);
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        dying.join().unwrap();
+        watcher.join().unwrap();
+    });
+}
+
+#[test]
+fn a_link_severed_in_the_midst_costs_the_transfer_and_not_the_segment() {
+    model(|| {
+        let pool = pool(2, PATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        let old = thread::spawn(move || drop(send(asking, &[1, 2])));
+        let watcher = thread::spawn(move || ours.sever(|| None));
+        match receive(asked) {
+            Ok(bytes) => assert_eq!(bytes, [1, 2]),
+            Err(Error::Disconnected) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        assert_eq!(send(asking, &[3]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [3]);
+        old.join().unwrap();
+        watcher.join().unwrap();
+    });
+}
+
+#[test]
+fn a_request_dropped_unsent_poisons_nothing_of_the_next_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
+        let requester = thread::spawn(move || drop(request));
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        requester.join().unwrap();
+    });
+}
+
+#[test]
+fn a_request_sent_after_its_transfer_is_over_poisons_nothing_of_the_next_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let ours = link();
+        let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
+        let sending = {
+            let ours = Arc::clone(&ours);
+            thread::spawn(move || request.sent_over(&ours, None))
+        };
+        let watcher = thread::spawn(move || ours.sever(|| None));
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        sending.join().unwrap();
+        watcher.join().unwrap();
+    });
+}
+
+#[test]
+fn a_batch_that_is_cancelled_leaves_the_segment_to_the_next_generation() {
+    model(|| {
+        let pool = pool(2, PATIENT);
+        let (asked, asking) = ask(&pool);
+        let sender = thread::spawn(move || {
+            let mut sending = asking.accept(4).unwrap().in_batches();
+            for byte in 1..=4 {
+                let slot = sending.next_slot(Deadline::NEVER);
+                if let Err(error) = slot.and_then(|slot| slot.send(&[byte])) {
+                    assert!(matches!(error, Error::Cancelled), "{error:?}");
+                    return;
+                }
+            }
+        });
+        let mut body = found(asked).unwrap();
+        assert_eq!(next(&mut body).unwrap(), Some(1));
+        drop(body);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        assert_eq!(send(asking, &[9]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [9]);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_request_dropped_although_a_sender_has_it_is_answered_or_withdrawn() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
+        let asking = request.begin_here(&link()).unwrap();
+        let requester = thread::spawn(move || drop(request));
+        let sender = thread::spawn(move || send(asking, &[1]));
+        let received = receive(asked);
+        match sender.join().unwrap() {
+            Ok(_) => assert_eq!(received.unwrap(), [1]),
+            Err(Error::Stale) => {
+                assert!(matches!(received, Err(Error::Misuse(Misuse::NeverSent))), "{received:?}");
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+        requester.join().unwrap();
+    });
+}
+
+#[test]
+fn a_sender_whose_link_is_severed_goes_on_to_its_next_look_at_free() {
+    model(|| {
+        let pool = pool(2, PATIENT);
+        let theirs = link();
+        let (asked, asking) = ask_over(&pool, &link(), &theirs);
+        let sender = thread::spawn(move || send(asking, &[1]));
+        let watcher = thread::spawn(move || theirs.sever(|| None));
+        let received = receive(asked);
+        // What it finished is received whole: its link ends its own waits only.
+        match sender.join().unwrap() {
+            Ok(_) => assert_eq!(received.unwrap(), [1]),
+            Err(Error::Disconnected) => {
+                assert!(matches!(received, Err(Error::Aborted)), "{received:?}");
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+        watcher.join().unwrap();
+    });
+}
+
+#[test]
+fn a_sender_is_not_stopped_by_a_hang_up_that_only_its_receiver_knows_of() {
+    model(|| {
+        let pool = pool(2, PATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        let sender = thread::spawn(move || send(asking, &[1, 2]));
+        ours.sever(|| None);
+        let sent = sender.join().unwrap();
+        assert_eq!(sent.unwrap(), 2);
+        // Everything was filled before the receiver looked.
+        assert_eq!(receive(asked).unwrap(), [1, 2]);
+    });
+}

@@ -154,6 +154,13 @@ impl ShmTransfer<Sender, Starting> {
 }
 
 impl ShmTransfer<Sender, Sending> {
+    /// For models: the sender's process ends here, and writes nothing any more.
+    #[cfg(loom)]
+    pub(crate) fn die(mut self) {
+        self.side.phase = Phase::Idle;
+        self.side.segment.disclaim(); // a word of that process's own
+    }
+
     /// How many bytes were announced.
     pub fn size(&self) -> Size {
         self.state.size
