@@ -76,9 +76,11 @@
 //! | --- | --- |
 //! | own segments and lease them | [`SegmentPool`], [`Lease`] |
 //! | ask and receive | [`Requester`], [`ShmTransfer<Receiver, Offered>`](ShmTransfer#method.reply) |
+//! | ask through restarts of the server | [`Requester::ask`] |
 //! | answer and send | [`RequestQueue`], [`ShmTransfer<Sender, Starting>`](ShmTransfer#method.accept) |
 //! | choose a queue | [`Seqpacket`] or [`PosixMq`] between processes, [`InProcess`] within one |
 //! | serve many at once without being held up by the slow ones | [`Crew`] |
+//! | free the segments that slow readers hold | [`Spool`], [`copy_to_or_spool`](ShmTransfer#method.copy_to_or_spool) |
 //! | attach more than a size | [`Metadata`] |
 //!
 //! | | [`Seqpacket`] with [`Memfd`] | [`PosixMq`] with [`Named`] |
@@ -92,7 +94,8 @@
 //!
 //! # Errors
 //! [`Error`] tells causes apart, and [`Error::fault`] whose they are. Every wait takes a
-//! [`Deadline`], or the transfer's patience, and ends at once when the peer's process ends:
+//! [`Deadline`], or the transfer's patience, which counts from the last byte that the other side took,
+//! and ends at once when the peer's process ends:
 //! [`Error::Disconnected`] is a dead peer, [`Error::Timeout`] one that lives and is late. What a
 //! sender had filled before it died is still delivered first. Dropping anything, at any point, is
 //! safe: the other side is told, and the segment comes back or is replaced.
