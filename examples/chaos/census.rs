@@ -4,6 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Result;
+use super::pools;
 use super::program::Holdings;
 use super::record::Group;
 use super::theatre::{POOL_LEN, ROLES, Role, SEGMENTS, Theatre};
@@ -23,15 +24,21 @@ const GLANCE: Duration = Duration::from_millis(10);
 /// Holds the clients back, and compares what each program holds with what it held when it was young.
 pub fn take(theatre: &mut Theatre) -> Result<()> {
     let stage = theatre.stage.clone();
-    if !stage.hold_back() {
+    if !theatre.hold_back() {
         stage.record.failed("hang", "clients do not come to an end");
     }
     for role in ROLES {
         let whole = stage.whole();
         let actor = theatre.actor(role)?;
+        let since = actor.since;
         if whole - actor.whole_before < WARM {
             continue;
         }
+        // Then all have a connection to it.
+        if !theatre.pools.as_ref().is_some_and(|pools| pools.all_answered_since(since)) {
+            continue;
+        }
+        let actor = theatre.actor(role)?;
         match actor.baseline.clone() {
             None => {
                 let holdings = settled(theatre, role)?;
@@ -50,7 +57,7 @@ pub fn take(theatre: &mut Theatre) -> Result<()> {
         thread::sleep(GLANCE);
     }
     stage.record.count(Group::Checks, "quiet moments");
-    stage.let_in();
+    theatre.let_in();
     Ok(())
 }
 
@@ -95,11 +102,11 @@ fn excess(now: &Holdings, baseline: &Holdings) -> Option<&'static str> {
     // A cache learns of segments one by one, by and by; of more than there are in the pool, never.
     if others(now) > others(baseline) + 3 {
         Some("descriptors")
-    } else if now.segments > baseline.segments.max(SEGMENTS + 4) {
+    } else if now.segments > baseline.segments.max(SEGMENTS + pools::SEGMENTS + 4) {
         Some("segments")
     } else if now.threads > baseline.threads.max(THREADS) {
         Some("threads")
-    } else if now.mappings > baseline.mappings + 4 * more_threads + 2 * SEGMENTS + 32 {
+    } else if now.mappings > baseline.mappings + 4 * more_threads + 2 * (SEGMENTS + pools::SEGMENTS) + 32 {
         Some("mappings")
     } else if now.resident > baseline.resident + POOL_LEN + (16 << 20) {
         Some("memory")

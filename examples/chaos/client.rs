@@ -1,7 +1,7 @@
 //! A client of the proxy: what it asks for, how it behaves, and what came of that.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,14 @@ pub enum Plan {
         pause: Duration,
         times: u64,
     },
+    /// Reads at this rate, in bytes a second, for so long, and then what is left at once.
+    Steady {
+        file: FileId,
+        rate: u32,
+        span: Duration,
+    },
+    /// Asks, and says at once that no more will come.
+    HalfClosed(FileId),
     /// Sends so much of a request; then leaves, or waits for what comes.
     Unfinished {
         len: usize,
@@ -98,7 +106,9 @@ impl Plan {
     pub fn ends_well(&self, ending: &Ending, files: &Files) -> bool {
         match (self, ending) {
             (Plan::Fetch(file), Ending::Short) => files.is_shifting(*file),
-            (Plan::Fetch(_), ending) => matches!(ending, Ending::Whole),
+            (Plan::Fetch(_) | Plan::HalfClosed(_) | Plan::Steady { .. }, ending) => {
+                matches!(ending, Ending::Whole)
+            }
             (Plan::Absent(_), ending) => matches!(ending, Ending::Miss),
             (Plan::Malformed(_), ending) => matches!(ending, Ending::Invalid),
             (Plan::Cancel { .. }, ending) => matches!(ending, Ending::Left | Ending::Whole),
@@ -121,6 +131,10 @@ impl Plan {
             Plan::Dawdle { file, step, pause, .. } => {
                 format!("dawdle over {}: {pause:?} after {step} bytes", files.key(*file))
             }
+            Plan::Steady { file, rate, .. } => {
+                format!("read {} steadily, {rate} bytes a second", files.key(*file))
+            }
+            Plan::HalfClosed(file) => format!("ask for {} and half-close", files.key(*file)),
             Plan::Unfinished { len, leaves } => format!("send {len} bytes of a request, leaves: {leaves}"),
         }
     }
@@ -211,6 +225,33 @@ impl Exchange<'_> {
                     }
                     thread::sleep(pause); // being slow is what it is here for
                 }
+                self.read_on(&mut body, u64::MAX)
+            }
+            Plan::Steady { file, rate, span } => {
+                // With more, the system takes in 100 KB at a time, and the other side sees no progress
+                // for longer than the time-out.
+                let small = rustix::net::sockopt::set_socket_recv_buffer_size(&self.stream, 16 << 10);
+                small.map_err(|_| Ending::Refused)?;
+                self.request(&self.files.key(file));
+                let mut body = self.body(Some(file))?;
+                let start = Instant::now();
+                while start.elapsed() < span {
+                    // A step every 40 ms or so, and none is made up for.
+                    let so_far = self.read_on(&mut body, u64::from(rate / 25))?;
+                    if !matches!(so_far, Ending::Left) {
+                        return Ok(so_far);
+                    }
+                    thread::sleep(Duration::from_millis(40));
+                }
+                // All that the proxy's system had taken in comes even when the proxy has given up:
+                // only the end tells.
+                self.read_on(&mut body, u64::MAX)
+            }
+            Plan::HalfClosed(file) => {
+                self.request(&self.files.key(file));
+                // Fails only where the server has hung up.
+                let _ = self.stream.shutdown(Shutdown::Write);
+                let mut body = self.body(Some(file))?;
                 self.read_on(&mut body, u64::MAX)
             }
             Plan::Unfinished { len, leaves } => {

@@ -1,15 +1,16 @@
 //! The crowd of clients: each on a thread of its own, all held back at quiet moments.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::chance::Dice;
-use super::client::{Ending, Plan, WATCHDOG, private_address};
+use super::client::{Ending, Plan, private_address};
 use super::files::Files;
-use super::record::{Group, Record, lock};
+use super::gate::Gate;
+use super::record::{Group, Record};
 
 const CLIENTS: u64 = 10;
 
@@ -24,14 +25,7 @@ pub struct Stage {
     pub record: Record,
     port: AtomicU16,
     whole: AtomicU64,
-    gate: Mutex<Gate>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Gate {
-    closed: bool,
-    inside: u64,
+    pub gate: Gate,
 }
 
 impl Stage {
@@ -43,8 +37,7 @@ impl Stage {
             record: Record::new(),
             port: AtomicU16::new(0),
             whole: AtomicU64::new(0),
-            gate: Mutex::default(),
-            changed: Condvar::new(),
+            gate: Gate::default(),
         }
     }
 
@@ -61,37 +54,6 @@ impl Stage {
     pub fn whole(&self) -> u64 {
         self.whole.load(SeqCst)
     }
-
-    /// Lets nobody in, and waits until all are out; whether they are.
-    pub fn hold_back(&self) -> bool {
-        let end = Instant::now() + 2 * WATCHDOG;
-        let mut gate = lock(&self.gate);
-        gate.closed = true;
-        while gate.inside > 0 && Instant::now() < end {
-            let left = end.saturating_duration_since(Instant::now());
-            gate = self.changed.wait_timeout(gate, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        gate.inside == 0
-    }
-
-    pub fn let_in(&self) {
-        lock(&self.gate).closed = false;
-        self.changed.notify_all();
-    }
-
-    /// Does something when the gate is open.
-    fn inside<T>(&self, exchange: impl FnOnce() -> T) -> T {
-        let mut gate = lock(&self.gate);
-        while gate.closed {
-            gate = self.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
-        }
-        gate.inside += 1;
-        drop(gate);
-        let result = exchange();
-        lock(&self.gate).inside -= 1;
-        self.changed.notify_all();
-        result
-    }
 }
 
 /// Has clients come until the run is over.
@@ -103,7 +65,8 @@ pub fn gather(stage: &Arc<Stage>) -> Vec<JoinHandle<()>> {
                 let mut number = 0;
                 while !stage.record.is_over() {
                     let mut dice = Dice::of(stage.seed, CLIENT + client, number);
-                    stage.inside(|| serve_one(&stage, &mut dice));
+                    let plan = Plan::draw(&mut dice, &stage.files, stage.timeout);
+                    stage.gate.inside(|| carry_out(&stage, &plan));
                     thread::sleep(Duration::from_millis(dice.roll(THINKING)));
                     number += 1;
                 }
@@ -115,9 +78,9 @@ pub fn gather(stage: &Arc<Stage>) -> Vec<JoinHandle<()>> {
 /// Whose dice they are.
 const CLIENT: u64 = 1000;
 
-fn serve_one(stage: &Stage, dice: &mut Dice) {
-    let plan = Plan::draw(dice, &stage.files, stage.timeout);
-    let (start, epoch) = (Instant::now(), stage.record.epoch());
+/// Does it, notes how it ended, and whether that may be.
+pub fn carry_out(stage: &Stage, plan: &Plan) {
+    let start = Instant::now();
     let ending = plan.carry_out(stage.address(), &stage.files);
     let told = |what: &str| {
         format!("{}: {what}, {:.2} s after it began", plan.name(&stage.files), start.elapsed().as_secs_f64())
@@ -147,7 +110,7 @@ fn serve_one(stage: &Stage, dice: &mut Dice) {
     // Without a fault that could excuse it, everything ends as it should.
     let excused =
         matches!(ending, Ending::Hang(_) | Ending::Wrong(_)) || plan.ends_well(&ending, &stage.files);
-    if !excused && stage.record.was_calm_since(epoch) {
+    if !excused && stage.record.was_calm_since(start) {
         stage.record.failed("failed in calm", &told(name));
     }
 }

@@ -1,5 +1,6 @@
 //! The faults: drawn by the dice, carried out, and undone.
 
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -7,17 +8,22 @@ use rustix::process::Signal;
 
 use super::Result;
 use super::chance::Dice;
+use super::limits::Squeeze;
 use super::memory::Filler;
 use super::program::wait_until;
 use super::record::Group;
 use super::strace::{Failure, Tracer};
-use super::theatre::{POOL_LEN, ROLES, Role, Theatre};
+use super::theatre::{LATE, POOL_LEN, ROLES, Role, Theatre};
+use super::users::Silent;
+use super::weather::Weather;
 
 /// What is done to the programs.
 pub enum Fault {
     Kill(Role),
     KillBoth,
     Terminate(Role),
+    /// Asks the cache to end, and starts its successor at once.
+    Succeed,
     /// Stops it, and lets it go on.
     Stop(Role, Duration),
     StopBoth(Duration),
@@ -27,6 +33,10 @@ pub enum Fault {
     Inject(Role, Failure),
     /// Has calls fail from a successor's first on.
     InjectAtStart(Role, Failure),
+    /// Has no thread be spawned, while clients come.
+    NoThreads(Role, Failure),
+    /// Leaves a program the descriptors that it has.
+    NoDescriptors(Role, Duration),
     /// Leaves a successor so many bytes of shared memory.
     FillAtStart(Role, u64),
     /// Leaves a proxy that many while its segments are retired.
@@ -50,7 +60,8 @@ impl Fault {
             _ => Duration::from_millis(dice.roll(400)),
         };
         let left = dice.pick(&[0, 4096, 70_000, POOL_LEN / 2, POOL_LEN - 5000, POOL_LEN + 100_000]);
-        let kind = dice.roll(100);
+        let kind = dice.roll(124);
+        let span = Duration::from_millis(300 + dice.roll(1500));
         let failure = Failure::draw(dice, if (82..90).contains(&kind) { mortal } else { role });
         match kind {
             0..18 => Fault::Kill(mortal),
@@ -62,7 +73,10 @@ impl Fault {
             55..82 => Fault::Inject(role, failure),
             82..90 => Fault::InjectAtStart(mortal, failure),
             90..97 => Fault::FillAtStart(mortal, left),
-            _ => Fault::FillWhileStopped(left),
+            97..100 => Fault::FillWhileStopped(left),
+            100..108 if mortal == Role::Cache => Fault::Succeed,
+            100..116 => Fault::NoDescriptors(role, span),
+            _ => Fault::NoThreads(role, Failure::of_threads(span)),
         }
     }
 
@@ -73,6 +87,9 @@ impl Fault {
             Fault::Kill(role) => format!("kill {role:?}"),
             Fault::KillBoth => "kill both".to_owned(),
             Fault::Terminate(role) => format!("restart {role:?}"),
+            Fault::Succeed => "a successor at once".to_owned(),
+            Fault::NoThreads(role, _) => format!("{role:?}: no threads"),
+            Fault::NoDescriptors(role, _) => format!("{role:?}: no descriptors"),
             Fault::Stop(role, moment) => format!("stop {role:?} {}", length(moment)),
             Fault::StopBoth(moment) => format!("stop both {}", length(moment)),
             Fault::StopAndKill(role) => format!("kill {role:?}, the other stopped"),
@@ -87,7 +104,10 @@ impl Fault {
     pub fn told(&self, timeout: Duration) -> String {
         let more = match self {
             Fault::Stop(_, moment) | Fault::StopBoth(moment) => format!("{moment:?}"),
-            Fault::Inject(_, failure) | Fault::InjectAtStart(_, failure) => format!("{failure:?}"),
+            Fault::NoDescriptors(_, span) => format!("{span:?}"),
+            Fault::Inject(_, failure) | Fault::InjectAtStart(_, failure) | Fault::NoThreads(_, failure) => {
+                format!("{failure:?}")
+            }
             Fault::FillAtStart(_, left) | Fault::FillWhileStopped(left) => format!("{left} bytes left"),
             _ => return self.kind(timeout),
         };
@@ -95,7 +115,34 @@ impl Fault {
     }
 
     pub fn needs_strace(&self) -> bool {
-        matches!(self, Fault::Inject(..) | Fault::InjectAtStart(..))
+        matches!(self, Fault::Inject(..) | Fault::InjectAtStart(..) | Fault::NoThreads(..))
+    }
+
+    /// What a request may suffer by it.
+    pub fn weather(&self) -> Weather {
+        if let Fault::Succeed = self { Weather::Orderly } else { Weather::Trouble }
+    }
+
+    /// Whether those who ask the cache themselves may notice.
+    pub fn reaches_cache(&self) -> bool {
+        match self {
+            Fault::Kill(role)
+            | Fault::Terminate(role)
+            | Fault::Stop(role, _)
+            | Fault::Inject(role, _)
+            | Fault::InjectAtStart(role, _)
+            | Fault::NoThreads(role, _)
+            | Fault::NoDescriptors(role, _) => *role == Role::Cache,
+            Fault::KillBoth | Fault::Succeed | Fault::StopBoth(_) | Fault::StopAndKill(_) => true,
+            // It is their memory, too.
+            Fault::FillAtStart(..) | Fault::FillWhileStopped(_) => true,
+        }
+    }
+
+    /// How soon the service must be back once it is undone.
+    pub fn late(&self) -> Duration {
+        // Longer, and it would be the silent clients' time-outs that end it.
+        if let Fault::NoThreads(..) = self { Duration::from_secs(2) } else { LATE }
     }
 
     pub fn needs_own_memory(&self) -> bool {
@@ -117,6 +164,25 @@ impl Fault {
             Fault::Terminate(role) => {
                 theatre.terminate(*role)?;
                 theatre.start(*role)
+            }
+            Fault::Succeed => theatre.succeed(),
+            Fault::NoThreads(role, failure) => {
+                let Ok(tracer) = Tracer::attach(theatre.program(*role)?.pid(), failure) else {
+                    return theatre.check_alive(false);
+                };
+                // Each that is let in takes a thread for as long as it says nothing.
+                let stage = Arc::clone(&theatre.stage);
+                let mut dice = Dice::of(stage.seed, SILENT, stage.whole());
+                theatre.silent = (0..MANY).filter_map(|_| Silent::connect(&stage, &mut dice)).collect();
+                thread::sleep(failure.span);
+                tracer.detach()?;
+                theatre.check_alive(false)
+            }
+            Fault::NoDescriptors(role, span) => {
+                let squeeze = Squeeze::of(theatre.program(*role)?)?;
+                thread::sleep(*span);
+                squeeze.map_or(Ok(()), Squeeze::release)?;
+                theatre.check_alive(false)
             }
             Fault::Stop(role, moment) => {
                 stop(theatre, *role)?;
@@ -187,6 +253,12 @@ impl Fault {
         }
     }
 }
+
+/// More silent clients than a program has threads to spare.
+const MANY: u64 = 40;
+
+/// Whose dice they are.
+const SILENT: u64 = 5;
 
 fn stop(theatre: &mut Theatre, role: Role) -> Result<()> {
     let program = theatre.program(role)?;

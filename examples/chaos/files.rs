@@ -51,21 +51,37 @@ pub struct Candidate {
 
 impl Files {
     /// Writes them.
-    pub fn make(dir: PathBuf, dice: &mut Dice) -> Result<Files> {
+    pub fn make(dir: PathBuf, seed: u64) -> Result<Files> {
         fs::create_dir_all(&dir).map_err(told("files"))?;
-        let shifting: Vec<u64> = (0..SHIFTING).map(|_| shifting_len(dice)).collect();
+        let files = Files::of(dir, seed);
+        for shelf in &files.shelves {
+            for Version { seed, lens } in &*lock(&shelf.versions) {
+                write(&files.dir.join(&shelf.name), *seed, lens.last().map_or(0, |(len, _)| *len))?;
+            }
+        }
+        Ok(files)
+    }
+
+    /// Those that were written with this seed, before any of them has shifted.
+    pub fn of(dir: PathBuf, seed: u64) -> Files {
+        let mut dice = Dice::of(seed, 0, 0);
+        let shifting: Vec<u64> = (0..SHIFTING).map(|_| shifting_len(&mut dice)).collect();
         let lens = STEADY.into_iter().chain(shifting);
         let shelves = lens.zip(0..).map(|(len, number)| {
             let (name, seed) = (format!("f{number}"), dice.roll(u64::MAX));
-            write(&dir.join(&name), seed, len)?;
-            Ok(Shelf { name, versions: Mutex::new(vec![Version { seed, lens: vec![(len, None)] }]) })
+            Shelf { name, versions: Mutex::new(vec![Version { seed, lens: vec![(len, None)] }]) }
         });
-        let shelves = shelves.collect::<Result<_>>()?;
-        Ok(Files { dir, shelves })
+        let shelves = shelves.collect();
+        Files { dir, shelves }
     }
 
     pub fn small(&self, dice: &mut Dice) -> FileId {
         FileId(dice.roll(SMALL) as usize)
+    }
+
+    /// One that is larger than those, and not by much.
+    pub fn middling(&self, dice: &mut Dice) -> FileId {
+        FileId((SMALL + dice.roll(2)) as usize)
     }
 
     /// One that stays as it is, and has more bytes than a socket's buffers take.

@@ -4,20 +4,30 @@
 //! `cargo run --release --example chaos -- --seconds 60 --transport mq`. Decisions are at random, and the same again for
 //! the same `--seed`; when each comes to pass is up to the machine.
 
+#[path = "../common/address.rs"]
+#[allow(dead_code, reason = "the programs need other parts of it")]
+mod address;
+mod asker;
 mod census;
 mod chance;
 mod client;
 mod crowd;
 mod fault;
 mod files;
+mod gate;
 #[path = "../common/getfile.rs"]
 #[allow(dead_code, reason = "servers and tests need other parts of it")]
 mod getfile;
+mod limits;
+mod member;
 mod memory;
+mod pools;
 mod program;
 mod record;
 mod strace;
 mod theatre;
+mod users;
+mod weather;
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -26,12 +36,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use chance::Dice;
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use crowd::Stage;
 use fault::{Fault, Spared};
 use files::Files;
 use record::Group;
-use theatre::{ROLES, Role, Theatre};
+use theatre::{LATE, ROLES, Role, Theatre};
+use users::Users;
 
 /// Kill, stop, starve and confuse the programs, and check that every byte stays right.
 #[derive(Parser)]
@@ -48,6 +59,15 @@ struct Options {
     /// The time-out of both programs
     #[arg(long, value_name = "SECONDS", default_value_t = 3)]
     timeout: u64,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// Be one of the pools that ask the cache
+    #[command(hide = true)]
+    Member(member::Options),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -67,6 +87,9 @@ fn told<E: Display>(what: &str) -> impl Fn(E) -> String {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if let Some(Part::Member(options)) = options.part {
+        return member::run(options);
+    }
     let own_memory = memory::move_in();
     let seed = options.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_in_seconds());
     println!("chaos: {:?}, {} s, --seed {seed}", options.transport, options.seconds);
@@ -90,7 +113,7 @@ fn run(options: &Options, seed: u64, own_memory: bool) -> Result<bool> {
     let here = std::env::current_exe().map_err(told("finding the programs"))?;
     let programs = here.parent().ok_or("no directory of programs")?;
     let dir = tempfile::Builder::new().prefix("shmferry-chaos-").tempdir().map_err(told("a directory"))?;
-    let files = Files::make(dir.path().join("files"), &mut Dice::of(seed, 0, 0))?;
+    let files = Files::make(dir.path().join("files"), seed)?;
     let stage = Arc::new(Stage::new(seed, Duration::from_secs(options.timeout), files));
     let mut theatre = Theatre::open(Arc::clone(&stage), dir.path(), programs, options.transport, own_memory)?;
     let traces = strace::Tracer::is_possible();
@@ -103,14 +126,15 @@ fn run(options: &Options, seed: u64, own_memory: bool) -> Result<bool> {
     stop_when_asked(&stage)?;
 
     ROLES.into_iter().try_for_each(|role| theatre.start(role))?;
-    theatre.await_service("the start", &mut Dice::of(seed, START, 0))?;
+    theatre.await_service("the start", LATE, &mut Dice::of(seed, START, 0))?;
+    theatre.gather_pools()?;
     let mut threads = crowd::gather(&stage);
     threads.push(shift_files(&stage));
     threads.push(watch_the_machine(&stage));
     threads.push(tell_every_minute(&stage));
     let ended = trouble(&mut theatre, Duration::from_secs(options.seconds), traces);
     stage.record.end();
-    stage.let_in();
+    theatre.let_in();
     if let Err(error) = ended {
         stage.record.failed("the run broke off", &error);
     }
@@ -136,6 +160,9 @@ const FAULTS: u64 = 2;
 const SHIFTS: u64 = 3;
 const SEASONS: u64 = 4;
 
+/// Every so many decisions are not for a fault: in calm times everything is judged.
+const USERS: u64 = 8;
+
 /// One fault after the other, until the time is over.
 fn trouble(theatre: &mut Theatre, span: Duration, traces: bool) -> Result<()> {
     let stage = Arc::clone(&theatre.stage);
@@ -151,17 +178,24 @@ fn trouble(theatre: &mut Theatre, span: Duration, traces: bool) -> Result<()> {
         let mut dice = Dice::of(seed, FAULTS, number);
         number += 1;
         let lull = Duration::from_millis(dice.roll(1200));
+        if number % USERS == 0 {
+            let users = Users::draw(&mut dice, seed + number / USERS, stage.timeout);
+            record.decided(format!("{number}: {}", users.told()));
+            record.count(Group::Faults, users.kind());
+            users.act(theatre, &mut dice);
+            continue;
+        }
         let fault = Fault::draw(&mut dice, spared, stage.timeout);
         if (fault.needs_strace() && !traces) || (fault.needs_own_memory() && !theatre.has_own_memory) {
             continue;
         }
         thread::sleep(lull); // some time without a fault
         theatre.check_alive(false)?;
-        record.trouble();
+        record.begins(fault.weather(), fault.reaches_cache());
         record.decided(format!("{number}: {}", fault.told(stage.timeout)));
         record.count(Group::Faults, &fault.kind(stage.timeout));
         fault.carry_out(theatre)?;
-        theatre.await_service(&fault.told(stage.timeout), &mut dice)?;
+        theatre.await_service(&fault.told(stage.timeout), fault.late(), &mut dice)?;
         if number % 5 == 0 {
             census::take(theatre)?;
         }

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::weather::{Weather, Weathers};
+
 /// Decisions that are kept to be shown.
 const KEPT: usize = 40;
 
@@ -16,8 +18,10 @@ pub struct Record {
     start: Instant,
     counts: Mutex<BTreeMap<(Group, String), u64>>,
     decisions: Mutex<VecDeque<String>>,
-    /// Odd while there is a fault, or its effects may last.
-    epoch: AtomicU64,
+    /// For clients of the proxy.
+    pub weather: Weathers,
+    /// For those who ask the cache themselves.
+    pub cache_weather: Weathers,
     over: AtomicBool,
     failures: AtomicU64,
     worst_return: Mutex<Worst>,
@@ -37,6 +41,8 @@ struct Worst {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Group {
     Transfers,
+    /// Requests of those who ask the cache themselves.
+    Pools,
     Faults,
     Changes,
     Checks,
@@ -49,7 +55,8 @@ impl Record {
             start: Instant::now(),
             counts: Mutex::default(),
             decisions: Mutex::default(),
-            epoch: AtomicU64::new(1),
+            weather: Weathers::new(),
+            cache_weather: Weathers::new(),
             over: AtomicBool::new(false),
             failures: AtomicU64::new(0),
             worst_return: Mutex::default(),
@@ -59,11 +66,11 @@ impl Record {
     }
 
     pub fn count(&self, group: Group, what: &str) {
-        let mut counts = lock(&self.counts);
-        match counts.get_mut(&(group, what.to_owned())) {
-            Some(count) => *count += 1,
-            None => drop(counts.insert((group, what.to_owned()), 1)),
-        }
+        self.add(group, what, 1);
+    }
+
+    pub fn add(&self, group: Group, what: &str, n: u64) {
+        *lock(&self.counts).entry((group, what.to_owned())).or_default() += n;
     }
 
     /// Notes a decision.
@@ -93,24 +100,28 @@ impl Record {
 
     // ------------------------------------------------------------ trouble and calm
 
-    /// A fault begins.
-    pub fn trouble(&self) {
-        self.epoch.fetch_or(1, SeqCst);
+    /// Something begins; `reaches_cache` says whether those who ask the cache may notice.
+    pub fn begins(&self, weather: Weather, reaches_cache: bool) {
+        self.weather.set(weather);
+        if reaches_cache {
+            self.cache_weather.set(weather);
+        }
     }
 
-    /// The fault has ended, and the service has come back.
+    /// It has ended, and the service has come back.
     pub fn calm(&self) {
-        let epoch = self.epoch.load(SeqCst);
-        self.epoch.store((epoch | 1) + 1, SeqCst);
+        self.weather.set(Weather::Calm);
+        self.cache_weather.set(Weather::Calm);
     }
 
-    pub fn epoch(&self) -> u64 {
-        self.epoch.load(SeqCst)
+    /// Whether nothing was amiss from `start` to now that could excuse a failure.
+    pub fn was_calm_since(&self, start: Instant) -> bool {
+        self.weather.worst_since(start) == Weather::Calm && !self.is_machine_late()
     }
 
-    /// Whether nothing was amiss from `epoch` to now that could excuse a failure.
-    pub fn was_calm_since(&self, epoch: u64) -> bool {
-        epoch.is_multiple_of(2) && self.epoch() == epoch && self.recent_hiccup() < EXCUSE
+    /// Whether the machine itself has been so late that time-outs are nobody's fault.
+    pub fn is_machine_late(&self) -> bool {
+        self.recent_hiccup() >= EXCUSE
     }
 
     pub fn is_over(&self) -> bool {
@@ -188,7 +199,7 @@ impl Record {
             worst.after,
             self.worst_hiccup.load(SeqCst),
         );
-        for kind in ["wrong bytes", "hang", "leak", "left behind"] {
+        for kind in ["wrong bytes", "vanished", "hang", "leak", "left behind"] {
             let n = lock(&self.counts).get(&(Group::Failures, kind.to_owned())).copied().unwrap_or(0);
             text += &format!("{kind}: {n}\n");
         }
@@ -203,7 +214,7 @@ impl Record {
 /// How long lateness of the machine excuses what others are late with.
 const RECENT: Duration = Duration::from_secs(15);
 
-/// Lateness of the machine from which on time-outs are nobody's fault.
+/// Lateness of the machine from which on it excuses.
 const EXCUSE: Duration = Duration::from_millis(500);
 
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -12,7 +12,7 @@ use super::theatre::Role;
 use super::{Result, told};
 
 /// Calls, errors that they may have in life, and who makes them, if not both.
-const FAILURES: [(&str, &[&str], Option<Role>); 20] = [
+const FAILURES: [(&str, &[&str], Option<Role>); 21] = [
     ("mmap", &["ENOMEM"], None),
     ("epoll_ctl", &["ENOMEM", "ENOSPC"], None),
     ("epoll_wait,epoll_pwait,epoll_pwait2", &["EINTR"], None),
@@ -26,6 +26,7 @@ const FAILURES: [(&str, &[&str], Option<Role>); 20] = [
     ("openat2", &["EMFILE", "EIO", "ENOMEM", "EINTR", "EACCES"], Some(Role::Cache)),
     ("openat", &["EMFILE", "ENFILE", "ENOMEM", "EINTR"], None),
     ("memfd_create", &["EMFILE", "ENOMEM"], Some(Role::Proxy)),
+    ("socket", &["EMFILE", "ENFILE", "ENOMEM"], Some(Role::Proxy)),
     ("mq_open", &["EMFILE", "ENOSPC", "ENOMEM"], None),
     ("mq_timedreceive", &["EINTR"], Some(Role::Cache)),
     ("mq_timedsend", &["EINTR"], Some(Role::Proxy)),
@@ -41,22 +42,40 @@ const FAILURES: [(&str, &[&str], Option<Role>); 20] = [
 pub struct Failure {
     pub call: &'static str,
     errno: &'static str,
-    first: u64,
-    /// The last that may fail, and how far apart those that do; `None` for a single one.
-    more: Option<(u64, u64)>,
+    when: When,
     /// For how long.
     pub span: Duration,
 }
 
+/// Which of the calls fail.
+#[derive(Clone, Debug)]
+enum When {
+    /// This one.
+    Once(u64),
+    /// From the first to the last of these, so far apart.
+    Some {
+        first: u64,
+        last: u64,
+        apart: u64,
+    },
+    Always,
+}
+
 impl Failure {
+    /// No thread can be had for so long.
+    pub fn of_threads(span: Duration) -> Failure {
+        Failure { call: "clone,clone3", errno: "EAGAIN", when: When::Always, span }
+    }
+
     pub fn draw(dice: &mut Dice, role: Role) -> Failure {
         let of_role: Vec<_> =
             FAILURES.into_iter().filter(|(.., whose)| whose.is_none_or(|whose| whose == role)).collect();
         let (call, errnos, _) = dice.pick(&of_role);
         let errno = dice.pick(errnos);
         let first = 1 + dice.roll(20);
-        let more = (dice.roll(3) > 0).then_some((first + dice.roll(60), 1 + dice.roll(8)));
-        Failure { call, errno, first, more, span: Duration::from_millis(200 + dice.roll(1500)) }
+        let (more, length, apart) = (dice.roll(3) > 0, dice.roll(60), 1 + dice.roll(8));
+        let when = if more { When::Some { first, last: first + length, apart } } else { When::Once(first) };
+        Failure { call, errno, when, span: Duration::from_millis(200 + dice.roll(1500)) }
     }
 
     pub fn name(&self) -> String {
@@ -69,9 +88,10 @@ impl Failure {
     }
 
     fn expression(&self) -> String {
-        let when = match self.more {
-            None => self.first.to_string(),
-            Some((last, apart)) => format!("{}..{last}+{apart}", self.first),
+        let when = match self.when {
+            When::Once(number) => number.to_string(),
+            When::Some { first, last, apart } => format!("{first}..{last}+{apart}"),
+            When::Always => "1+".to_owned(),
         };
         format!("inject={}:error={}:when={when}", self.call, self.errno)
     }
@@ -90,7 +110,7 @@ impl Tracer {
             Ok(sleeper) => sleeper,
             Err(_) => return false,
         };
-        let probe = Failure { call: "futex", errno: "EINTR", first: 1, more: None, span: Duration::ZERO };
+        let probe = Failure { call: "futex", errno: "EINTR", when: When::Once(1), span: Duration::ZERO };
         let works = Tracer::attach(sleeper.id(), &probe).is_ok();
         // Fails only if it has ended.
         let _ = sleeper.kill();

@@ -12,8 +12,10 @@ use super::chance::Dice;
 use super::client::{Ending, WATCHDOG, private_address, probe};
 use super::crowd::Stage;
 use super::memory;
+use super::pools::{self, Pools};
 use super::program::{PATIENCE, Program, Recipe, living_in};
 use super::record::Group;
+use super::users::Silent;
 use super::{Result, Transport};
 
 /// Segments in the proxy's pool: enough for all clients, dawdlers included.
@@ -26,7 +28,7 @@ const SEGMENT_LEN: u64 = 256 << 10;
 pub const POOL_LEN: u64 = SEGMENTS as u64 * (SEGMENT_LEN + 8192);
 
 /// Later than this after the end of a fault is a failure.
-const LATE: Duration = Duration::from_secs(5);
+pub const LATE: Duration = Duration::from_secs(5);
 
 /// How soon to ask again.
 const GLANCE: Duration = Duration::from_millis(5);
@@ -45,6 +47,7 @@ pub struct Actor {
     pub program: Program,
     /// Whole transfers when it came.
     pub whole_before: u64,
+    pub since: Instant,
     pub baseline: Option<super::program::Holdings>,
     /// What it was made to suffer may have had it panic.
     pub excused: bool,
@@ -54,11 +57,17 @@ pub struct Theatre {
     pub stage: Arc<Stage>,
     dir: PathBuf,
     queue: String,
+    /// Of the cache.
+    address: String,
     transport: Transport,
     recipes: [Recipe; 2],
     actors: [Option<Actor>; 2],
     /// All that there ever were.
     pids: Vec<u32>,
+    /// Those who ask the cache themselves, once they have come.
+    pub pools: Option<Pools>,
+    /// Connections that are to outlast a fault.
+    pub silent: Vec<Silent>,
     pub has_own_memory: bool,
 }
 
@@ -107,8 +116,45 @@ impl Theatre {
                 return Err(format!("build the examples first: there is no {}", recipe.path.display()));
             }
         }
-        let (dir, actors) = (dir.to_owned(), [None, None]);
-        Ok(Theatre { stage, dir, queue, transport, recipes, actors, pids: Vec::new(), has_own_memory: own })
+        Ok(Theatre {
+            stage,
+            dir: dir.to_owned(),
+            queue,
+            address,
+            transport,
+            recipes,
+            actors: [None, None],
+            pids: Vec::new(),
+            pools: None,
+            silent: Vec::new(),
+            has_own_memory: own,
+        })
+    }
+
+    /// Has those come who ask the cache themselves.
+    pub fn gather_pools(&mut self) -> Result<()> {
+        self.pools = Some(Pools::gather(&self.stage, &self.address)?);
+        Ok(())
+    }
+
+    /// Holds all clients back; whether they came to an end.
+    pub fn hold_back(&mut self) -> bool {
+        let are_out = self.stage.gate.hold_back(2 * WATCHDOG);
+        self.pools.as_mut().is_none_or(Pools::hold_back) && are_out
+    }
+
+    pub fn let_in(&mut self) {
+        self.stage.gate.let_in();
+        if let Some(pools) = &mut self.pools {
+            pools.let_in();
+        }
+    }
+
+    /// Whether all pools are to ask with hardly a pause.
+    pub fn rush(&mut self, rushes: bool) {
+        if let Some(pools) = &mut self.pools {
+            pools.rush(rushes);
+        }
     }
 
     pub fn actor(&mut self, role: Role) -> Result<&mut Actor> {
@@ -153,12 +199,34 @@ impl Theatre {
                 if role == Role::Proxy {
                     self.stage.listens_at(port_of(&line)?);
                 }
-                let whole_before = self.stage.whole();
-                self.actors[role as usize] =
-                    Some(Actor { program, whole_before, baseline: None, excused: false });
+                self.actors[role as usize] = Some(Actor {
+                    program,
+                    whole_before: self.stage.whole(),
+                    since: Instant::now(),
+                    baseline: None,
+                    excused: false,
+                });
                 Ok(Ok(()))
             }
         }
+    }
+
+    /// Asks the cache to end, and starts its successor while it still winds down: as soon as the
+    /// address is to be had.
+    pub fn succeed(&mut self) -> Result<()> {
+        let Some(old) = self.actors[Role::Cache as usize].take() else { return Ok(()) };
+        old.program.signal(Signal::TERM);
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.start_unsure(Role::Cache)? {
+                Ok(()) => break,
+                Err((_, words)) if words.contains("is being served by") && Instant::now() < end => {
+                    thread::sleep(10 * GLANCE);
+                }
+                Err((status, words)) => return Err(format!("no successor came: {status}{words}")),
+            }
+        }
+        self.see_off(Role::Cache, old)
     }
 
     pub fn kill(&mut self, role: Role) {
@@ -170,8 +238,13 @@ impl Theatre {
 
     /// Asks a program to end, and checks that it does.
     pub fn terminate(&mut self, role: Role) -> Result<()> {
-        let Some(mut actor) = self.actors[role as usize].take() else { return Ok(()) };
+        let Some(actor) = self.actors[role as usize].take() else { return Ok(()) };
         actor.program.signal(Signal::TERM);
+        self.see_off(role, actor)
+    }
+
+    /// Waits for the end of one that was asked to.
+    fn see_off(&self, role: Role, mut actor: Actor) -> Result<()> {
         let record = &self.stage.record;
         match actor.program.wait(PATIENCE)? {
             Some(status) if status.success() => {}
@@ -213,8 +286,9 @@ impl Theatre {
 
     // ------------------------------------------------------------ service
 
-    /// Asks for a small file until it comes, and notes how long that took.
-    pub fn await_service(&mut self, after: &str, dice: &mut Dice) -> Result<()> {
+    /// Asks for a small file until it comes, and notes how long that took: more than `late` is a
+    /// failure.
+    pub fn await_service(&mut self, after: &str, late: Duration, dice: &mut Dice) -> Result<()> {
         let start = Instant::now();
         let stage = Arc::clone(&self.stage);
         let file = stage.files.small(dice);
@@ -260,9 +334,10 @@ impl Theatre {
         let took = start.elapsed();
         stage.record.returned(took, after);
         stage.record.count(Group::Checks, "returns of service");
-        if took > LATE && stage.record.recent_hiccup() < LATE / 2 {
+        if took > late && stage.record.recent_hiccup() < late / 2 {
             stage.record.failed("late service", &format!("{took:?} after {after}, {tries} tries"));
         }
+        self.silent.clear();
         stage.record.calm();
         Ok(())
     }
@@ -278,12 +353,13 @@ impl Theatre {
     pub fn names_needed(&self) -> usize {
         match self.transport {
             Transport::Unix => 0,
-            Transport::Mq => SEGMENTS + 3,
+            Transport::Mq => SEGMENTS + 3 + pools::NAMES,
         }
     }
 
     /// Ends both programs, and checks that nothing is left.
     pub fn close(&mut self) -> Result<()> {
+        self.pools.take().map_or(Ok(()), Pools::end)?;
         ROLES.into_iter().try_for_each(|role| self.terminate(role))?;
         let record = &self.stage.record;
         let left = |what: &str| record.failed("left behind", what);

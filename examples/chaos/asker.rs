@@ -1,0 +1,196 @@
+//! One pool with its requester: asks the cache for known files, checks every byte, and accounts for
+//! every request.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use shmferry::{
+    Awaited, Backing, Deadline, Error, Memfd, Named, PosixMq, Refusal, Reply, Requester, Result, SegmentPool,
+    Seqpacket, Size,
+};
+
+use super::address::Address;
+use super::chance::Dice;
+use super::files::{FileId, Files};
+
+/// Segments of each pool: one in use, and one that may be in the hands of a late cache.
+pub const SEGMENTS: u32 = 2;
+
+/// The bytes of a segment: larger files take several chunks.
+const SEGMENT_LEN: u64 = 16 << 10;
+
+/// How long a request may take that waits for a successor of the cache.
+pub const LONG: Duration = Duration::from_secs(12);
+
+/// How long any other may take.
+const SHORT: Duration = Duration::from_secs(2);
+
+/// How a request ended. There is no other way.
+pub enum Outcome {
+    /// With all bytes, each as it should be.
+    Answered,
+    /// The file is not there, as is right.
+    Refused,
+    /// With this error.
+    Failed { cause: String, is_timeout: bool, has_no_reply: bool },
+    /// With what may not be.
+    Wrong(String),
+}
+
+/// A request that has ended.
+pub struct Asked {
+    pub outcome: Outcome,
+    pub took: Duration,
+    /// Until its deadline.
+    pub patience: Duration,
+}
+
+/// Asks again and again.
+pub struct Asker {
+    address: Address,
+    seed: u64,
+    number: u64,
+    /// Requests so far, the one under way included.
+    begun: Arc<AtomicU64>,
+    way: Option<Box<dyn Way>>,
+}
+
+impl Asker {
+    /// Counts in `begun` what it asks, before it does.
+    pub fn new(address: Address, seed: u64, number: u64, begun: Arc<AtomicU64>) -> Asker {
+        Asker { address, seed, number, begun, way: None }
+    }
+
+    /// Asks for one file, and says for how long to think then. Nothing is asked where the system
+    /// has not got the memory for a pool.
+    pub fn ask(&mut self, files: &Files, rushes: bool) -> (Option<Asked>, Duration) {
+        let asked = self.begun.load(SeqCst);
+        let mut dice = Dice::of(self.seed, ASKER + self.number, asked);
+        if dice.roll(LIFETIME) == 0 {
+            self.way = None; // another process, as it were
+        }
+        let pause = self.pause(asked, rushes, &mut dice);
+        let patience = dice.pick(&[SHORT, SHORT, LONG]);
+        let wanted = match dice.roll(20) {
+            0 => None,
+            1 => Some(files.middling(&mut dice)),
+            _ => Some(files.small(&mut dice)),
+        };
+        let way = match self.way.take().map_or_else(|| open(&self.address), Ok) {
+            Ok(way) => self.way.insert(way),
+            Err(_) => return (None, LACKING),
+        };
+        self.begun.fetch_add(1, SeqCst);
+        let start = Instant::now();
+        let key = match wanted {
+            Some(file) => files.key(file),
+            None => format!("/absent/{}", dice.roll(1000)),
+        };
+        let outcome = match way.ask(&key, Deadline::after(patience)) {
+            Ok(answer) => answer.judge(files, wanted, start),
+            Err(error) => Outcome::Failed {
+                is_timeout: matches!(error, Error::Timeout(_)),
+                has_no_reply: matches!(error, Error::Timeout(Awaited::Reply)),
+                cause: error.to_string(),
+            },
+        };
+        (Some(Asked { outcome, took: start.elapsed(), patience }), pause)
+    }
+
+    /// Some ask without a pause for a while; most think each time, unless all are in a rush.
+    fn pause(&self, asked: u64, rushes: bool, dice: &mut Dice) -> Duration {
+        let is_eager = self.number.is_multiple_of(6) && !asked.is_multiple_of(50);
+        match dice.roll(400) {
+            thought if rushes => Duration::from_micros(thought),
+            _ if is_eager => Duration::ZERO,
+            thought => Duration::from_millis(100 + thought),
+        }
+    }
+}
+
+/// Whose dice they are.
+const ASKER: u64 = 1_000_000;
+
+/// Requests that a pool lives for, on average.
+const LIFETIME: u64 = 300;
+
+/// How long to wait for memory.
+const LACKING: Duration = Duration::from_millis(100);
+
+/// A pool and its queue, whatever the segments are made of.
+trait Way: Send {
+    fn ask(&self, key: &str, deadline: Deadline) -> Result<Answer>;
+}
+
+impl<B: Backing, Q: Requester<B>> Way for (SegmentPool<B>, Q) {
+    fn ask(&self, key: &str, deadline: Deadline) -> Result<Answer> {
+        let (pool, queue) = self;
+        let (request, transfer) = pool.lease(deadline)?.request(key)?;
+        queue.send(request, deadline)?;
+        Answer::read(transfer.reply(deadline)?, deadline)
+    }
+}
+
+fn open(address: &Address) -> Result<Box<dyn Way>> {
+    Ok(match address {
+        Address::Unix(path) => {
+            let pool = pool::<Memfd>()?;
+            let queue = Seqpacket::new(path).requester(&pool)?;
+            Box::new((pool, queue))
+        }
+        Address::Mq(name) => {
+            let pool = pool::<Named>()?;
+            let queue = PosixMq::new(name)?.requester(&pool);
+            Box::new((pool, queue))
+        }
+    })
+}
+
+fn pool<B: Backing>() -> Result<SegmentPool<B>> {
+    SegmentPool::builder().segments(SEGMENTS).segment_len(SEGMENT_LEN).slots(2).create()
+}
+
+/// What the cache has sent.
+enum Answer {
+    Refused(Refusal),
+    File(Size, Vec<u8>),
+}
+
+impl Answer {
+    fn read(reply: Reply, deadline: Deadline) -> Result<Answer> {
+        let mut body = match reply {
+            Reply::Refused(why) => return Ok(Answer::Refused(why)),
+            Reply::Found(body) => body,
+        };
+        let mut bytes = Vec::new();
+        while let Some(mut chunk) = body.next_chunk(deadline)? {
+            let at = bytes.len();
+            bytes.resize(at + chunk.len(), 0);
+            chunk.copy_to(&mut bytes[at..]);
+        }
+        Ok(Answer::File(body.size(), bytes))
+    }
+
+    fn judge(self, files: &Files, wanted: Option<FileId>, start: Instant) -> Outcome {
+        match (self, wanted) {
+            (Answer::Refused(Refusal::NotFound), None) => Outcome::Refused,
+            // What with, its own log tells.
+            (Answer::Refused(Refusal::Failed), _) => {
+                let cause = "the cache says that it failed".to_owned();
+                Outcome::Failed { cause, is_timeout: false, has_no_reply: false }
+            }
+            (Answer::Refused(why), _) => Outcome::Wrong(format!("refused: {why:?}")),
+            (Answer::File(..), None) => Outcome::Wrong("a file that is not there".to_owned()),
+            (Answer::File(size, bytes), Some(file)) => {
+                let candidates = files.candidates(file, bytes.len() as u64, start);
+                let is_right = candidates.iter().any(|candidate| candidate.has(0, &bytes));
+                if is_right && size == Size::Known(bytes.len() as u64) {
+                    Outcome::Answered
+                } else {
+                    Outcome::Wrong(format!("{} bytes of {size:?} for {}", bytes.len(), files.key(file)))
+                }
+            }
+        }
+    }
+}
