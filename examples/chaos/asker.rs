@@ -126,9 +126,8 @@ trait Way: Send {
 impl<B: Backing, Q: Requester<B>> Way for (SegmentPool<B>, Q) {
     fn ask(&self, key: &str, deadline: Deadline) -> Result<Answer> {
         let (pool, queue) = self;
-        let (request, transfer) = pool.lease(deadline)?.request(key)?;
-        queue.send(request, deadline)?;
-        Answer::read(transfer.reply(deadline)?, deadline)
+        let lease = pool.lease(deadline)?;
+        Answer::read(queue.ask(lease, key.as_bytes(), deadline)?, deadline)
     }
 }
 
@@ -179,6 +178,11 @@ impl Answer {
             (Answer::Refused(Refusal::Failed), _) => {
                 let cause = "the cache says that it failed".to_owned();
                 Outcome::Failed { cause, is_timeout: false, has_no_reply: false }
+            }
+            // The last answer before the deadline, for which no successor came in time.
+            (Answer::Refused(Refusal::Leaving), _) => {
+                let cause = "the cache ends, and no successor came in time".to_owned();
+                Outcome::Failed { cause, is_timeout: true, has_no_reply: false }
             }
             (Answer::Refused(why), _) => Outcome::Wrong(format!("refused: {why:?}")),
             (Answer::File(..), None) => Outcome::Wrong("a file that is not there".to_owned()),
