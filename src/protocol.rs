@@ -1,6 +1,6 @@
 //! The transfer: what its states share, and how each side waits for the other (rules P).
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::crew;
@@ -292,12 +292,6 @@ fn can_put_off(ours: &Semaphore, slots: u32, presence: &Presence) -> bool {
 /// Death is pushed, by poison; but a peer that hangs up and lives on can wipe the poison off again.
 /// So a sleeper looks at what only its own process knows, this often.
 const GLANCE: Duration = if cfg!(loom) { Duration::MAX } else { Duration::from_secs(1) };
-
-/// Our process, for whoever looks at a segment from outside: asked for once, since it is a system call.
-fn own_pid() -> u32 {
-    static OWN: OnceLock<u32> = OnceLock::new();
-    *OWN.get_or_init(std::process::id)
-}
 
 /// Tells the peer which processor this side runs on (rule P8). A hint: nothing rests on it.
 fn publish_cpu(ours: &AtomicU32) -> u32 {

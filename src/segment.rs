@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 
 use crate::error::{LayoutMismatch, Misuse, Result};
 use crate::peer::Poison;
+use crate::process::Origin;
 
 mod header;
 // loom watches memory of its own, not a mapping.
@@ -144,12 +145,14 @@ pub enum WriteSlots {}
 pub struct Segment<View> {
     id: SegmentId,
     mapping: Mapping,
+    /// The process that mapped it. A child of `fork` may read what it inherits, and no more.
+    origin: Origin,
     view: PhantomData<fn() -> View>,
 }
 
 impl<View> Segment<View> {
     pub(crate) fn new(id: SegmentId, mapping: Mapping) -> Segment<View> {
-        Segment { id, mapping, view: PhantomData }
+        Segment { id, mapping, origin: Origin::here(), view: PhantomData }
     }
 
     /// Which segment this is.
@@ -164,6 +167,11 @@ impl<View> Segment<View> {
 
     pub(crate) fn header(&self) -> &Header {
         self.mapping.header()
+    }
+
+    /// The process that mapped it, and that alone may change anything in it.
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
     }
 }
 

@@ -8,6 +8,7 @@ use crossbeam_channel::{Receiver as Outlet, Select, SelectedOperation, Sender as
 use crate::crew;
 use crate::error::{Awaited, Error, Result};
 use crate::peer::Link;
+use crate::process::Own;
 use crate::protocol::{Sender, ShmTransfer, Starting};
 use crate::segment::Backing;
 use crate::sync::{Deadline, lock};
@@ -46,11 +47,11 @@ use super::{Request, RequestQueue, Requester, SendError};
 /// ```
 #[derive(Clone)]
 pub struct InProcess {
-    inlet: Inlet<ShmTransfer<Sender, Starting>>,
-    outlet: Outlet<ShmTransfer<Sender, Starting>>,
+    inlet: Own<Inlet<ShmTransfer<Sender, Starting>>>,
+    outlet: Own<Outlet<ShmTransfer<Sender, Starting>>>,
     /// Taken, and so disconnected, when the queue is closed.
-    open: Arc<Mutex<Option<Inlet<()>>>>,
-    closed: Outlet<()>,
+    open: Own<Arc<Mutex<Option<Inlet<()>>>>>,
+    closed: Own<Outlet<()>>,
     link: Arc<Link>,
 }
 
@@ -61,7 +62,9 @@ impl InProcess {
         let (inlet, outlet) = bounded(requests);
         let (open, closed) = bounded(0);
         let link = Arc::new(Link::within());
-        InProcess { inlet, outlet, open: Arc::new(Mutex::new(Some(open))), closed, link }
+        let open = Own::new(Arc::new(Mutex::new(Some(open))));
+        let (inlet, outlet, closed) = (Own::new(inlet), Own::new(outlet), Own::new(closed));
+        InProcess { inlet, outlet, open, closed, link }
     }
 
     fn is_closed(&self) -> bool {
@@ -76,6 +79,9 @@ impl InProcess {
 
 impl<B: Backing> Requester<B> for InProcess {
     fn send(&self, request: Request<B>, deadline: Deadline) -> Result<(), SendError<B>> {
+        if let Err(forked) = Own::origin(&self.inlet).check().and(request.check_origin()) {
+            return Err(SendError { request, error: forked.into() });
+        }
         if self.is_closed() {
             return Err(SendError { request, error: Error::Closed });
         }
@@ -116,6 +122,7 @@ impl<B: Backing> Requester<B> for InProcess {
 
 impl RequestQueue for InProcess {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
+        Own::origin(&self.inlet).check()?;
         let mut select = Select::new();
         let request = select.recv(&self.outlet);
         select.recv(&self.closed);
@@ -133,6 +140,9 @@ impl RequestQueue for InProcess {
     }
 
     fn close(&self) {
+        if !Own::origin(&self.inlet).is_here() {
+            return;
+        }
         lock(&self.open).take();
         self.drain();
     }
@@ -140,7 +150,9 @@ impl RequestQueue for InProcess {
 
 impl fmt::Debug for InProcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InProcess").field("queued", &self.outlet.len()).finish_non_exhaustive()
+        let is_here = Own::origin(&self.inlet).is_here();
+        let queued = if is_here { self.outlet.len() } else { 0 };
+        f.debug_struct("InProcess").field("queued", &queued).finish_non_exhaustive()
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::{Link, Peer};
+use crate::process::Origin;
 use crate::segment::{Backing, PoolId};
 use crate::sync::{Deadline, Turnstile, lock};
 
@@ -46,15 +47,18 @@ pub(super) struct Line<D: Dial> {
     current: Mutex<Option<Arc<D::Connection>>>,
     /// Lets one thread at a time connect. The mutex is never held over anything that blocks.
     connecting: Turnstile,
+    origin: Origin,
 }
 
 impl<D: Dial> Line<D> {
     pub(super) fn new(dial: D, pool: PoolId, absence: Option<Duration>) -> Line<D> {
-        Line { dial, pool, absence, current: Mutex::new(None), connecting: Turnstile::new(1) }
+        let (current, connecting) = (Mutex::new(None), Turnstile::new(1));
+        Line { dial, pool, absence, current, connecting, origin: Origin::here() }
     }
 
-    /// The server, if there is a connection to it.
+    /// The server, if there is a connection to it, and it is this process's.
     pub(super) fn server(&self) -> Option<Peer> {
+        self.origin.check().ok()?;
         self.living().and_then(|connection| connection.link().peer())
     }
 
@@ -70,6 +74,9 @@ impl<D: Dial> Line<D> {
         request: Request<D::Backing>,
         deadline: Deadline,
     ) -> Result<(), SendError<D::Backing>> {
+        if let Err(forked) = self.origin.check().and(request.check_origin()) {
+            return Err(SendError { request, error: forked.into() });
+        }
         if request.segment().pool() != self.pool {
             return Err(SendError { request, error: Misuse::ForeignPool.into() });
         }

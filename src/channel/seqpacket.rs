@@ -172,7 +172,8 @@ impl Seqpacket {
     /// first has something to send.
     ///
     /// # Errors
-    /// [`Error::Misuse`] for a path that is too long.
+    /// [`Error::Misuse`] for a path that is too long, or the pool of a process that this one was forked
+    /// from.
     pub fn requester(self, pool: &SegmentPool<Memfd>) -> Result<SeqpacketRequester> {
         SeqpacketRequester::new(&self.path, self.policy, pool.clone())
     }

@@ -18,7 +18,7 @@ use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
     DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, can_put_off,
-    own_pid, publish_cpu,
+    publish_cpu,
 };
 
 /// The side that owns the segment and takes the bytes out of it.
@@ -99,10 +99,11 @@ impl ShmTransfer<Receiver, Offered> {
         let (generation, _) = header.turn.load()?;
         // The segment is idle: nobody else touches what is reset here (rule P6).
         header.announcement.status.store(0, Relaxed);
+        header.announcement.pid.store(0, Relaxed); // until the sender of this generation tells its own
         header.filled.reset(0);
         header.free.reset(segment.geometry().slot_count());
         header.receiver.cancelled.store(0, Relaxed);
-        header.receiver.pid.store(own_pid(), Relaxed);
+        header.receiver.pid.store(segment.origin().pid(), Relaxed);
         publish_cpu(&header.receiver.cpu);
         header.turn.open_next(generation)
     }
@@ -127,6 +128,7 @@ impl ShmTransfer<Receiver, Offered> {
     /// [`Error::Disconnected`] or [`Error::Rejected`] when the queue's connection broke;
     /// [`Error::Aborted`] when the sender gave up, and [`Error::Peer`] when it answered nonsense.
     pub fn reply(mut self, deadline: Deadline) -> Result<Reply> {
+        self.side.check_origin()?;
         let permit = self.side.await_filled(deadline, Awaited::Reply)?;
         let announcement = &self.side.header().announcement;
         // Each word is read once, checked, and only then used (rule P3).
@@ -210,6 +212,7 @@ impl ShmTransfer<Receiver, Receiving> {
     fn write_open(&mut self, sink: BorrowedFd<'_>) -> Result<()> {
         use crate::{crew, sync::wait_ready};
         use rustix::event::PollFlags;
+        self.side.check_origin()?;
         let ShmTransfer { side, state } = self;
         let Some(open) = &mut state.open else { return Ok(()) };
         let len = open.chunk.len as usize;
@@ -234,6 +237,7 @@ impl ShmTransfer<Receiver, Receiving> {
 
     /// Has a chunk open, unless the end was reached. A last chunk that is empty is the end.
     fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
+        self.side.check_origin()?;
         while self.state.open.is_none() {
             match self.state.end {
                 End::Reached => return Ok(false),
@@ -297,6 +301,9 @@ impl ShmTransfer<Receiver, Receiving> {
 
     /// Gives the current chunk's slot back, read or not.
     fn close_chunk(&mut self) {
+        if self.side.check_origin().is_err() {
+            return; // the slot is for the parent to give back
+        }
         let Some(OpenChunk { permit, chunk, .. }) = self.state.open.take() else { return };
         let slots = self.side.holding.segment.geometry().slot_count();
         self.state.cursor = (self.state.cursor + 1) % slots;
@@ -394,6 +401,11 @@ impl Receiver {
         self.holding.segment.header()
     }
 
+    /// Fails in a child of `fork`: the transfer is its parent's.
+    fn check_origin(&self) -> Result<(), Misuse> {
+        self.holding.segment.origin().check()
+    }
+
     fn await_filled(&mut self, deadline: Deadline, awaited: Awaited) -> Result<Permit> {
         let header = self.holding.segment.header();
         let is_severed = || self.offer.is_severed();
@@ -422,6 +434,9 @@ impl Receiver {
 impl Drop for Receiver {
     /// Withdraws what nobody accepted, cancels what a sender is still at, and gives the segment back.
     fn drop(&mut self) {
+        if self.check_origin().is_err() {
+            return;
+        }
         let link = self.offer.end();
         let header = self.header();
         // Fails, rightly, for every transfer that a sender has taken up.

@@ -1,14 +1,16 @@
 //! The `Named` backing: POSIX shared memory with a name, by crate `shared_memory`, and what that lacks.
 //!
-//! The crate makes, opens, maps and removes the memory. Added here: blocks are allocated before
-//! anyone touches them, size and header are checked at open (rules L1, L2), names tell pool and owner,
-//! and an owner that starts removes the names of those that are gone (rule L3).
+//! The crate makes, maps and removes the memory, for its owner. Added here: blocks are allocated before
+//! anyone touches them; a peer opens a name once, checks what it has opened, and maps just that (rules
+//! L1, L2); names tell pool and owner, and an owner that starts removes the names of those that are
+//! gone (rule L3).
 
 use std::io;
 
 use shared_memory::{Shmem, ShmemConf, ShmemError};
 
-use crate::error::{Error, LayoutMismatch, Result};
+use crate::error::{Error, Result};
+use crate::process::Origin;
 
 use super::mapping::Mapping;
 use super::{Backing, Geometry, PoolId, ReadSlots, Segment, SegmentId, WriteSlots};
@@ -39,6 +41,7 @@ pub(crate) struct Owner {
 /// What a living pool of named segments holds.
 pub struct Ownership {
     owner: Owner,
+    origin: Origin,
     /// Goes after the segments: nobody sweeps them as long as it is held.
     #[cfg(target_os = "linux")]
     _lifeline: crate::peer::Lifeline,
@@ -65,7 +68,9 @@ impl Owner {
 impl Drop for Ownership {
     fn drop(&mut self) {
         #[cfg(target_os = "linux")]
-        ending::is_over(self.owner);
+        if self.origin.is_here() {
+            ending::is_over(self.owner);
+        }
     }
 }
 
@@ -84,6 +89,7 @@ impl super::sealed::Backing for Named {
         ending::outlived_by(owner);
         Ok(Ownership {
             owner,
+            origin: Origin::here(),
             #[cfg(target_os = "linux")]
             _lifeline: lifeline,
         })
@@ -99,6 +105,12 @@ impl super::sealed::Backing for Named {
     fn create(own: &Ownership, id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Named)> {
         let name = own.owner.segment(id.index);
         let made = ShmemConf::new().os_id(&name).size(geometry.mapped_len()).create();
+        #[cfg(target_os = "linux")]
+        if let Err(ShmemError::MappingIdExists) = made
+            && let Some(taken) = names::taken(&name)
+        {
+            return Err(taken);
+        }
         let memory: Shmem = made.map_err(failed("creating shared memory"))?;
         #[cfg(target_os = "linux")]
         names::allocate(&name, geometry)?;
@@ -114,17 +126,27 @@ impl super::sealed::Backing for Named {
 
 /// Opens and maps a segment that a peer named, checking all that is claimed of it first (rules L1, L2).
 pub(crate) fn attach(owner: Owner, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>> {
-    let name = owner.segment(id.index);
-    #[cfg(target_os = "linux")]
-    names::check(&name, geometry)?;
-    let memory = ShmemConf::new().os_id(&name).open().map_err(failed("opening shared memory"))?;
-    let (found, expected) = (memory.len() as u64, geometry.mapped_len() as u64);
-    if found != expected {
-        return Err(LayoutMismatch::Size { found, expected }.into());
-    }
-    let mapping = Mapping::named(memory, geometry, true).map_err(Error::os("mapping a segment"))?;
+    let mapping = open(&owner.segment(id.index), geometry)?;
     mapping.header().verify(id, geometry)?;
     Ok(Segment::new(id, mapping))
+}
+
+/// Opens a name once. What was opened is checked, and is what is mapped, whatever the name leads to by
+/// then.
+#[cfg(target_os = "linux")]
+fn open(name: &str, geometry: Geometry) -> Result<Mapping> {
+    let memory = names::open_checked(name, geometry)?;
+    Mapping::opened(memory, geometry, true).map_err(Error::os("mapping a segment"))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open(name: &str, geometry: Geometry) -> Result<Mapping> {
+    let memory = ShmemConf::new().os_id(name).open().map_err(failed("opening shared memory"))?;
+    let (found, expected) = (memory.len() as u64, geometry.mapped_len() as u64);
+    if found != expected {
+        return Err(crate::error::LayoutMismatch::Size { found, expected }.into());
+    }
+    Mapping::named(memory, geometry, true).map_err(Error::os("mapping a segment"))
 }
 
 /// The crate's errors as ours: they carry the system's code, or say what is wrong themselves.
@@ -145,6 +167,7 @@ fn failed(call: &'static str) -> impl FnOnce(ShmemError) -> Error {
 mod tests {
     use super::super::sealed::Backing as _;
     use super::*;
+    use crate::error::LayoutMismatch;
     use rustix::fs::{FallocateFlags, Mode, fallocate, ftruncate};
     use rustix::shm;
     use std::os::unix::fs::MetadataExt;
@@ -241,9 +264,13 @@ mod tests {
         // Nor is a name that is taken written over.
         let _impostor = Impostor::new(name.clone(), len, true);
         let made = Named::create(&own, id, geometry);
-        assert!(
-            matches!(&made, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists)
-        );
+        let us = rustix::process::geteuid().as_raw();
+        match made.map(drop) {
+            Err(Error::NameTaken { path, kind: "a regular file", uid }) => {
+                assert_eq!((path.to_str(), uid), (Some(&*format!("/dev/shm{name}")), us));
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::channel::lock_file::LockFile;
 use crate::channel::poller::Poller;
 use crate::error::{Awaited, Error, Result};
 use crate::peer::{Lifeline, Link, Peer, Watch, on_hang_up};
+use crate::process::Origin;
 use crate::protocol::{Sender, ShmTransfer, Starting};
 use crate::segment::{Geometry, Owner, PoolId, Segment, SegmentId, WriteSlots, attach_named, sweep};
 use crate::sync::{Deadline, lock};
@@ -44,6 +45,7 @@ pub struct PosixMqQueue {
 struct Bound {
     name: Name,
     descriptor: Mqueue,
+    origin: Origin,
 }
 
 type Clients = Mutex<HashMap<Owner, Arc<Client>>>;
@@ -80,7 +82,7 @@ impl PosixMqQueue {
         }
         lock.sign("")?;
         let descriptor = Mqueue::create(&name, policy.capacity, MAX_MESSAGE)?;
-        let queue = Bound { name, descriptor };
+        let queue = Bound { name, descriptor, origin: Origin::here() };
         poller.add(&queue.descriptor, QUEUE)?;
         // Last: whoever finds it finds the rest.
         let lifeline = Lifeline::hold(queue.name.lifeline())?;
@@ -89,7 +91,11 @@ impl PosixMqQueue {
     }
 
     /// The clients whose pools have sent requests and live, each once.
+    /// None in a child of `fork`, which serves nobody.
     pub fn clients(&self) -> Vec<Peer> {
+        if !self.queue.origin.is_here() {
+            return Vec::new();
+        }
         let mut peers: Vec<Peer> =
             lock(&self.clients).values().filter_map(|client| client.link.peer()).collect();
         peers.sort_unstable_by_key(|peer| peer.pid);
@@ -226,12 +232,18 @@ impl RequestQueue for PosixMqQueue {
 
 impl Drop for PosixMqQueue {
     fn drop(&mut self) {
+        if !self.queue.origin.is_here() {
+            return;
+        }
         lock(&self.clients).values().for_each(|client| client.link.sever(|| None));
     }
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
+        if !self.origin.is_here() {
+            return;
+        }
         // Nothing can be done about a failure here, and the next server copes with leftovers.
         let _ = Mqueue::unlink(&self.name);
     }

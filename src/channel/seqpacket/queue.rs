@@ -89,8 +89,11 @@ impl SeqpacketQueue {
         })
     }
 
-    /// The clients connected now.
+    /// The clients connected now. None in a child of `fork`, which serves nobody.
     pub fn clients(&self) -> Vec<Peer> {
+        if !self.poller.origin().is_here() {
+            return Vec::new();
+        }
         lock(&self.clients).connected.values().map(|client| client.peer).collect()
     }
 
@@ -342,6 +345,7 @@ impl SeqpacketQueue {
 
 impl RequestQueue for SeqpacketQueue {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
+        self.poller.check_open()?;
         let taken = loop {
             match self.next(deadline) {
                 Ok(Some(transfer)) => break Ok(transfer),
@@ -362,6 +366,9 @@ impl RequestQueue for SeqpacketQueue {
 
 impl Drop for SeqpacketQueue {
     fn drop(&mut self) {
+        if !self.poller.origin().is_here() {
+            return;
+        }
         lock(&self.clients).connected.values().for_each(|client| client.hang_up());
     }
 }
