@@ -27,7 +27,7 @@ pub(crate) use mapping::Words;
 #[cfg(target_os = "linux")]
 pub(crate) use memfd::{attach as attach_memfd, attach_words, create_words};
 #[cfg(target_os = "linux")]
-pub(crate) use named::{Owner, attach as attach_named, sweep};
+pub(crate) use named::{Owner, attach as attach_named, sweep, sweep_aside};
 pub(crate) use pool::{Holding, Stock};
 
 #[cfg(not(loom))]

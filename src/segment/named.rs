@@ -20,7 +20,7 @@ mod ending;
 #[cfg(target_os = "linux")]
 mod names;
 #[cfg(target_os = "linux")]
-pub(crate) use names::sweep;
+pub(crate) use names::{sweep, sweep_aside};
 
 /// Segments in POSIX shared memory, which the peer opens by name. For processes of one user: whoever
 /// may open a name may also resize what it stands for, and so harm those that have it mapped.

@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
-use rustix::process::{getpid, getppid};
+use rustix::process::{getpid, getppid, set_parent_process_death_signal};
 use shmferry::{InProcess, Misuse, lend};
 
 use super::support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
@@ -64,6 +64,8 @@ enum Ending {
     AtOnce,
     /// `exit`: with the handlers that were registered, by its parent too.
     InOrder,
+    /// `_exit`, and not before it when its parent ends, as it would otherwise.
+    AsDaemon,
 }
 
 /// A child of this process.
@@ -76,10 +78,13 @@ impl Fork {
         // else it may meet in a lock that another thread held is what these tests are about.
         match unsafe { libc::fork() } {
             0 => {
+                if !matches!(ending, Ending::AsDaemon) {
+                    set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
+                }
                 let code = i32::from(catch_unwind(AssertUnwindSafe(child)).is_err());
                 // SAFETY: both only end this process.
                 match ending {
-                    Ending::AtOnce => unsafe { libc::_exit(code) },
+                    Ending::AtOnce | Ending::AsDaemon => unsafe { libc::_exit(code) },
                     Ending::InOrder => unsafe { libc::exit(code) },
                 }
             }
@@ -207,6 +212,7 @@ fn a_client_whose_child_drops<C: Carrier>(address: &str) {
     let mut body = ask::<C>(&requester, &pool, 1 << 20).unwrap();
     body.read_exact(&mut [0; 10]).unwrap();
     say("under way");
+    wait_until("the end of the server was told", || C::server(&requester).is_none());
     body.set_patience(Duration::MAX);
     let error = body.read_to_end(&mut Vec::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
@@ -450,6 +456,7 @@ fn a_child_with_its_own<C: Carrier>(address: &str) {
         // A hang-up is told in the child.
         let mut body = ask::<C>(&requester, &own, 1 << 20).unwrap();
         say("under way");
+        wait_until("the end of the server was told", || C::server(&requester).is_none());
         body.set_patience(Duration::MAX);
         let error = body.read_to_end(&mut Vec::new()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
@@ -488,7 +495,7 @@ fn become_a_daemon<C: Carrier>(address: &str) {
     old.next_slot(soon()).unwrap().send(&[b'X'; 100]).unwrap();
     let mut all = Some((old, queue));
     let parent = getpid();
-    Fork::running(Ending::AtOnce, || {
+    Fork::running(Ending::AsDaemon, || {
         let (mut old, queue) = all.take().unwrap();
         wait_until("the parent has ended", || getppid() != Some(parent));
         assert!(is_nudged());

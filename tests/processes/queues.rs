@@ -37,6 +37,7 @@ pub(super) fn play(role: &str, address: &str) {
             }
         }
         "fill the shared memory" => fill_the_shared_memory(),
+        "take two and tell of their ends" => take_two_and_tell(address),
         other => panic!("unknown role {other:?}"),
     }
 }
@@ -516,4 +517,70 @@ fn queues_and_names_are_for_this_user_only() {
             assert_eq!((found.mode() & 0o777, found.uid()), (0o600, us), "{name}");
         }
     }
+}
+
+fn take_two_and_tell(address: &str) {
+    let queue = Mq::bind(address).unwrap();
+    say("ready");
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            let transfer = queue.recv(soon()).unwrap();
+            let client = transfer.peer().and_then(|peer| peer.pid).unwrap();
+            let mut sending = transfer.accept(Size::Unknown).unwrap();
+            scope.spawn(move || {
+                let error = loop {
+                    match sending.next_slot(Deadline::NEVER).and_then(|slot| slot.send(b"x")) {
+                        Ok(()) => {}
+                        Err(error) => break error,
+                    }
+                };
+                assert!(matches!(error, Error::Disconnected), "{error}");
+                say(&format!("told of {client}"));
+            });
+        }
+    });
+    linger()
+}
+
+/// The sweep after a death reads a directory, which may be large, or on a busy machine: here, reading
+/// it takes half a minute.
+#[test]
+fn a_sweep_keeps_no_death_from_being_told() {
+    let _watchdog = watchdog();
+    let place = place();
+    let mut server = Other::start("take two and tell of their ends", &place);
+    server.wait_for("ready");
+    let mut clients = [0, 1].map(|_| Other::start("ask and halt", &place));
+    clients.iter_mut().for_each(|client| drop(client.wait_for("holding")));
+
+    let log = place.path("reads");
+    let pid = server.child.id();
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-e", "trace=getdents64", "-e", "inject=getdents64:delay_enter=30000000"]);
+    strace.arg("-o").arg(&log).args(["-p", &pid.to_string()]).stderr(Stdio::null());
+    let Ok(mut strace) = strace.spawn() else {
+        eprintln!("not run: there is no strace here");
+        return;
+    };
+    let mut ended = false;
+    wait_until("strace was attached", || {
+        ended = strace.try_wait().unwrap().is_some();
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let mut states = threads.map(|thread| fs::read_to_string(thread.path().join("status")).unwrap());
+        ended || states.all(|status| !status.contains("TracerPid:\t0"))
+    });
+    if ended {
+        eprintln!("not run: strace may not trace here");
+        return;
+    }
+    for client in clients {
+        let client_pid = client.child.id();
+        client.kill();
+        server.wait_for(&format!("told of {client_pid}"));
+    }
+    let reads = fs::read_to_string(&log).unwrap();
+    assert!(!reads.contains(") = "), "the directory was read before both deaths were told: {reads}");
+    strace.kill().unwrap();
+    strace.wait().unwrap();
+    server.kill();
 }

@@ -14,7 +14,9 @@ use crate::error::{Awaited, Error, Result};
 use crate::peer::{Lifeline, Link, Peer, Watch, on_hang_up};
 use crate::process::Origin;
 use crate::protocol::{Sender, ShmTransfer, Starting};
-use crate::segment::{Geometry, Owner, PoolId, Segment, SegmentId, WriteSlots, attach_named, sweep};
+use crate::segment::{
+    Geometry, Owner, PoolId, Segment, SegmentId, WriteSlots, attach_named, sweep, sweep_aside,
+};
 use crate::sync::{Deadline, lock};
 
 use super::Policy;
@@ -155,7 +157,7 @@ impl PosixMqQueue {
                 let gone = clients.upgrade().and_then(|clients| lock(&clients).remove(&owner));
                 link.sever(|| None);
                 drop(gone); // unmaps, and not under the lock
-                sweep(); // its names, if it was killed
+                sweep_aside(); // its names, if it was killed
             }
         })?;
         let client = Arc::new(Client { link, mapped: Mutex::default(), _watch: watch });

@@ -5,6 +5,8 @@ use std::fs::{self, DirEntry};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread;
 
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, Stat, fallocate, fstat, statvfs};
 use rustix::io::{Errno, retry_on_intr};
@@ -14,6 +16,7 @@ use rustix::shm;
 use crate::error::{Error, LayoutMismatch, Result};
 use crate::own_file;
 use crate::peer::Lifeline;
+use crate::process::PerProcess;
 
 use super::super::{Geometry, PoolId, available_memory};
 use super::Owner;
@@ -107,6 +110,39 @@ pub(crate) fn sweep() {
             let _ = shm::unlink(owner.segment(index));
         }
         drop(gone);
+    }
+}
+
+/// As [`sweep`], on a thread of its own. Reading a large directory takes a while, and the thread that
+/// tells of deaths has the next one to tell.
+pub(crate) fn sweep_aside() {
+    let state = SWEEP.get();
+    // One that is under way may have passed a name by: it is repeated.
+    if state.swap(ASKED, Ordering::Relaxed) != IDLE {
+        return;
+    }
+    let thread = thread::Builder::new().name("shmferry-sweep".to_owned());
+    // Without a thread to be had, it is done here.
+    if thread.spawn(|| sweep_while_asked(state)).is_err() {
+        sweep_while_asked(state);
+    }
+}
+
+/// Whether a sweep on a thread of its own is under way in this process, and was asked for again.
+static SWEEP: PerProcess<AtomicU8> = PerProcess::new();
+
+const IDLE: u8 = 0;
+const UNDER_WAY: u8 = 1;
+const ASKED: u8 = 2;
+
+fn sweep_while_asked(state: &AtomicU8) {
+    loop {
+        state.store(UNDER_WAY, Ordering::Relaxed);
+        sweep();
+        let ended = state.compare_exchange(UNDER_WAY, IDLE, Ordering::Relaxed, Ordering::Relaxed);
+        if ended.is_ok() {
+            return;
+        }
     }
 }
 
