@@ -617,29 +617,49 @@ fn a_fork_at_any_moment_leaves_neither_process_stuck<C: Carrier>() {
 
 /// Workers that fork, in a job and while they lend their place, and whose children come back from it.
 fn fork_in_a_crew() {
-    let (jobs, inbox) = mpsc::channel::<bool>();
     let (forked, children) = mpsc::channel();
-    let inbox = Mutex::new(inbox);
     // SAFETY: the child goes on on a copy of this thread, and ends with it.
-    let fork = || unsafe { libc::fork() };
-    let crew = Crew::start(
-        "test",
-        1,
-        move || inbox.lock().unwrap().recv().ok(),
-        move |lends| {
-            let pid = if lends { lend(fork) } else { fork() };
-            if pid != 0 {
-                forked.send(Fork(pid)).unwrap();
-            }
-        },
-    )
-    .unwrap();
-    for lends in [false, true, false, true] {
-        jobs.send(lends).unwrap();
+    let fork = move || match unsafe { libc::fork() } {
+        0 => {}
+        pid => forked.send(Fork(pid)).unwrap(),
+    };
+    // More places than workers: one that is done goes back for the next job, and another is there.
+    let (jobs, inbox) = mpsc::channel();
+    let inbox = Mutex::new(inbox);
+    let forks = fork.clone();
+    let next = move || inbox.lock().unwrap().recv().ok();
+    let crew = Crew::start("test", 4, next, move |()| forks()).unwrap();
+    for _ in 0..4 {
+        jobs.send(()).unwrap();
         children.recv().unwrap().ends_well();
     }
     drop(jobs);
     assert!(crew.join(soon()));
+
+    // One place, which another has taken when this one would have it back.
+    let (jobs, inbox) = mpsc::channel();
+    let inbox = Mutex::new(inbox);
+    let (taken, is_taken) = mpsc::channel();
+    let (leave, may_leave) = mpsc::channel();
+    let (is_taken, may_leave) = (Mutex::new(is_taken), Mutex::new(may_leave));
+    let next = move || inbox.lock().unwrap().recv().ok();
+    let crew = Crew::start("test", 1, next, move |lends: bool| {
+        if lends {
+            lend(|| {
+                is_taken.lock().unwrap().recv().unwrap();
+                fork();
+            });
+        } else {
+            taken.send(()).unwrap();
+            may_leave.lock().unwrap().recv().unwrap();
+        }
+    });
+    jobs.send(true).unwrap();
+    jobs.send(false).unwrap();
+    children.recv().unwrap().ends_well();
+    leave.send(()).unwrap();
+    drop(jobs);
+    assert!(crew.unwrap().join(soon()));
     say("done");
 }
 

@@ -556,7 +556,7 @@ fn a_sweep_keeps_no_death_from_being_told() {
     let log = place.path("reads");
     let pid = server.child.id();
     let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-e", "trace=getdents64", "-e", "inject=getdents64:delay_enter=30000000"]);
+    strace.args(["-f", "-qq", "-e", "trace=getdents64", "-e", "inject=getdents64:delay_enter=15000000"]);
     strace.arg("-o").arg(&log).args(["-p", &pid.to_string()]).stderr(Stdio::null());
     let Ok(mut strace) = strace.spawn() else {
         eprintln!("not run: there is no strace here");
