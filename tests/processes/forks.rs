@@ -639,6 +639,7 @@ fn fork_in_a_crew() {
     // One place, which another has taken when this one would have it back.
     let (jobs, inbox) = mpsc::channel();
     let inbox = Mutex::new(inbox);
+    let (lent, is_lent) = mpsc::channel();
     let (taken, is_taken) = mpsc::channel();
     let (leave, may_leave) = mpsc::channel();
     let (is_taken, may_leave) = (Mutex::new(is_taken), Mutex::new(may_leave));
@@ -646,6 +647,7 @@ fn fork_in_a_crew() {
     let crew = Crew::start("test", 1, next, move |lends: bool| {
         if lends {
             lend(|| {
+                lent.send(()).unwrap();
                 is_taken.lock().unwrap().recv().unwrap();
                 fork();
             });
@@ -655,6 +657,7 @@ fn fork_in_a_crew() {
         }
     });
     jobs.send(true).unwrap();
+    is_lent.recv().unwrap();
     jobs.send(false).unwrap();
     children.recv().unwrap().ends_well();
     leave.send(()).unwrap();
