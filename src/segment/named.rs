@@ -273,6 +273,92 @@ mod tests {
         }
     }
 
+    /// The owner goes, and another user puts memory of its own under the name, at any moment of an
+    /// attach.
+    #[test]
+    fn what_was_checked_is_what_is_mapped() {
+        use rustix::fs::{CWD, OFlags, RenameFlags, fstat, open, renameat_with};
+        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+        const NOBODY: u32 = 65_534;
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("not run: only root can make a file of another user");
+            return;
+        }
+        for round in 0..600 {
+            let (own, id, geometry) = owned();
+            let (segment, memory) = Named::create(&own, id, geometry).unwrap();
+            let path = format!("/dev/shm{}", own.owner.segment(id.index));
+            // A copy that another user owns, made beforehand.
+            let theirs = format!("/dev/shm/shmferry-theirs-{}", std::process::id());
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::write(&theirs, &bytes).unwrap();
+            std::os::unix::fs::chown(&theirs, Some(NOBODY), Some(NOBODY)).unwrap();
+            let fd = open(&*theirs, OFlags::RDWR, Mode::empty()).unwrap();
+            fallocate(&fd, FallocateFlags::empty(), 0, bytes.len() as u64).unwrap();
+            assert_eq!(fstat(&fd).unwrap().st_uid, NOBODY);
+
+            let (owner, go) = (own.owner, AtomicBool::new(false));
+            let until_told = || while !go.load(Relaxed) {};
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    until_told();
+                    (0..round % 400).for_each(|_| std::hint::spin_loop());
+                    drop((segment, memory)); // as when it is retired
+                });
+                scope.spawn(|| {
+                    until_told();
+                    // Not over what stands there: in a sticky directory that is not theirs to do.
+                    while renameat_with(CWD, &*theirs, CWD, &*path, RenameFlags::NOREPLACE).is_err() {}
+                });
+                go.store(true, Relaxed);
+                loop {
+                    match attach(owner, id, geometry) {
+                        Ok(attached) => {
+                            attached.writable().write_slot(0, 0, b"for the owner");
+                            let mut seen = [0; 13];
+                            rustix::io::pread(&fd, &mut seen, 4096).unwrap();
+                            assert_ne!(&seen, b"for the owner", "round {round}: mapped another's");
+                        }
+                        Err(Error::Layout(LayoutMismatch::Foreign(NOBODY))) => break,
+                        // Nothing stands there for a moment.
+                        Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            });
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+
+    /// Another user can take names that are to come. That costs an error that says who did, and no more.
+    #[test]
+    fn a_name_that_is_taken_is_told_with_whose_it_is() {
+        let (own, id, geometry) = owned();
+        let path = format!("/dev/shm{}", own.owner.segment(id.index));
+        let us = rustix::process::geteuid();
+        let squatter = if us.is_root() { 65_534 } else { us.as_raw() };
+        let took = |kind: &'static str| {
+            std::os::unix::fs::lchown(&path, Some(squatter), None).unwrap();
+            match Named::create(&own, id, geometry).map(drop) {
+                Err(Error::NameTaken { path: named, kind: told, uid }) => {
+                    assert_eq!((named.to_str(), told, uid), (Some(&*path), kind, squatter));
+                }
+                other => panic!("{other:?}"),
+            }
+            let attached = attach(own.owner, id, geometry).map(drop);
+            assert!(matches!(&attached, Err(Error::Layout(_))), "{attached:?}");
+            std::fs::remove_file(&path).unwrap();
+        };
+        std::fs::write(&path, "").unwrap();
+        took("a regular file");
+        std::os::unix::fs::symlink("/dev/shm/elsewhere", &path).unwrap();
+        took("a symbolic link");
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &*path, fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        took("a FIFO");
+        drop(Named::create(&own, id, geometry).unwrap());
+    }
+
     #[test]
     fn the_receiver_cannot_write_to_slots() {
         let (own, id, geometry) = owned();

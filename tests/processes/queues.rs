@@ -2,7 +2,7 @@
 //! limits, a full file system, names that the dead have left.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::OnceLock;
 
 use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_close, mq_getattr, mq_open, mq_send, mq_unlink};
@@ -140,7 +140,8 @@ impl Planted {
         mknodat(CWD, &paths[0], FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         let held = open(&paths[0], OFlags::RDWR | OFlags::NONBLOCK, Mode::empty()).unwrap();
         rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
-        let segment = OpenOptions::new().write(true).create_new(true).open(&paths[1]).unwrap();
+        let mut private = OpenOptions::new();
+        let segment = private.write(true).create_new(true).mode(0o600).open(&paths[1]).unwrap();
         segment.set_len(len).unwrap();
         Planted { paths, _held: held }
     }
@@ -517,6 +518,71 @@ fn queues_and_names_are_for_this_user_only() {
             assert_eq!((found.mode() & 0o777, found.uid()), (0o600, us), "{name}");
         }
     }
+}
+
+/// What stands there belongs to another user, where the test can arrange for that.
+#[test]
+fn what_others_put_at_a_servers_names_is_told_by_whose_it_is_and_keeps_nobody_waiting() {
+    let _watchdog = watchdog();
+    let place = place();
+    let address = &place.cache_address();
+    let us = rustix::process::geteuid();
+    let squatter = if us.is_root() { NOBODY } else { us.as_raw() };
+    let stem = format!("{SHARED_MEMORY}/shmferry-queue-{}-{}", us.as_raw(), &place.queue()[1..]);
+    let [lock, lifeline] = ["lock", "life"].map(|kind| PathBuf::from(format!("{stem}.{kind}")));
+    let taken = |result: Result<(), Error>, at: &Path, told: &str| match result.unwrap_err() {
+        Error::NameTaken { path, kind, uid } => {
+            assert_eq!((&*path, kind, uid), (at, told, squatter));
+        }
+        error => panic!("{error}"),
+    };
+    let pool = pool::<Mq>(1, 1);
+    for at in [&lock, &lifeline] {
+        let mut kinds = vec!["a FIFO"];
+        if squatter != us.as_raw() || at == &lifeline {
+            kinds.push("a regular file"); // a lock file of our own is no squatter's
+        }
+        if squatter == us.as_raw() && at == &lifeline {
+            kinds.remove(0); // nor is a lifeline
+        }
+        for kind in kinds {
+            if kind == "a FIFO" {
+                mknodat(CWD, at, FileType::Fifo, Mode::from_raw_mode(0o666), 0).unwrap();
+            } else {
+                fs::write(at, "1\n").unwrap();
+            }
+            fs::set_permissions(at, fs::Permissions::from_mode(0o666)).unwrap();
+            std::os::unix::fs::chown(at, Some(squatter), None).unwrap();
+            taken(Mq::bind(address).map(drop), at, kind);
+            if at == &lifeline {
+                taken(Mq::connect(address, &pool, soon()).map(drop), at, kind);
+            }
+            fs::remove_file(at).unwrap();
+        }
+    }
+    // And with none of them, it works.
+    drop(Mq::bind(address).unwrap());
+}
+
+/// A message to the queue of another user would tell that user what is asked for.
+#[test]
+fn nothing_is_sent_to_the_queue_of_another_user() {
+    let _watchdog = watchdog();
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: only root can make a queue of another user");
+        return;
+    }
+    let place = place();
+    let address = &place.cache_address();
+    let queue = Mq::bind(address).unwrap();
+    let raw = Raw::open(place.queue());
+    rustix::fs::fchown(raw.get(), Some(rustix::fs::Uid::from_raw(NOBODY)), None).unwrap();
+    let pool = pool::<Mq>(1, 1);
+    match Mq::connect(address, &pool, soon()).map(drop) {
+        Err(Error::NameTaken { kind, uid, .. }) => assert_eq!((kind, uid), ("a message queue", NOBODY)),
+        other => panic!("{other:?}"),
+    }
+    drop(queue);
 }
 
 fn take_two_and_tell(address: &str) {
