@@ -127,6 +127,7 @@ impl<B: Backing> Lease<B> {
     /// # Errors
     /// [`Error::Misuse`] when the key is too long: the segment goes back to the pool.
     pub fn request(self, key: impl AsRef<[u8]>) -> Result<(Request<B>, ShmTransfer<Receiver, Offered>)> {
+        self.segment().origin().check()?;
         let key = key.as_ref();
         if key.len() > KEY_LIMIT {
             return Err(Misuse::KeyTooLong { len: key.len(), limit: KEY_LIMIT }.into());
@@ -148,6 +149,11 @@ impl<B: Backing> Request<B> {
         &self.key
     }
 
+    /// Fails in a child of `fork`: the request is its parent's.
+    pub(crate) fn check_origin(&self) -> Result<(), Misuse> {
+        self.stock.segment.origin().check()
+    }
+
     /// The request as the sender of this same process gets it.
     pub(crate) fn begin_here(&self, link: &Arc<Link>) -> Result<ShmTransfer<Sender, Starting>> {
         let segment = self.stock.writable()?;
@@ -162,7 +168,9 @@ impl<B: Backing> Request<B> {
 
 impl<B: Backing> Drop for Request<B> {
     fn drop(&mut self) {
-        self.offer.abandon();
+        if self.check_origin().is_ok() {
+            self.offer.abandon();
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::process::Origin;
 use crate::sync::{Deadline, Turnstile, lock};
 
 /// Threads that take jobs and do them, at most so many at once.
@@ -75,6 +76,7 @@ impl Crew {
         assert!(places > 0, "a crew needs a place to work in");
         let shared = Arc::new(Shared {
             name: name.to_owned(),
+            origin: Origin::here(),
             places: Arc::new(Turnstile::new(places)),
             spares: places,
             roll: Mutex::new(Roll { threads: 0, at_next: 0, over: false, was_refused: false }),
@@ -98,8 +100,12 @@ impl Crew {
     }
 
     /// Waits until `next` has said `None`, every job is done, and `next` and `work` are dropped with all
-    /// that they hold; `false` when the deadline came first. Does not itself end anything.
+    /// that they hold; `false` when the deadline came first, and at once in a child of `fork`, which has
+    /// none of the crew's threads. Does not itself end anything.
     pub fn join(&self, deadline: Deadline) -> bool {
+        if !self.shared.origin.is_here() {
+            return false;
+        }
         let mut roll = lock(&self.shared.roll);
         while roll.threads > 0 {
             if deadline.has_passed() {
@@ -126,22 +132,30 @@ impl fmt::Debug for Crew {
 /// another. Takes a place again before it returns. On a thread of no crew it only runs `wait`.
 pub fn lend<T>(wait: impl FnOnce() -> T) -> T {
     // Taken out for the time being, so that a wait within the wait does not lend twice.
-    let Some(place) = PLACE.with_borrow_mut(Option::take) else { return wait() };
+    let Some((place, origin)) = PLACE.with_borrow_mut(Option::take) else { return wait() };
+    if !origin.is_here() {
+        return wait(); // the place, and whoever waits for it, are in the process that forked
+    }
     place.leave();
     let _back_to_work = OnDrop(|| {
+        if !origin.is_here() {
+            return; // forked within the wait
+        }
         place.enter(Deadline::NEVER);
-        PLACE.set(Some(Arc::clone(&place)));
+        PLACE.set(Some((Arc::clone(&place), origin)));
     });
     wait()
 }
 
 thread_local! {
     /// Where this thread's place is to be given back; `None` when it holds none.
-    static PLACE: RefCell<Option<Arc<Turnstile>>> = const { RefCell::new(None) };
+    static PLACE: RefCell<Option<(Arc<Turnstile>, Origin)>> = const { RefCell::new(None) };
 }
 
 struct Shared {
     name: String,
+    /// The process that the threads are in. One of them that forks ends alone in the child.
+    origin: Origin,
     places: Arc<Turnstile>,
     /// How many threads may wait for a job before one goes home.
     spares: usize,
@@ -256,6 +270,9 @@ where
     let shared = Arc::clone(&orders.shared);
     // Whatever ends this thread, the roll says so.
     let _home = OnDrop(|| {
+        if !shared.origin.is_here() {
+            return;
+        }
         let mut roll = lock(&shared.roll);
         roll.threads -= 1;
         drop(roll);
@@ -264,6 +281,9 @@ where
     let orders = orders; // dropped before that: whoever joins may end the process
     loop {
         let job = panic::catch_unwind(AssertUnwindSafe(|| (orders.next)())).unwrap_or(None);
+        if !shared.origin.is_here() {
+            return;
+        }
         let is_over = {
             let mut roll = lock(&shared.roll);
             roll.at_next -= 1;
@@ -275,7 +295,10 @@ where
         }
         let Some(job) = job else { return };
         spawn_if_none_is_at_next(&orders);
-        at_work(&shared.places, || (orders.work)(job));
+        at_work(&shared, || (orders.work)(job));
+        if !shared.origin.is_here() {
+            return;
+        }
 
         let mut roll = lock(&shared.roll);
         if roll.over || roll.at_next >= shared.spares {
@@ -287,12 +310,14 @@ where
 
 /// Runs `job` in a place. A panic has been reported by the panic hook, and its unwinding has ended
 /// whatever the job held; it must not take the thread along.
-fn at_work(places: &Arc<Turnstile>, job: impl FnOnce()) {
-    places.enter(Deadline::NEVER);
-    PLACE.set(Some(Arc::clone(places)));
+fn at_work(shared: &Shared, job: impl FnOnce()) {
+    shared.places.enter(Deadline::NEVER);
+    PLACE.set(Some((Arc::clone(&shared.places), shared.origin)));
     let _ = panic::catch_unwind(AssertUnwindSafe(job));
     PLACE.set(None);
-    places.leave();
+    if shared.origin.is_here() {
+        shared.places.leave();
+    }
 }
 
 /// Runs its closure when it goes out of scope, unwinding included.

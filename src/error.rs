@@ -84,6 +84,17 @@ pub enum Error {
         pid: u32,
     },
 
+    /// Something else stands at a name that this process needs for itself.
+    #[error("{path:?} is taken by {kind} of user {uid}")]
+    NameTaken {
+        /// The name, as a path.
+        path: std::path::PathBuf,
+        /// What stands there.
+        kind: &'static str,
+        /// The user whom it belongs to.
+        uid: u32,
+    },
+
     /// What the bytes were being copied to failed: a full disk, a client that left.
     #[error("the sink failed: {0}")]
     Sink(#[source] io::Error),
@@ -109,7 +120,8 @@ pub enum Fault {
     Ours,
     /// The process at the other end: it died, left, cancelled, or misbehaved.
     Peer,
-    /// What the bytes come from or go to: the file, the socket, the client behind it.
+    /// What the bytes come from or go to: the file, the socket, the client behind it. Or what stands
+    /// at a name that is needed.
     Outside,
     /// The operating system.
     System,
@@ -131,7 +143,9 @@ impl Error {
             | Error::Layout(_)
             | Error::Rejected(_) => Fault::Peer,
             Error::Closed | Error::Misuse(_) | Error::AddressInUse { .. } => Fault::Ours,
-            Error::SizeMismatch { .. } | Error::Sink(_) | Error::Source(_) => Fault::Outside,
+            Error::SizeMismatch { .. } | Error::Sink(_) | Error::Source(_) | Error::NameTaken { .. } => {
+                Fault::Outside
+            }
             Error::Memory { .. } | Error::Os { .. } => Fault::System,
         }
     }
@@ -423,6 +437,15 @@ pub enum Misuse {
     /// The pool has replaced so many segments that their numbers, 32 bits of them, are used up.
     #[error("the pool has used up its 2^32 segment numbers: make a new pool")]
     PoolWornOut,
+    /// Something that belongs to another process: the one that this process was forked from.
+    #[error(
+        "it belongs to process {made_by}, which this process was forked from: make it anew here \
+         (a server that becomes a daemon binds after its last fork)"
+    )]
+    Forked {
+        /// The process that made it.
+        made_by: u32,
+    },
     /// A name that no POSIX message queue can have.
     #[error("{0:?} names no message queue; a name is a slash and up to 200 bytes without another")]
     QueueName(String),

@@ -143,8 +143,8 @@
 //! The byte layout and the rules that the comments cite (L, P, S) are in `docs/protocol.md`, the
 //! decisions in `docs/design.md`, and what used to break in `docs/failure-modes.md`.
 #![deny(missing_docs)]
-// Excused in `segment/mapping.rs`, `segment/named/ending.rs`, `peer/credentials.rs` and `sync/raw_sync.rs`,
-// where each block carries its proof.
+// Excused in `segment/mapping.rs`, `segment/named/ending.rs`, `peer/credentials.rs`, `process.rs` and
+// `sync/raw_sync.rs`, where each block carries its proof.
 #![deny(unsafe_code)]
 // The library returns errors; only a defect of its own may panic.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
@@ -157,7 +157,10 @@ mod error;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(target_os = "linux")]
+mod own_file;
 mod peer;
+mod process;
 mod protocol;
 mod segment;
 mod sync;

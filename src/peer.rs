@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::error::{Error, Rejection};
+use crate::process::Origin;
 use crate::sync::Deadline;
 use crate::sync::modelled::{Mutex, lock};
 
@@ -67,6 +68,8 @@ pub(crate) struct Link {
     /// have been reused before this was opened, it names a living process: the safe side.
     #[cfg(target_os = "linux")]
     process: Option<std::os::fd::OwnedFd>,
+    /// A child of `fork` leaves the link alone.
+    origin: Origin,
     state: Mutex<LinkState>,
 }
 
@@ -113,6 +116,7 @@ impl Link {
             peer: None,
             #[cfg(target_os = "linux")]
             process: None,
+            origin: Origin::here(),
             state: Mutex::default(),
         }
     }
@@ -124,6 +128,9 @@ impl Link {
     /// Poisons everything enrolled, now and later. Whoever comes first finds out why, and nobody
     /// learns of the end before that.
     pub(crate) fn sever(&self, why: impl FnOnce() -> Option<Rejection>) {
+        if !self.origin.is_here() {
+            return;
+        }
         let mut state = lock(&self.state);
         if !state.severed {
             state.rejection = why();
@@ -232,6 +239,9 @@ impl Enrolment {
 
 impl Drop for Enrolment {
     fn drop(&mut self) {
+        if !self.link.origin.is_here() {
+            return;
+        }
         let mut state = lock(&self.link.state);
         state.enrolled.remove(&self.number);
         let enrolled = state.enrolled.len();

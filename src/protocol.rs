@@ -1,7 +1,7 @@
 //! The transfer: what its states share, and how each side waits for the other (rules P).
 
 use std::any::Any;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::crew;
@@ -352,12 +352,6 @@ impl<P: PartialEq> Idle<P> {
         }
         self.since.elapsed() >= self.patience
     }
-}
-
-/// Our process, for whoever looks at a segment from outside: asked for once, since it is a system call.
-fn own_pid() -> u32 {
-    static OWN: OnceLock<u32> = OnceLock::new();
-    *OWN.get_or_init(std::process::id)
 }
 
 /// Tells the peer which processor this side runs on (rule P8). A hint: nothing rests on it.

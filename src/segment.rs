@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 
 use crate::error::{LayoutMismatch, Misuse, Result};
 use crate::peer::Poison;
+use crate::process::Origin;
 use crate::sync::atomic::{Acquire, AtomicBool, Release};
 
 mod header;
@@ -27,7 +28,7 @@ pub(crate) use mapping::Words;
 #[cfg(target_os = "linux")]
 pub(crate) use memfd::{attach as attach_memfd, attach_words, create_words};
 #[cfg(target_os = "linux")]
-pub(crate) use named::{Owner, attach as attach_named, sweep};
+pub(crate) use named::{Owner, attach as attach_named, sweep, sweep_aside};
 pub(crate) use pool::{Holding, NO_GENERATION, Stock};
 
 #[cfg(not(loom))]
@@ -147,12 +148,15 @@ pub struct Segment<View> {
     mapping: Mapping,
     /// A sender of this process is on it. Not in shared memory, where the peer could take it down.
     is_claimed: AtomicBool,
+    /// The process that mapped it. A child of `fork` may read what it inherits, and no more.
+    origin: Origin,
     view: PhantomData<fn() -> View>,
 }
 
 impl<View> Segment<View> {
     pub(crate) fn new(id: SegmentId, mapping: Mapping) -> Segment<View> {
-        Segment { id, mapping, is_claimed: AtomicBool::new(false), view: PhantomData }
+        let (is_claimed, origin) = (AtomicBool::new(false), Origin::here());
+        Segment { id, mapping, is_claimed, origin, view: PhantomData }
     }
 
     /// Which segment this is.
@@ -167,6 +171,11 @@ impl<View> Segment<View> {
 
     pub(crate) fn header(&self) -> &Header {
         self.mapping.header()
+    }
+
+    /// The process that mapped it, and that alone may change anything in it.
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
     }
 }
 

@@ -1132,6 +1132,117 @@ fn a_hostile_client_of_another_user_harms_nobody() {
     withstands(Some(NOBODY));
 }
 
+// ---------------------------------------------------------------- what a client can cost
+
+/// A server that answers keys that are lengths, and takes so many of our segments from a client.
+fn with_room_for(segments: usize, run: impl FnOnce(&Path)) {
+    let _watchdog = watchdog();
+    let (_dir, path) = place();
+    let queue = Seqpacket::new(&path).max_bytes((segments * LEN) as u64).bind().unwrap();
+    thread::scope(|scope| {
+        struct Closing<'q>(&'q shmferry::SeqpacketQueue);
+        impl Drop for Closing<'_> {
+            fn drop(&mut self) {
+                self.0.close();
+            }
+        }
+        let _closing = Closing(&queue); // however it ends, the server does
+        scope.spawn(|| {
+            while let Ok(transfer) = queue.recv(Deadline::NEVER) {
+                let len: usize = std::str::from_utf8(transfer.key()).unwrap().parse().unwrap();
+                // Waits for its client for as long as that is there.
+                scope.spawn(move || {
+                    let mut sending = transfer.accept(len as u64).unwrap();
+                    sending.set_patience(Duration::MAX);
+                    let _ = sending.write_all(&pattern(len));
+                });
+            }
+        });
+        run(&path);
+    });
+}
+
+/// Bytes of memory that a segment takes.
+fn taken_by(fd: impl AsFd) -> u64 {
+    rustix::fs::fstat(fd).unwrap().st_blocks as u64 * 512
+}
+
+/// Asks for bytes over a segment, which is in its first generation.
+fn ask_over(line: &Line, memory: &Memory, index: u32, len: usize) {
+    memory.word(FREE).store(SLOTS, SeqCst);
+    memory.long(TURN).store(1 << 8 | OFFERED, SeqCst);
+    line.say(&request(index, 1, &len.to_string()), &[]);
+}
+
+/// The check for holes guards against accidents. What stands in for missing pages here lies beyond the
+/// segment's end: it counts as allocated, and the server pays for the pages when it maps them.
+#[test]
+fn memory_that_only_looks_allocated_costs_a_server_no_more_than_its_limit() {
+    const ROOM: usize = 10;
+    with_room_for(ROOM, |path| {
+        let line = Line::to(path);
+        line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        let hollow: Vec<_> = (0..=ROOM as u32)
+            .map(|index| {
+                let fd = memfd(LEN as u64, MemfdFlags::empty());
+                let beyond = FallocateFlags::KEEP_SIZE;
+                rustix::fs::fallocate(&fd, beyond, LEN as u64, LEN as u64).unwrap();
+                let numbers = [1, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
+                let header = [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &index.to_ne_bytes()].concat();
+                rustix::io::pwrite(&fd, &header, 0).unwrap();
+                let fd = sealed(fd, SEALS);
+                let before = taken_by(&fd);
+                assert!(before < 2 * LEN as u64 && before >= LEN as u64, "{before}");
+                (fd, before)
+            })
+            .collect();
+        let paid = || hollow.iter().map(|(fd, before)| taken_by(fd) - before).sum::<u64>();
+        for (index, (fd, _)) in (0..ROOM as u32).zip(&hollow) {
+            line.say(&segment(index), &[fd.as_fd()]);
+        }
+        // The header was there already.
+        let all = (ROOM * (LEN - HEADER)) as u64;
+        wait_until("all were mapped", || paid() == all);
+
+        // Pages that are given back later are paid for anew, one by one, and never twice at a time.
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        for (index, (fd, _)) in (0..ROOM as u32).zip(&hollow) {
+            let memory = Memory::map(fd, LEN);
+            rustix::fs::fallocate(fd, punch, HEADER as u64, (LEN - HEADER) as u64).unwrap();
+            ask_over(&line, &memory, index, 4096);
+            wait_until("it was sent", || memory.long(TURN).load(SeqCst) == 1 << 8 | FINISHED);
+            assert!(paid() <= all);
+        }
+        // One more is one too many.
+        line.say(&segment(ROOM as u32), &[hollow[ROOM].0.as_fd()]);
+        assert_eq!(line.last_words(), Some(TOO_MANY_BYTES));
+        assert!(paid() <= (ROOM * LEN) as u64);
+    });
+}
+
+/// It used to: what was retired counted no more, however long a transfer kept it mapped.
+#[test]
+fn segments_that_are_retired_while_they_are_held_cost_a_server_no_more_than_its_limit_again() {
+    const ROOM: usize = 2;
+    with_room_for(ROOM, |path| {
+        let line = Line::to(path);
+        line.say(&hello(SLOTS, SLOT_LEN), &[]);
+        let mut mapped = 0;
+        for index in 0..8 {
+            let fd = proper(index);
+            let memory = Memory::map(&fd, LEN);
+            line.say(&segment(index), &[fd.as_fd()]);
+            ask_over(&line, &memory, index, 50_000);
+            line.say(&retire(index), &[]);
+            let is_held = || memory.word(FILLED).load(SeqCst) == SLOTS;
+            wait_until("it was taken or refused", || is_held() || line.poll(PollFlags::IN, Duration::ZERO));
+            mapped += usize::from(is_held());
+        }
+        assert_eq!(line.last_words(), Some(TOO_MANY_BYTES));
+        assert_eq!(mapped, ROOM + 1, "a full set that is retired, and one more");
+    });
+}
+
 // ---------------------------------------------------------------- the hostile server
 
 /// A listening socket of our own.

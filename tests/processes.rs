@@ -26,6 +26,8 @@ use shmferry::{
 use support::{Place, Transport};
 use watchdog::watchdog;
 
+#[path = "processes/forks.rs"]
+mod forks;
 #[path = "processes/queues.rs"]
 mod queues;
 mod support;
@@ -338,6 +340,7 @@ fn play<C: Carrier>(role: &str, address: &str) {
             }
             linger()
         }
+        forking if forking.starts_with("fork: ") => forks::play::<C>(forking, address),
         other => queues::play(other, address),
     }
 }

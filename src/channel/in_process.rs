@@ -10,6 +10,7 @@ use crossbeam_channel::{
 use crate::crew;
 use crate::error::{Awaited, Error, Result};
 use crate::peer::Link;
+use crate::process::Own;
 use crate::protocol::{Sender, ShmTransfer, Starting};
 use crate::segment::Backing;
 use crate::sync::{Deadline, lock};
@@ -48,11 +49,11 @@ use super::{Request, RequestQueue, Requester, SendError};
 /// ```
 #[derive(Clone)]
 pub struct InProcess {
-    inlet: Inlet<ShmTransfer<Sender, Starting>>,
-    outlet: Outlet<ShmTransfer<Sender, Starting>>,
+    inlet: Own<Inlet<ShmTransfer<Sender, Starting>>>,
+    outlet: Own<Outlet<ShmTransfer<Sender, Starting>>>,
     /// Taken, and so disconnected, when the queue is closed.
-    open: Arc<Mutex<Option<Inlet<()>>>>,
-    closed: Outlet<()>,
+    open: Own<Arc<Mutex<Option<Inlet<()>>>>>,
+    closed: Own<Outlet<()>>,
     link: Arc<Link>,
 }
 
@@ -63,7 +64,9 @@ impl InProcess {
         let (inlet, outlet) = bounded(requests);
         let (open, closed) = bounded(0);
         let link = Arc::new(Link::within());
-        InProcess { inlet, outlet, open: Arc::new(Mutex::new(Some(open))), closed, link }
+        let open = Own::new(Arc::new(Mutex::new(Some(open))));
+        let (inlet, outlet, closed) = (Own::new(inlet), Own::new(outlet), Own::new(closed));
+        InProcess { inlet, outlet, open, closed, link }
     }
 
     fn is_closed(&self) -> bool {
@@ -101,6 +104,9 @@ impl InProcess {
 
 impl<B: Backing> Requester<B> for InProcess {
     fn send(&self, request: Request<B>, deadline: Deadline) -> Result<(), SendError<B>> {
+        if let Err(forked) = Own::origin(&self.inlet).check().and(request.check_origin()) {
+            return Err(SendError { request, error: forked.into() });
+        }
         if self.is_closed() {
             return Err(SendError { request, error: Error::Closed });
         }
@@ -133,6 +139,7 @@ impl<B: Backing> Requester<B> for InProcess {
 
 impl RequestQueue for InProcess {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
+        Own::origin(&self.inlet).check()?;
         let mut select = Select::new();
         let request = select.recv(&self.outlet);
         select.recv(&self.closed);
@@ -150,6 +157,9 @@ impl RequestQueue for InProcess {
     }
 
     fn close(&self) {
+        if !Own::origin(&self.inlet).is_here() {
+            return;
+        }
         lock(&self.open).take();
         self.drain();
     }
@@ -157,7 +167,9 @@ impl RequestQueue for InProcess {
 
 impl fmt::Debug for InProcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InProcess").field("queued", &self.outlet.len()).finish_non_exhaustive()
+        let is_here = Own::origin(&self.inlet).is_here();
+        let queued = if is_here { self.outlet.len() } else { 0 };
+        f.debug_struct("InProcess").field("queued", &queued).finish_non_exhaustive()
     }
 }
 

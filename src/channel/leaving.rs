@@ -36,6 +36,9 @@ impl Leaving {
 
 impl Drop for Leaving {
     fn drop(&mut self) {
+        if !self.poller.origin().is_here() {
+            return; // a child of `fork` has no such thread
+        }
         self.poller.close();
         if let Some(thread) = self.thread.take() {
             // It panics only by a defect, which the panic hook has told.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::{Link, Peer};
+use crate::process::Origin;
 use crate::segment::{Backing, PoolId};
 use crate::sync::{Deadline, Turnstile, lock};
 
@@ -44,6 +45,7 @@ pub(super) struct Line<D: Dial> {
     current: Mutex<Option<Arc<D::Connection>>>,
     /// Lets one thread at a time connect. The mutex is never held over anything that blocks.
     connecting: Turnstile,
+    origin: Origin,
 }
 
 /// How long a client waits for a server that is not there, within its deadline; as long as that if
@@ -65,11 +67,13 @@ impl<D: Dial> Line<D> {
             was_connected: AtomicBool::new(false),
             current: Mutex::new(None),
             connecting: Turnstile::new(1),
+            origin: Origin::here(),
         }
     }
 
-    /// The server, if there is a connection to it.
+    /// The server, if there is a connection to it, and it is this process's.
     pub(super) fn server(&self) -> Option<Peer> {
+        self.origin.check().ok()?;
         self.living().and_then(|connection| connection.link().peer())
     }
 
@@ -85,6 +89,9 @@ impl<D: Dial> Line<D> {
         request: Request<D::Backing>,
         deadline: Deadline,
     ) -> Result<(), SendError<D::Backing>> {
+        if let Err(forked) = self.origin.check().and(request.check_origin()) {
+            return Err(SendError { request, error: forked.into() });
+        }
         if request.segment().pool() != self.pool {
             return Err(SendError { request, error: Misuse::ForeignPool.into() });
         }

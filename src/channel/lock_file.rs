@@ -1,15 +1,17 @@
 //! A lock file: held while a server lives, by a lock that the kernel lets go of when that dies.
 
 use std::fmt::Display;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::own_file::open_own;
+use crate::process::Origin;
 
 /// Locked by this process. Dropping it removes the file; but what a predecessor has left in it stays until
 /// it is [signed](Self::sign): it tells the next one that there may be more to clear up.
@@ -17,24 +19,18 @@ pub(super) struct LockFile {
     path: PathBuf,
     file: File,
     ours: bool,
+    origin: Origin,
 }
 
 impl LockFile {
     /// Locks the file; returns also what a predecessor that was killed left in it.
     ///
     /// # Errors
-    /// [`Error::AddressInUse`], with its pid, when a living server of `address` holds it.
+    /// [`Error::AddressInUse`], with its pid, when a living server of `address` holds it;
+    /// [`Error::NameTaken`] when what stands there is no regular file, or another user's.
     pub(super) fn take(path: &Path, address: impl Display) -> Result<(LockFile, String)> {
         loop {
-            let mut file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-                .open(path)
-                .map_err(Error::os("opening the lock file"))?;
+            let mut file = open(path, OFlags::RDWR | OFlags::CREATE)?;
             let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
             let mut found = String::new();
             file.read_to_string(&mut found).map_err(Error::os("reading the lock file"))?;
@@ -47,12 +43,13 @@ impl LockFile {
                 Err(errno) => return Err(Error::os("flock")(errno)),
             }
             // A server that ends removes the file: is what we locked still the one that stands there?
-            let ours = file.metadata().map_err(Error::os("fstat"))?;
+            let locked = file.metadata().map_err(Error::os("fstat"))?;
             match fs::symlink_metadata(path) {
-                Ok(found) if (found.dev(), found.ino()) == (ours.dev(), ours.ino()) => {}
+                Ok(found) if (found.dev(), found.ino()) == (locked.dev(), locked.ino()) => {}
                 _ => continue,
             }
-            return Ok((LockFile { path: path.to_owned(), file, ours: found.is_empty() }, found));
+            let (path, ours, origin) = (path.to_owned(), found.is_empty(), Origin::here());
+            return Ok((LockFile { path, file, ours, origin }, found));
         }
     }
 
@@ -69,14 +66,29 @@ impl LockFile {
     }
 }
 
+/// The pid that the lock file of a server tells; `None` if there is none, or it is not this user's.
+pub(super) fn holder(path: &Path) -> Option<u32> {
+    let mut told = String::new();
+    open(path, OFlags::RDONLY).ok()?.take(LONGEST_PID).read_to_string(&mut told).ok()?;
+    pid_in(&told)
+}
+
+/// Bytes of the first line at most.
+const LONGEST_PID: u64 = 16;
+
+fn open(path: &Path, access: OFlags) -> Result<File> {
+    let mode = Mode::RUSR | Mode::WUSR;
+    open_own(path, access, mode, FileType::RegularFile, "opening the lock file").map(File::from)
+}
+
 /// The pid that a lock file's content begins with.
-pub(super) fn pid_in(content: &str) -> Option<u32> {
+fn pid_in(content: &str) -> Option<u32> {
     content.lines().next()?.parse().ok()
 }
 
 impl Drop for LockFile {
     fn drop(&mut self) {
-        if self.ours {
+        if self.ours && self.origin.is_here() {
             // Nothing can be done about a failure here, and the next server copes with leftovers.
             let _ = fs::remove_file(&self.path);
         }
@@ -102,6 +114,44 @@ mod tests {
         }
         drop(held);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_a_regular_file_of_this_user_is_a_lock_and_nothing_else_is_waited_for() {
+        use rustix::fs::{CWD, mknodat};
+        use std::os::unix::fs::{lchown, symlink};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let us = rustix::process::geteuid();
+        let refused = |kind: &'static str, owner: u32| {
+            lchown(&path, Some(owner), None).unwrap();
+            match LockFile::take(&path, "here").map(|(_, found)| found) {
+                Err(Error::NameTaken { path: named, kind: told, uid }) => {
+                    assert_eq!((named, told, uid), (path.clone(), kind, owner));
+                }
+                other => panic!("{kind} of {owner}: {other:?}"),
+            }
+            assert_eq!(holder(&path), None);
+        };
+        // Root can try both.
+        let users = if us.is_root() { vec![65_534, us.as_raw()] } else { vec![us.as_raw()] };
+        for &user in &users {
+            mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o666), 0).unwrap();
+            refused("a FIFO", user);
+            fs::remove_file(&path).unwrap();
+            symlink(dir.path().join("elsewhere"), &path).unwrap();
+            refused("a symbolic link", user);
+            fs::remove_file(&path).unwrap();
+            fs::create_dir(&path).unwrap();
+            refused("a directory", user);
+            fs::remove_dir(&path).unwrap();
+        }
+        if us.is_root() {
+            fs::write(&path, "1\n").unwrap();
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+            refused("a regular file", users[0]);
+            assert_eq!(fs::read_to_string(&path).unwrap(), "1\n", "left as it was");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::process::Origin;
 use crate::sync::Deadline;
 
 /// The tokens of the closer and of the nudge; no other descriptor has them.
@@ -28,6 +29,8 @@ pub(super) struct Poller {
     closed: AtomicBool,
     /// Wakes one worker each time that it is written to; never read.
     nudge: OwnedFd,
+    /// A child of `fork` shares the epoll and both eventfds with its parent, and leaves them alone.
+    origin: Origin,
 }
 
 impl Poller {
@@ -41,7 +44,7 @@ impl Poller {
         let each_write = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, &nudge, epoll::EventData::new_u64(NUDGE), each_write)
             .map_err(Error::os("epoll_ctl"))?;
-        Ok(Poller { epoll, closer, closed: AtomicBool::new(false), nudge })
+        Ok(Poller { epoll, closer, closed: AtomicBool::new(false), nudge, origin: Origin::here() })
     }
 
     /// Adds a descriptor, armed.
@@ -85,8 +88,15 @@ impl Poller {
         }
     }
 
-    /// Fails with [`Error::Closed`] once [`close`](Self::close) was called.
+    /// The process that made it.
+    pub(super) fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    /// Fails with [`Error::Closed`] once [`close`](Self::close) was called, and with
+    /// [`Misuse::Forked`](crate::Misuse::Forked) in a child of `fork`.
     pub(super) fn check_open(&self) -> Result<()> {
+        self.origin.check()?;
         if self.closed.load(Ordering::Acquire) { Err(Error::Closed) } else { Ok(()) }
     }
 
@@ -98,6 +108,9 @@ impl Poller {
 
     /// Ends every wait, now and later.
     pub(super) fn close(&self) {
+        if !self.origin.is_here() {
+            return;
+        }
         self.closed.store(true, Ordering::Release);
         // Cannot fail but by overflow, and then it is readable already.
         let _ = rustix::io::write(&self.closer, &1u64.to_ne_bytes());

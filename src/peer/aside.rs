@@ -5,10 +5,12 @@
 //! connection.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::AtomicUsize;
 use std::thread;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage};
+
+use crate::process::Counted;
 
 /// How many may be under way before no more peers are let in.
 const MOST: usize = 64;
@@ -17,7 +19,7 @@ static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether so many descriptors are being closed that nobody should be let in who could add to them.
 pub(crate) fn is_behind() -> bool {
-    UNDER_WAY.load(Relaxed) >= MOST
+    Counted::count(&UNDER_WAY) >= MOST
 }
 
 /// A socket that peers send messages to, read or not.
@@ -68,17 +70,10 @@ impl Drop for Strays {
 }
 
 fn close(fds: Vec<OwnedFd>) {
-    struct UnderWay;
-    impl Drop for UnderWay {
-        fn drop(&mut self) {
-            UNDER_WAY.fetch_sub(1, Relaxed);
-        }
-    }
     if fds.is_empty() {
         return;
     }
-    UNDER_WAY.fetch_add(1, Relaxed);
-    let under_way = UnderWay;
+    let under_way = Counted::among(&UNDER_WAY);
     let closing = move || {
         drop(fds);
         drop(under_way);

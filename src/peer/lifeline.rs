@@ -13,11 +13,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, flock, fstat, lstat, mknodat, open};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, flock, fstat, lstat, mknodat};
 use rustix::io::Errno;
-use rustix::process::geteuid;
 
 use crate::error::{Error, Result};
+use crate::own_file;
+use crate::process::Origin;
 
 /// How long whoever sweeps a new lifeline by mistake may take to remove it, in moments.
 const SWEPT: u32 = 1000;
@@ -29,6 +30,7 @@ pub(crate) struct Lifeline {
     /// The name is ours to remove.
     is_named: AtomicBool,
     _fifo: OwnedFd,
+    origin: Origin,
 }
 
 impl Lifeline {
@@ -40,50 +42,52 @@ impl Lifeline {
                 Ok(()) => {}
                 // Somebody who sweeps took it for a dead one's, before it was locked, and removes it.
                 Err(Errno::EXIST) if (1..SWEPT).contains(&attempt) => thread::sleep(MOMENT),
-                Err(errno) => return Err(Error::os("making a lifeline")(errno)),
+                Err(errno) => {
+                    let taken = if errno == Errno::EXIST { own_file::taken(&path) } else { None };
+                    return Err(taken.unwrap_or_else(|| Error::os("making a lifeline")(errno)));
+                }
             }
             // Open at both ends: opening only the one to write waits for somebody who reads.
-            let fifo = match open_fifo(&path, OFlags::RDWR) {
-                Err(Errno::NOENT) => continue,
-                opened => opened.map_err(Error::os("opening a lifeline"))?,
-            };
+            let Some(fifo) = open_fifo(&path, OFlags::RDWR)? else { continue };
             if lock_now(&fifo).map_err(Error::os("locking a lifeline"))? && stands_at(&path, &fifo) {
-                return Ok(Lifeline { path, is_named: AtomicBool::new(true), _fifo: fifo });
+                return Ok(Lifeline::of(path, fifo));
             }
         }
         unreachable!("the loop has no end of its own")
     }
 
     /// Takes over what a dead owner has left; `None` if it lives, or has left nothing.
+    ///
+    /// # Errors
+    /// [`Error::NameTaken`] when what stands there is no lifeline of this user.
     pub(crate) fn inherit(path: &Path) -> Result<Option<Lifeline>> {
         // For reading, so that its followers are not kept from learning that nobody else writes.
-        let fifo = match open_fifo(path, OFlags::RDONLY) {
-            Ok(fifo) if is_ours(&fifo) => fifo,
-            Ok(_) | Err(Errno::NOENT | Errno::ACCESS) => return Ok(None),
-            Err(errno) => return Err(Error::os("opening a lifeline")(errno)),
-        };
+        let Some(fifo) = open_fifo(path, OFlags::RDONLY)? else { return Ok(None) };
         let locked = lock_now(&fifo).map_err(Error::os("locking a lifeline"))?;
-        let path = path.to_owned();
+        let stands = locked && stands_at(path, &fifo);
         // Made only if it is ours: a lifeline that is dropped removes its name.
-        let is_ours = locked && stands_at(&path, &fifo);
-        Ok(is_ours.then(|| Lifeline { path, is_named: AtomicBool::new(true), _fifo: fifo }))
+        Ok(stands.then(|| Lifeline::of(path.to_owned(), fifo)))
+    }
+
+    fn of(path: PathBuf, fifo: OwnedFd) -> Lifeline {
+        Lifeline { path, is_named: AtomicBool::new(true), _fifo: fifo, origin: Origin::here() }
     }
 
     /// Removes the name, for a successor's lifeline to take its place. Followers stay with this one.
+    /// Does nothing in a child of `fork`: the name is its parent's.
     pub(crate) fn remove_name(&self) {
-        if self.is_named.swap(false, Relaxed) {
+        if self.origin.is_here() && self.is_named.swap(false, Relaxed) {
             // Nothing can be done about a failure here; a later owner sweeps it.
             let _ = fs::remove_file(&self.path);
         }
     }
 
     /// Opens another's lifeline, to be told of its end; `None` if its owner is gone.
+    ///
+    /// # Errors
+    /// [`Error::NameTaken`] when what stands there is no lifeline of this user.
     pub(crate) fn follow(path: &Path) -> Result<Option<OwnedFd>> {
-        match open_fifo(path, OFlags::RDONLY) {
-            Ok(fifo) if is_ours(&fifo) && is_held(&fifo) => Ok(Some(fifo)),
-            Ok(_) | Err(Errno::NOENT) => Ok(None),
-            Err(errno) => Err(Error::os("opening a lifeline")(errno)),
-        }
+        Ok(open_fifo(path, OFlags::RDONLY)?.filter(|fifo| is_held(fifo)))
     }
 }
 
@@ -108,9 +112,13 @@ impl Drop for Lifeline {
     }
 }
 
-/// Opens without waiting for the other end.
-fn open_fifo(path: &Path, access: OFlags) -> rustix::io::Result<OwnedFd> {
-    open(path, access | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+/// Opens this user's FIFO, without waiting for the other end; `None` if nothing stands there.
+fn open_fifo(path: &Path, access: OFlags) -> Result<Option<OwnedFd>> {
+    match own_file::open_own(path, access, Mode::empty(), FileType::Fifo, "opening a lifeline") {
+        Ok(fifo) => Ok(Some(fifo)),
+        Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn lock_now(fifo: &OwnedFd) -> io::Result<bool> {
@@ -119,13 +127,6 @@ fn lock_now(fifo: &OwnedFd) -> io::Result<bool> {
         Err(Errno::WOULDBLOCK) => Ok(false),
         Err(errno) => Err(errno.into()),
     }
-}
-
-/// Whether it is a FIFO of this user.
-fn is_ours(fifo: &OwnedFd) -> bool {
-    fstat(fifo).is_ok_and(|found| {
-        FileType::from_raw_mode(found.st_mode) == FileType::Fifo && found.st_uid == geteuid().as_raw()
-    })
 }
 
 fn stands_at(path: &Path, fifo: &OwnedFd) -> bool {
@@ -178,9 +179,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("life");
         std::fs::write(&path, "a file").unwrap();
-        assert!(Lifeline::follow(&path).unwrap().is_none());
-        assert!(Lifeline::inherit(&path).unwrap().is_none());
-        assert!(Lifeline::hold(path.clone()).is_err());
+        let us = rustix::process::geteuid().as_raw();
+        let told = |result: Result<()>| match result {
+            Err(Error::NameTaken { path: named, kind, uid }) => (named == path).then_some((kind, uid)),
+            other => panic!("{other:?}"),
+        };
+        let a_file = Some(("a regular file", us));
+        assert_eq!(told(Lifeline::follow(&path).map(drop)), a_file);
+        assert_eq!(told(Lifeline::inherit(&path).map(drop)), a_file);
+        assert_eq!(told(Lifeline::hold(path.clone()).map(drop)), a_file);
         assert!(path.exists());
     }
 }

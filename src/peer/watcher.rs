@@ -1,4 +1,7 @@
 //! The one thread of a process that learns of hang-ups, and tells whoever they concern.
+//!
+//! A child of `fork` has no such thread, and shares the epoll instance with its parent: it makes both
+//! anew, and leaves the parent's alone.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,6 +13,7 @@ use rustix::event::epoll;
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::process::{Origin, PerProcess};
 use crate::sync::lock;
 
 /// Calls `then`, once, on the watcher thread, when the other end of a socket or FIFO hangs up. Dropping
@@ -26,7 +30,7 @@ pub(crate) fn on_hang_up<F: AsFd + Send + Sync + 'static>(
         calls.waiting.insert(token, Box::new(then));
         token
     };
-    let watch = Watch { end, token, watcher };
+    let watch = Watch { end, token, watcher, origin: Origin::here() };
     let events = epoll::EventFlags::RDHUP | epoll::EventFlags::ONESHOT;
     epoll::add(&watcher.epoll, &watch.end, epoll::EventData::new_u64(token), events)
         .map_err(Error::os("watching a connection"))?;
@@ -38,10 +42,14 @@ pub(crate) struct Watch {
     end: Arc<dyn AsFd + Send + Sync>,
     token: u64,
     watcher: &'static Watcher,
+    origin: Origin,
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
+        if !self.origin.is_here() {
+            return;
+        }
         lock(&self.watcher.calls).waiting.remove(&self.token);
         // Fails only if it was never added; then there is nothing to delete.
         let _ = epoll::delete(&self.watcher.epoll, &self.end);
@@ -60,15 +68,22 @@ struct Calls {
     waiting: HashMap<u64, Box<dyn FnOnce() + Send>>,
 }
 
+/// The watcher of one process.
+#[derive(Default)]
+struct Post {
+    watcher: OnceLock<Watcher>,
+    starting: Mutex<()>,
+}
+
 impl Watcher {
     fn of_this_process() -> Result<&'static Watcher> {
-        static WATCHER: OnceLock<Watcher> = OnceLock::new();
-        static STARTING: Mutex<()> = Mutex::new(());
-        if let Some(watcher) = WATCHER.get() {
+        static POST: PerProcess<Post> = PerProcess::new();
+        let Post { watcher: cell, starting } = POST.get();
+        if let Some(watcher) = cell.get() {
             return Ok(watcher);
         }
-        let _one_at_a_time = lock(&STARTING);
-        if let Some(watcher) = WATCHER.get() {
+        let _one_at_a_time = lock(starting);
+        if let Some(watcher) = cell.get() {
             return Ok(watcher);
         }
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
@@ -76,9 +91,9 @@ impl Watcher {
         // The thread finds the watcher in its cell: whoever can register with it has put it there.
         thread::Builder::new()
             .name("shmferry-watch".to_owned())
-            .spawn(move || watch(&watching, || WATCHER.get()))
+            .spawn(move || watch(&watching, || cell.get()))
             .map_err(Error::os("starting the watcher thread"))?;
-        Ok(WATCHER.get_or_init(|| Watcher { epoll, calls: Mutex::default() }))
+        Ok(cell.get_or_init(|| Watcher { epoll, calls: Mutex::default() }))
     }
 }
 

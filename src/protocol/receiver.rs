@@ -21,7 +21,7 @@ use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 use super::sink::await_sink;
 use super::{
     DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, can_put_off,
-    own_pid, publish_cpu,
+    publish_cpu,
 };
 
 /// The side that owns the segment and takes the bytes out of it.
@@ -101,10 +101,11 @@ impl ShmTransfer<Receiver, Offered> {
         let (generation, _) = header.turn.load()?;
         // The segment is idle: nobody else touches what is reset here (rule P6).
         header.announcement.status.store(0, Relaxed);
+        header.announcement.pid.store(0, Relaxed); // until the sender of this generation tells its own
         header.filled.reset(0);
         header.free.reset(segment.geometry().slot_count());
         header.receiver.cancelled.store(0, Relaxed);
-        header.receiver.pid.store(own_pid(), Relaxed);
+        header.receiver.pid.store(segment.origin().pid(), Relaxed);
         publish_cpu(&header.receiver.cpu);
         header.turn.open_next(generation)
     }
@@ -138,6 +139,7 @@ impl ShmTransfer<Receiver, Offered> {
 
     /// As [`reply`](Self::reply), with the transfer still in hand.
     pub(crate) fn read_reply(&mut self, deadline: Deadline) -> Result<Answer> {
+        self.side.check_origin()?;
         let permit = self.side.await_filled(deadline, Awaited::Reply)?;
         let announcement = &self.side.header().announcement;
         // Each word is read once, checked, and only then used (rule P3).
@@ -269,6 +271,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// Has the kernel write the unread bytes of the open chunk; `false` if it was told to stop.
     #[cfg(unix)]
     fn write_open(&mut self, sink: BorrowedFd<'_>, is_ended: impl Fn(&Receiver) -> bool) -> Result<bool> {
+        self.side.check_origin()?;
         let ShmTransfer { side, state } = self;
         let Some(open) = &mut state.open else { return Ok(true) };
         let len = open.chunk.len as usize;
@@ -294,6 +297,7 @@ impl ShmTransfer<Receiver, Receiving> {
 
     /// Has a chunk open, unless the end was reached. A last chunk that is empty is the end.
     fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
+        self.side.check_origin()?;
         while self.state.open.is_none() {
             match self.state.end {
                 End::Reached => return Ok(false),
@@ -360,6 +364,9 @@ impl ShmTransfer<Receiver, Receiving> {
 
     /// Gives the current chunk's slot back, read or not.
     fn close_chunk(&mut self) {
+        if self.side.check_origin().is_err() {
+            return; // the slot is for the parent to give back
+        }
         let Some(OpenChunk { permit, chunk, .. }) = self.state.open.take() else { return };
         let slots = self.side.holding.segment.geometry().slot_count();
         self.state.cursor = (self.state.cursor + 1) % slots;
@@ -469,6 +476,11 @@ impl Receiver {
         self.holding.is_wanted()
     }
 
+    /// Fails in a child of `fork`: the transfer is its parent's.
+    fn check_origin(&self) -> Result<(), Misuse> {
+        self.holding.segment.origin().check()
+    }
+
     fn await_filled(&mut self, deadline: Deadline, awaited: Awaited) -> Result<Permit> {
         let header = self.holding.segment.header();
         let is_severed = || self.offer.is_severed();
@@ -512,7 +524,7 @@ impl Receiver {
 impl Drop for Receiver {
     /// Ends the transfer, and gives the segment back.
     fn drop(&mut self) {
-        if !self.is_kept {
+        if !self.is_kept && self.check_origin().is_ok() {
             let link = self.end();
             self.holding.give_back(self.generation, link);
         }

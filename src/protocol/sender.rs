@@ -18,7 +18,7 @@ use crate::sync::{BUDGET, Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
     DEFAULT_PATIENCE, Idle, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit,
-    can_put_off, own_pid, publish_cpu,
+    can_put_off, publish_cpu,
 };
 
 /// The side that answers a request and puts the bytes in.
@@ -228,6 +228,7 @@ impl ShmTransfer<Sender, Sending> {
     /// # Errors
     /// [`Error::SizeMismatch`] when fewer bytes were sent than announced, which aborts.
     pub fn finish(mut self) -> Result<u64> {
+        self.side.segment.origin().check()?;
         let found = self.state.sent + self.state.pending as u64;
         if self.state.size.known().is_some_and(|announced| announced != found) {
             return Err(self.mismatch(found));
@@ -328,6 +329,7 @@ impl io::Write for ShmTransfer<Sender, Sending> {
         if bytes.is_empty() {
             return Ok(0);
         }
+        self.side.segment.origin().check().map_err(Error::from)?;
         let room = self.room() - self.state.pending as u64;
         if bytes.len() as u64 > room {
             let found = self.state.sent + (self.state.pending + bytes.len()) as u64;
@@ -372,6 +374,7 @@ impl Slot<'_> {
     /// [`Error::Misuse`] when they do not fit the slot, [`Error::SizeMismatch`] when they do not
     /// fit the announced size.
     pub fn send(self, bytes: &[u8]) -> Result<()> {
+        self.transfer.side.segment.origin().check()?;
         let limit = self.transfer.slot_len();
         if bytes.len() > limit {
             return Err(Misuse::ChunkTooLong { len: bytes.len(), limit }.into());
@@ -399,6 +402,7 @@ impl Slot<'_> {
 
     #[cfg(unix)]
     fn fill_from(self, file: impl AsFd, offset: u64, limit: usize) -> Result<usize> {
+        self.transfer.side.segment.origin().check()?;
         let capacity = self.capacity().min(limit);
         let ShmTransfer { side, state } = &mut *self.transfer;
         let mut filled = 0;
@@ -431,6 +435,7 @@ impl Sender {
 
     /// Takes the segment, if the request still stands (rule P1).
     fn take_up(&mut self) -> Result<()> {
+        self.segment.origin().check()?;
         let header = self.segment.header();
         if header.turn.advance(self.generation, Phase::Offered, Phase::Accepted).is_err() {
             self.phase = Phase::Idle; // never ours: nothing to end
@@ -446,13 +451,15 @@ impl Sender {
         if let Some(enrolment) = &self.enrolment {
             enrolment.cover(Arc::clone(&self.segment) as _);
         }
-        header.announcement.pid.store(own_pid(), Relaxed);
+        header.announcement.pid.store(self.segment.origin().pid(), Relaxed);
         publish_cpu(&header.announcement.cpu);
         Ok(())
     }
 
-    /// Fails unless the segment is in our hands.
+    /// Fails unless the segment is in our hands, and not in those of the process that this one was
+    /// forked from.
     fn is_on(&self) -> Result<()> {
+        self.segment.origin().check()?;
         match self.phase {
             Phase::Accepted | Phase::Announced => Ok(()),
             _ => Err(Misuse::TransferOver.into()),
@@ -533,6 +540,9 @@ impl Sender {
 
     /// Gives up, unless the transfer has ended already.
     fn abort(&mut self) {
+        if !self.segment.origin().is_here() {
+            return;
+        }
         if self.phase == Phase::Offered && self.take_up().is_err() {
             return;
         }

@@ -171,6 +171,45 @@ fn a_death_ends_waits_that_the_peer_tried_to_keep_up() {
     assert!(matches!(waiting.join().unwrap(), Err(Error::Disconnected)));
 }
 
+/// A child of the server, forked after it had bound, may be the one that writes (rule P6).
+#[cfg(target_os = "linux")]
+#[test]
+fn a_death_frees_a_segment_only_if_it_was_its_senders_own() {
+    use std::process::{Command, Stdio};
+    enum Tells {
+        ItsOwnPid,
+        Another,
+        /// It came no further than to accept.
+        None,
+    }
+    for (tells, is_freed) in [(Tells::ItsOwnPid, true), (Tells::Another, false), (Tells::None, false)] {
+        let mut server = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pool = one_segment();
+        // As the transfer before left it.
+        only(&pool).header().announcement.pid.store(server.id(), Relaxed);
+        let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+        let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: Some(server.id()), uid: 0 }));
+        request.sent_over(&link);
+        let segment = only(&pool);
+        let header = segment.header();
+        let (generation, _) = header.turn.load().unwrap();
+        header.turn.advance(generation, Phase::Offered, Phase::Accepted).unwrap();
+        match tells {
+            Tells::ItsOwnPid => header.announcement.pid.store(server.id(), Relaxed),
+            Tells::Another => header.announcement.pid.store(server.id() + 1, Relaxed),
+            Tells::None => {}
+        }
+        server.kill().unwrap();
+        assert!(link.wait_dead(soon()));
+        link.sever(|| None);
+        drop(transfer);
+        drop(pool.lease(soon()).unwrap());
+        let is_freed = is_freed && Semaphore::SURVIVES_KILL;
+        assert_eq!(pool.stats().retired, u64::from(!is_freed));
+        server.wait().unwrap();
+    }
+}
+
 #[test]
 fn a_stale_sender_poisons_nobody() {
     // Its request is withdrawn and the segment offered anew, to another; then its connection ends.

@@ -21,6 +21,7 @@ use std::ptr::{self, NonNull};
 
 use shared_memory::Shmem;
 
+use crate::process::Origin;
 #[cfg(target_os = "linux")]
 use crate::sync::atomic::AtomicU64;
 use crate::sync::atomic::{AtomicU8, Relaxed};
@@ -59,13 +60,15 @@ enum Keeper {
     /// Made here: unmapped when dropped.
     #[cfg(target_os = "linux")]
     Ours,
-    /// Made by crate `shared_memory`, which unmaps it, and removes its name if we made that.
-    Crate(#[expect(dead_code, reason = "kept for its drop")] Shmem),
+    /// Made by crate `shared_memory`, which unmaps it, and removes its name if this process, the
+    /// one at `Origin`, made that.
+    Crate(Shmem, Origin),
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread (M1), and beside plain values `Mapping`
 // keeps only the crate's `Shmem`, which is no more than an address, a length, a descriptor and a name:
-// none of them has to do with the thread that made it, and nothing of it is used but its drop, once.
+// none of them has to do with the thread that made it, and nothing of it is used but its drop, once,
+// and what that needs (`set_owner`), through `&mut`.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4), and
 // the `Shmem` not at all.
@@ -85,13 +88,30 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Maps named memory that was opened and checked, by that same descriptor: its name may lead
+    /// elsewhere by now. Fails with `INVAL` for memory that is not long enough.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn opened(
+        fd: impl std::os::fd::AsFd,
+        geometry: Geometry,
+        slots_writable: bool,
+    ) -> rustix::io::Result<Mapping> {
+        let base = map(fd, geometry.mapped_len(), rustix::mm::MapFlags::empty())?;
+        let mapping = Mapping { base, geometry, slots_writable, keeper: Keeper::Ours };
+        // An error here, where `MAP_POPULATE` would keep silent about pages that cannot be had.
+        mapping.populate()?;
+        mapping.protect_slots()?;
+        Ok(mapping)
+    }
+
     /// Takes over a mapping of named memory. Fails with `InvalidInput` for one that is not long enough.
     pub(crate) fn named(memory: Shmem, geometry: Geometry, slots_writable: bool) -> io::Result<Mapping> {
         let base = NonNull::new(memory.as_ptr()).filter(|base| base.addr().get() % PAGE == 0);
         let Some(base) = base.filter(|_| memory.len() >= geometry.mapped_len()) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let mapping = Mapping { base, geometry, slots_writable, keeper: Keeper::Crate(memory) };
+        let mapping =
+            Mapping { base, geometry, slots_writable, keeper: Keeper::Crate(memory, Origin::here()) };
         #[cfg(target_os = "linux")]
         mapping.populate()?;
         #[cfg(unix)]
@@ -186,7 +206,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        match self.keeper {
+        match &mut self.keeper {
             #[cfg(target_os = "linux")]
             Keeper::Ours => {
                 let (base, len) = (self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len());
@@ -195,7 +215,10 @@ impl Drop for Mapping {
                 let unmapped = unsafe { rustix::mm::munmap(base, len) };
                 debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
             }
-            Keeper::Crate(_) => {}
+            Keeper::Crate(memory, origin) if !origin.is_here() => {
+                memory.set_owner(false); // the name is the parent's
+            }
+            Keeper::Crate(..) => {}
         }
     }
 }
@@ -254,18 +277,31 @@ impl Drop for Words {
 /// shorter: M1 rests on that, and so it is checked here, whatever the caller has checked for its messages.
 #[cfg(target_os = "linux")]
 fn map_sealed(fd: impl std::os::fd::AsFd, len: usize) -> rustix::io::Result<NonNull<u8>> {
-    use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+    use rustix::fs::{SealFlags, fcntl_get_seals};
+    if !fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
+        return Err(rustix::io::Errno::INVAL);
+    }
+    map(fd, len, rustix::mm::MapFlags::POPULATE)
+}
+
+/// Maps `len` bytes of a descriptor for reading and writing. Fails with `INVAL` for one that is not
+/// long enough. That it stays so is the caller's to know (M1): it is sealed, or trusted.
+#[cfg(target_os = "linux")]
+fn map(
+    fd: impl std::os::fd::AsFd,
+    len: usize,
+    flags: rustix::mm::MapFlags,
+) -> rustix::io::Result<NonNull<u8>> {
+    use rustix::fs::fstat;
     use rustix::io::Errno;
     use rustix::mm::{MapFlags, ProtFlags, mmap};
-    let long_enough = fstat(&fd)?.st_size >= len as i64;
-    if !long_enough || !fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
+    if fstat(&fd)?.st_size < i64::try_from(len).map_err(|_| Errno::INVAL)? {
         return Err(Errno::INVAL);
     }
     let prot = ProtFlags::READ | ProtFlags::WRITE;
-    let flags = MapFlags::SHARED | MapFlags::POPULATE;
-    // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit. What
-    // was checked above stays so, by the seal: M1 holds from here on.
-    let base = unsafe { mmap(ptr::null_mut(), len, prot, flags, fd, 0)? };
+    // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit. It is
+    // long enough, and stays so (the callers): M1 holds from here on.
+    let base = unsafe { mmap(ptr::null_mut(), len, prot, flags | MapFlags::SHARED, fd, 0)? };
     NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)
 }
 
@@ -282,6 +318,12 @@ mod by_kernel {
 
     use super::{Mapping, c_void, io};
 
+    // With offsets of 64 bits: on Linux, plain `pread` has 32 of them where pointers have.
+    #[cfg(not(target_os = "linux"))]
+    use libc::{off_t as FileOffset, pread};
+    #[cfg(target_os = "linux")]
+    use libc::{off64_t as FileOffset, pread64 as pread};
+
     impl Mapping {
         /// Reads from a file straight into a slot, by one `pread`. Returns how many bytes came.
         pub(crate) fn pread_slot(
@@ -294,10 +336,10 @@ mod by_kernel {
         ) -> io::Result<usize> {
             assert!(self.slots_writable, "slots are mapped read-only");
             let to = self.slot_range(slot, offset, len);
-            let file_offset = libc::off_t::try_from(file_offset).map_err(io::Error::other)?;
+            let file_offset = FileOffset::try_from(file_offset).map_err(io::Error::other)?;
             // SAFETY: the kernel writes at most `len` bytes to `to`, which is valid for them (M1, M3,
             // the range check), and no reference to them exists (M4).
-            let read = unsafe { libc::pread(file.as_raw_fd(), to.cast::<c_void>(), len, file_offset) };
+            let read = unsafe { pread(file.as_raw_fd(), to.cast::<c_void>(), len, file_offset) };
             usize::try_from(read).map_err(|_| io::Error::last_os_error())
         }
 

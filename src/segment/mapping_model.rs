@@ -51,6 +51,10 @@ impl Mapping {
         Err(Errno::NOSYS)
     }
 
+    pub(crate) fn opened(_: impl AsFd, _: Geometry, _: bool) -> rustix::io::Result<Mapping> {
+        Err(Errno::NOSYS)
+    }
+
     pub(crate) fn named(_: Shmem, _: Geometry, _: bool) -> io::Result<Mapping> {
         Err(io::ErrorKind::Unsupported.into())
     }

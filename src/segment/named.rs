@@ -1,14 +1,16 @@
 //! The `Named` backing: POSIX shared memory with a name, by crate `shared_memory`, and what that lacks.
 //!
-//! The crate makes, opens, maps and removes the memory. Added here: blocks are allocated before
-//! anyone touches them, size and header are checked at open (rules L1, L2), names tell pool and owner,
-//! and an owner that starts removes the names of those that are gone (rule L3).
+//! The crate makes, maps and removes the memory, for its owner. Added here: blocks are allocated before
+//! anyone touches them; a peer opens a name once, checks what it has opened, and maps just that (rules
+//! L1, L2); names tell pool and owner, and an owner that starts removes the names of those that are
+//! gone (rule L3).
 
 use std::io;
 
 use shared_memory::{Shmem, ShmemConf, ShmemError};
 
-use crate::error::{Error, LayoutMismatch, Result};
+use crate::error::{Error, Result};
+use crate::process::Origin;
 
 use super::mapping::Mapping;
 use super::{Backing, Geometry, PoolId, ReadSlots, Segment, SegmentId, WriteSlots};
@@ -18,7 +20,7 @@ mod ending;
 #[cfg(target_os = "linux")]
 mod names;
 #[cfg(target_os = "linux")]
-pub(crate) use names::sweep;
+pub(crate) use names::{sweep, sweep_aside};
 
 /// Segments in POSIX shared memory, which the peer opens by name. For processes of one user: whoever
 /// may open a name may also resize what it stands for, and so harm those that have it mapped.
@@ -39,6 +41,7 @@ pub(crate) struct Owner {
 /// What a living pool of named segments holds.
 pub struct Ownership {
     owner: Owner,
+    origin: Origin,
     /// Goes after the segments: nobody sweeps them as long as it is held.
     #[cfg(target_os = "linux")]
     _lifeline: crate::peer::Lifeline,
@@ -65,7 +68,9 @@ impl Owner {
 impl Drop for Ownership {
     fn drop(&mut self) {
         #[cfg(target_os = "linux")]
-        ending::is_over(self.owner);
+        if self.origin.is_here() {
+            ending::is_over(self.owner);
+        }
     }
 }
 
@@ -84,6 +89,7 @@ impl super::sealed::Backing for Named {
         ending::outlived_by(owner);
         Ok(Ownership {
             owner,
+            origin: Origin::here(),
             #[cfg(target_os = "linux")]
             _lifeline: lifeline,
         })
@@ -99,6 +105,12 @@ impl super::sealed::Backing for Named {
     fn create(own: &Ownership, id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Named)> {
         let name = own.owner.segment(id.index);
         let made = ShmemConf::new().os_id(&name).size(geometry.mapped_len()).create();
+        #[cfg(target_os = "linux")]
+        if let Err(ShmemError::MappingIdExists) = made
+            && let Some(taken) = names::taken(&name)
+        {
+            return Err(taken);
+        }
         let memory: Shmem = made.map_err(failed("creating shared memory"))?;
         #[cfg(target_os = "linux")]
         names::allocate(&name, geometry)?;
@@ -114,17 +126,27 @@ impl super::sealed::Backing for Named {
 
 /// Opens and maps a segment that a peer named, checking all that is claimed of it first (rules L1, L2).
 pub(crate) fn attach(owner: Owner, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>> {
-    let name = owner.segment(id.index);
-    #[cfg(target_os = "linux")]
-    names::check(&name, geometry)?;
-    let memory = ShmemConf::new().os_id(&name).open().map_err(failed("opening shared memory"))?;
-    let (found, expected) = (memory.len() as u64, geometry.mapped_len() as u64);
-    if found != expected {
-        return Err(LayoutMismatch::Size { found, expected }.into());
-    }
-    let mapping = Mapping::named(memory, geometry, true).map_err(Error::os("mapping a segment"))?;
+    let mapping = open(&owner.segment(id.index), geometry)?;
     mapping.header().verify(id, geometry)?;
     Ok(Segment::new(id, mapping))
+}
+
+/// Opens a name once. What was opened is checked, and is what is mapped, whatever the name leads to by
+/// then.
+#[cfg(target_os = "linux")]
+fn open(name: &str, geometry: Geometry) -> Result<Mapping> {
+    let memory = names::open_checked(name, geometry)?;
+    Mapping::opened(memory, geometry, true).map_err(Error::os("mapping a segment"))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open(name: &str, geometry: Geometry) -> Result<Mapping> {
+    let memory = ShmemConf::new().os_id(name).open().map_err(failed("opening shared memory"))?;
+    let (found, expected) = (memory.len() as u64, geometry.mapped_len() as u64);
+    if found != expected {
+        return Err(crate::error::LayoutMismatch::Size { found, expected }.into());
+    }
+    Mapping::named(memory, geometry, true).map_err(Error::os("mapping a segment"))
 }
 
 /// The crate's errors as ours: they carry the system's code, or say what is wrong themselves.
@@ -145,6 +167,7 @@ fn failed(call: &'static str) -> impl FnOnce(ShmemError) -> Error {
 mod tests {
     use super::super::sealed::Backing as _;
     use super::*;
+    use crate::error::LayoutMismatch;
     use rustix::fs::{FallocateFlags, Mode, fallocate, ftruncate};
     use rustix::shm;
     use std::os::unix::fs::MetadataExt;
@@ -241,9 +264,99 @@ mod tests {
         // Nor is a name that is taken written over.
         let _impostor = Impostor::new(name.clone(), len, true);
         let made = Named::create(&own, id, geometry);
-        assert!(
-            matches!(&made, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists)
-        );
+        let us = rustix::process::geteuid().as_raw();
+        match made.map(drop) {
+            Err(Error::NameTaken { path, kind: "a regular file", uid }) => {
+                assert_eq!((path.to_str(), uid), (Some(&*format!("/dev/shm{name}")), us));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The owner goes, and another user puts memory of its own under the name, at any moment of an
+    /// attach.
+    #[test]
+    fn what_was_checked_is_what_is_mapped() {
+        use rustix::fs::{CWD, OFlags, RenameFlags, fstat, open, renameat_with};
+        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+        const NOBODY: u32 = 65_534;
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("not run: only root can make a file of another user");
+            return;
+        }
+        for round in 0..600 {
+            let (own, id, geometry) = owned();
+            let (segment, memory) = Named::create(&own, id, geometry).unwrap();
+            let path = format!("/dev/shm{}", own.owner.segment(id.index));
+            // A copy that another user owns, made beforehand.
+            let theirs = format!("/dev/shm/shmferry-theirs-{}", std::process::id());
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::write(&theirs, &bytes).unwrap();
+            std::os::unix::fs::chown(&theirs, Some(NOBODY), Some(NOBODY)).unwrap();
+            let fd = open(&*theirs, OFlags::RDWR, Mode::empty()).unwrap();
+            fallocate(&fd, FallocateFlags::empty(), 0, bytes.len() as u64).unwrap();
+            assert_eq!(fstat(&fd).unwrap().st_uid, NOBODY);
+
+            let (owner, go) = (own.owner, AtomicBool::new(false));
+            let until_told = || while !go.load(Relaxed) {};
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    until_told();
+                    (0..round % 400).for_each(|_| std::hint::spin_loop());
+                    drop((segment, memory)); // as when it is retired
+                });
+                scope.spawn(|| {
+                    until_told();
+                    // Not over what stands there: in a sticky directory that is not theirs to do.
+                    while renameat_with(CWD, &*theirs, CWD, &*path, RenameFlags::NOREPLACE).is_err() {}
+                });
+                go.store(true, Relaxed);
+                loop {
+                    match attach(owner, id, geometry) {
+                        Ok(attached) => {
+                            attached.writable().write_slot(0, 0, b"for the owner");
+                            let mut seen = [0; 13];
+                            rustix::io::pread(&fd, &mut seen, 4096).unwrap();
+                            assert_ne!(&seen, b"for the owner", "round {round}: mapped another's");
+                        }
+                        Err(Error::Layout(LayoutMismatch::Foreign(NOBODY))) => break,
+                        // Nothing stands there for a moment.
+                        Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            });
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+
+    /// Another user can take names that are to come. That costs an error that says who did, and no more.
+    #[test]
+    fn a_name_that_is_taken_is_told_with_whose_it_is() {
+        let (own, id, geometry) = owned();
+        let path = format!("/dev/shm{}", own.owner.segment(id.index));
+        let us = rustix::process::geteuid();
+        let squatter = if us.is_root() { 65_534 } else { us.as_raw() };
+        let took = |kind: &'static str| {
+            std::os::unix::fs::lchown(&path, Some(squatter), None).unwrap();
+            match Named::create(&own, id, geometry).map(drop) {
+                Err(Error::NameTaken { path: named, kind: told, uid }) => {
+                    assert_eq!((named.to_str(), told, uid), (Some(&*path), kind, squatter));
+                }
+                other => panic!("{other:?}"),
+            }
+            let attached = attach(own.owner, id, geometry).map(drop);
+            assert!(matches!(&attached, Err(Error::Layout(_))), "{attached:?}");
+            std::fs::remove_file(&path).unwrap();
+        };
+        std::fs::write(&path, "").unwrap();
+        took("a regular file");
+        std::os::unix::fs::symlink("/dev/shm/elsewhere", &path).unwrap();
+        took("a symbolic link");
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &*path, fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        took("a FIFO");
+        drop(Named::create(&own, id, geometry).unwrap());
     }
 
     #[test]

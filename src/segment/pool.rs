@@ -9,7 +9,9 @@ use std::time::Duration;
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Link;
+use crate::process::Origin;
 use crate::protocol::Ended;
+use crate::sync::atomic::Relaxed;
 use crate::sync::modelled::{Mutex, lock, yield_now};
 use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile};
 
@@ -99,6 +101,7 @@ impl<B: Backing> SegmentPool<B> {
     /// used, and none of them replaced.
     pub fn lease(&self, deadline: Deadline) -> Result<Lease<B>> {
         let pool = &self.shared;
+        pool.origin.check()?;
         if !pool.available.try_enter() && !crew::lend(|| pool.available.enter(deadline)) {
             return Err(Error::Timeout(Awaited::Lease));
         }
@@ -116,8 +119,12 @@ impl<B: Backing> SegmentPool<B> {
         self.shared.geometry
     }
 
-    /// How the pool is doing at this moment.
+    /// How the pool is doing at this moment. All zero in a child of `fork`: nothing of the pool is the
+    /// child's.
     pub fn stats(&self) -> PoolStats {
+        if !self.shared.origin.is_here() {
+            return PoolStats { segments: 0, idle: 0, lingering: 0, retired: 0 };
+        }
         let state = lock(&self.shared.state);
         PoolStats {
             segments: state.live.len(),
@@ -125,6 +132,12 @@ impl<B: Backing> SegmentPool<B> {
             lingering: state.lingering.len(),
             retired: state.edition,
         }
+    }
+
+    /// The process that owns it.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn origin(&self) -> Origin {
+        self.shared.origin
     }
 
     /// Changes whenever a segment is replaced.
@@ -210,6 +223,7 @@ impl<B: Backing> SegmentPoolBuilder<B> {
             id,
             geometry,
             grace: self.grace,
+            origin: Origin::here(),
             available: Turnstile::new(self.segments as usize),
             state: Mutex::new(State {
                 idle: Vec::new(),
@@ -273,7 +287,7 @@ impl<B: Backing> Lease<B> {
 
 impl<B: Backing> Drop for Lease<B> {
     fn drop(&mut self) {
-        if let Some(stock) = self.stock.take() {
+        if let Some(stock) = self.stock.take().filter(|_| self.pool.origin.is_here()) {
             self.pool.put_idle(stock);
         }
     }
@@ -362,6 +376,8 @@ struct Shared<B: Backing> {
     id: PoolId,
     geometry: Geometry,
     grace: Duration,
+    /// The process that owns it.
+    origin: Origin,
     /// Counts `idle` and `lingering` together.
     available: Turnstile,
     state: Mutex<State<B>>,
@@ -544,6 +560,7 @@ impl<B> Lingering<B> {
                         // It may be dying, or alive and about to find out that we hung up.
                         if link.wait_dead(deadline.min(Deadline::after(GLANCE))) {
                             return Semaphore::SURVIVES_KILL
+                                && self.was_sent_by(link)
                                 && turn.advance(self.generation, phase, Phase::Idle).is_ok();
                         }
                     }
@@ -563,6 +580,16 @@ impl<B> Lingering<B> {
                 Err(Interrupted::Os(_)) => return false,
             }
         }
+    }
+}
+
+impl<B> Lingering<B> {
+    /// Whether the process at the other end of the link says that it is the sender. Only then does its
+    /// death free the segment: another may have inherited the connection, by a fork, and live. Where the
+    /// two processes do not number processes alike, the pids differ, and the segment is replaced.
+    fn was_sent_by(&self, link: &Link) -> bool {
+        let told = self.stock.segment.header().announcement.pid.load(Relaxed);
+        link.peer().and_then(|peer| peer.pid) == Some(told)
     }
 }
 

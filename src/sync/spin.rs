@@ -1,10 +1,11 @@
 //! When to spin before sleeping (rule P8): only when the peer can be running now, and answers fast.
 
 use std::hint;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
+
+use crate::process::Counted;
 
 use super::{Interrupted, Permit, Semaphore};
 
@@ -90,29 +91,27 @@ impl Spinner {
 /// One of those in this process who may wait for a peer, counted while it lives: what the processors are busy
 /// with, as far as we know.
 #[derive(Debug)]
-pub(crate) struct Presence(&'static AtomicUsize);
+pub(crate) struct Presence(Counted);
 
 impl Presence {
     pub(crate) fn among(all: &'static AtomicUsize) -> Presence {
-        all.fetch_add(1, Relaxed);
-        Presence(all)
+        Presence(Counted::among(all))
     }
 
     /// Whether there are more of them than processors for both sides, so that spinning would take a
     /// processor from one that has work for it.
     pub(crate) fn is_crowded(&self) -> bool {
-        static PAIRS: OnceLock<usize> = OnceLock::new();
+        // Zero while it is not known.
+        static PAIRS: AtomicUsize = AtomicUsize::new(0);
         if cfg!(loom) {
             return true; // so that what is done only then is modelled; nobody spins there anyway
         }
-        let pairs = PAIRS.get_or_init(|| available_parallelism().map_or(1, |n| n.get().div_ceil(2)));
-        self.0.load(Relaxed) > *pairs
-    }
-}
-
-impl Drop for Presence {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
+        let mut pairs = PAIRS.load(Relaxed);
+        if pairs == 0 {
+            pairs = available_parallelism().map_or(1, |n| n.get().div_ceil(2));
+            PAIRS.store(pairs, Relaxed);
+        }
+        self.0.all() > pairs
     }
 }
 

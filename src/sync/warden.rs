@@ -15,19 +15,30 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::process::PerProcess;
+
 use super::super::lock;
 use super::Parker;
 
 /// How often it looks.
 const TICK: Duration = Duration::from_millis(250);
 
+/// What it is to do. A child of `fork` has no such thread, and makes its own.
+#[derive(Default)]
+struct Warden {
+    state: Mutex<State>,
+    called: Condvar,
+}
+
+#[derive(Default)]
 struct State {
     asleep: Vec<Arc<Entry>>,
     thread: Thread,
 }
 
-#[derive(PartialEq)]
+#[derive(Default, PartialEq)]
 enum Thread {
+    #[default]
     None,
     /// Waits for somebody to sleep.
     Idle,
@@ -46,31 +57,31 @@ struct Address(NonNull<Parker>);
 // SAFETY: it is used for a shared reference only (W1), and parkers are `Sync`.
 unsafe impl Send for Address {}
 
-static STATE: Mutex<State> = Mutex::new(State { asleep: Vec::new(), thread: Thread::None });
-static CALLED: Condvar = Condvar::new();
+static WARDEN: PerProcess<Warden> = PerProcess::new();
 
 /// Runs `sleep`, which should be over when it is `due`; if it is not, the parker is rung.
 pub(super) fn watched<T>(parker: &Parker, due: Instant, sleep: impl FnOnce() -> T) -> T {
-    struct Leaving(Arc<Entry>);
+    struct Leaving(&'static Warden, Arc<Entry>);
     impl Drop for Leaving {
         fn drop(&mut self) {
-            *lock(&self.0.parker) = None;
-            lock(&STATE).asleep.retain(|entry| !Arc::ptr_eq(entry, &self.0));
+            *lock(&self.1.parker) = None;
+            lock(&self.0.state).asleep.retain(|entry| !Arc::ptr_eq(entry, &self.1));
         }
     }
+    let warden = WARDEN.get();
     let entry = Arc::new(Entry { due, parker: Mutex::new(Some(Address(parker.into()))) });
-    let _leaving = Leaving(Arc::clone(&entry));
-    let mut state = lock(&STATE);
+    let _leaving = Leaving(warden, Arc::clone(&entry));
+    let mut state = lock(&warden.state);
     state.asleep.push(entry);
     match state.thread {
         Thread::Looking => {}
         Thread::Idle => {
             state.thread = Thread::Looking;
-            CALLED.notify_one();
+            warden.called.notify_one();
         }
         // Without memory for a thread, the next sleeper tries again.
         Thread::None => {
-            let spawned = thread::Builder::new().name("shmferry-warden".into()).spawn(look);
+            let spawned = thread::Builder::new().name("shmferry-warden".into()).spawn(|| look(warden));
             state.thread = if spawned.is_ok() { Thread::Looking } else { Thread::None };
         }
     }
@@ -78,13 +89,13 @@ pub(super) fn watched<T>(parker: &Parker, due: Instant, sleep: impl FnOnce() -> 
     sleep()
 }
 
-fn look() {
+fn look(warden: &'static Warden) {
     loop {
         thread::sleep(TICK);
-        let mut state = lock(&STATE);
+        let mut state = lock(&warden.state);
         if state.asleep.is_empty() {
             state.thread = Thread::Idle;
-            let called = CALLED.wait_while(state, |state| state.thread == Thread::Idle);
+            let called = warden.called.wait_while(state, |state| state.thread == Thread::Idle);
             drop(called.unwrap_or_else(PoisonError::into_inner));
             continue;
         }

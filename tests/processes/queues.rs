@@ -2,7 +2,7 @@
 //! limits, a full file system, names that the dead have left.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::OnceLock;
 
 use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_close, mq_getattr, mq_open, mq_send, mq_unlink};
@@ -37,6 +37,7 @@ pub(super) fn play(role: &str, address: &str) {
             }
         }
         "fill the shared memory" => fill_the_shared_memory(),
+        "take two and tell of their ends" => take_two_and_tell(address),
         other => panic!("unknown role {other:?}"),
     }
 }
@@ -139,7 +140,8 @@ impl Planted {
         mknodat(CWD, &paths[0], FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         let held = open(&paths[0], OFlags::RDWR | OFlags::NONBLOCK, Mode::empty()).unwrap();
         rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
-        let segment = OpenOptions::new().write(true).create_new(true).open(&paths[1]).unwrap();
+        let mut private = OpenOptions::new();
+        let segment = private.write(true).create_new(true).mode(0o600).open(&paths[1]).unwrap();
         segment.set_len(len).unwrap();
         Planted { paths, _held: held }
     }
@@ -516,4 +518,135 @@ fn queues_and_names_are_for_this_user_only() {
             assert_eq!((found.mode() & 0o777, found.uid()), (0o600, us), "{name}");
         }
     }
+}
+
+/// What stands there belongs to another user, where the test can arrange for that.
+#[test]
+fn what_others_put_at_a_servers_names_is_told_by_whose_it_is_and_keeps_nobody_waiting() {
+    let _watchdog = watchdog();
+    let place = place();
+    let address = &place.cache_address();
+    let us = rustix::process::geteuid();
+    let squatter = if us.is_root() { NOBODY } else { us.as_raw() };
+    let stem = format!("{SHARED_MEMORY}/shmferry-queue-{}-{}", us.as_raw(), &place.queue()[1..]);
+    let [lock, lifeline] = ["lock", "life"].map(|kind| PathBuf::from(format!("{stem}.{kind}")));
+    let taken = |result: Result<(), Error>, at: &Path, told: &str| match result.unwrap_err() {
+        Error::NameTaken { path, kind, uid } => {
+            assert_eq!((&*path, kind, uid), (at, told, squatter));
+        }
+        error => panic!("{error}"),
+    };
+    let pool = pool::<Mq>(1, 1);
+    for at in [&lock, &lifeline] {
+        let mut kinds = vec!["a FIFO"];
+        if squatter != us.as_raw() || at == &lifeline {
+            kinds.push("a regular file"); // a lock file of our own is no squatter's
+        }
+        if squatter == us.as_raw() && at == &lifeline {
+            kinds.remove(0); // nor is a lifeline
+        }
+        for kind in kinds {
+            if kind == "a FIFO" {
+                mknodat(CWD, at, FileType::Fifo, Mode::from_raw_mode(0o666), 0).unwrap();
+            } else {
+                fs::write(at, "1\n").unwrap();
+            }
+            fs::set_permissions(at, fs::Permissions::from_mode(0o666)).unwrap();
+            std::os::unix::fs::chown(at, Some(squatter), None).unwrap();
+            taken(Mq::bind(address).map(drop), at, kind);
+            if at == &lifeline {
+                taken(Mq::connect(address, &pool, soon()).map(drop), at, kind);
+            }
+            fs::remove_file(at).unwrap();
+        }
+    }
+    // And with none of them, it works.
+    drop(Mq::bind(address).unwrap());
+}
+
+/// A message to the queue of another user would tell that user what is asked for.
+#[test]
+fn nothing_is_sent_to_the_queue_of_another_user() {
+    let _watchdog = watchdog();
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: only root can make a queue of another user");
+        return;
+    }
+    let place = place();
+    let address = &place.cache_address();
+    let queue = Mq::bind(address).unwrap();
+    let raw = Raw::open(place.queue());
+    rustix::fs::fchown(raw.get(), Some(rustix::fs::Uid::from_raw(NOBODY)), None).unwrap();
+    let pool = pool::<Mq>(1, 1);
+    match Mq::connect(address, &pool, soon()).map(drop) {
+        Err(Error::NameTaken { kind, uid, .. }) => assert_eq!((kind, uid), ("a message queue", NOBODY)),
+        other => panic!("{other:?}"),
+    }
+    drop(queue);
+}
+
+fn take_two_and_tell(address: &str) {
+    let queue = Mq::bind(address).unwrap();
+    say("ready");
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            let transfer = queue.recv(soon()).unwrap();
+            let client = transfer.peer().and_then(|peer| peer.pid).unwrap();
+            let mut sending = transfer.accept(Size::Unknown).unwrap();
+            scope.spawn(move || {
+                let error = loop {
+                    match sending.next_slot(Deadline::NEVER).and_then(|slot| slot.send(b"x")) {
+                        Ok(()) => {}
+                        Err(error) => break error,
+                    }
+                };
+                assert!(matches!(error, Error::Disconnected), "{error}");
+                say(&format!("told of {client}"));
+            });
+        }
+    });
+    linger()
+}
+
+/// The sweep after a death reads a directory, which may be large, or on a busy machine: here, reading
+/// it takes half a minute.
+#[test]
+fn a_sweep_keeps_no_death_from_being_told() {
+    let _watchdog = watchdog();
+    let place = place();
+    let mut server = Other::start("take two and tell of their ends", &place);
+    server.wait_for("ready");
+    let mut clients = [0, 1].map(|_| Other::start("ask and halt", &place));
+    clients.iter_mut().for_each(|client| drop(client.wait_for("holding")));
+
+    let log = place.path("reads");
+    let pid = server.child.id();
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-e", "trace=getdents64", "-e", "inject=getdents64:delay_enter=15000000"]);
+    strace.arg("-o").arg(&log).args(["-p", &pid.to_string()]).stderr(Stdio::null());
+    let Ok(mut strace) = strace.spawn() else {
+        eprintln!("not run: there is no strace here");
+        return;
+    };
+    let mut ended = false;
+    wait_until("strace was attached", || {
+        ended = strace.try_wait().unwrap().is_some();
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let mut states = threads.map(|thread| fs::read_to_string(thread.path().join("status")).unwrap());
+        ended || states.all(|status| !status.contains("TracerPid:\t0"))
+    });
+    if ended {
+        eprintln!("not run: strace may not trace here");
+        return;
+    }
+    for client in clients {
+        let client_pid = client.child.id();
+        client.kill();
+        server.wait_for(&format!("told of {client_pid}"));
+    }
+    let reads = fs::read_to_string(&log).unwrap();
+    assert!(!reads.contains(") = "), "the directory was read before both deaths were told: {reads}");
+    strace.kill().unwrap();
+    strace.wait().unwrap();
+    server.kill();
 }

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_attr_member_t, mq_close, mq_getattr, mq_open, mq_unlink};
@@ -42,9 +43,20 @@ impl Mqueue {
     }
 
     /// Opens a server's queue, to write to it; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`Error::NameTaken`] for a queue of another user: it would read our requests.
     pub(super) fn open(name: &Name) -> Result<Option<Mqueue>> {
         match open(name, MQ_OFlag::O_WRONLY, None) {
-            Ok(queue) => Ok(Some(queue)),
+            Ok(queue) => {
+                let found = rustix::fs::fstat(&queue).map_err(Error::os("fstat"))?;
+                if found.st_uid != rustix::process::geteuid().as_raw() {
+                    let path = Path::new("/dev/mqueue").join(&name.as_str()[1..]);
+                    let (kind, uid) = ("a message queue", found.st_uid);
+                    return Err(Error::NameTaken { path, kind, uid });
+                }
+                Ok(Some(queue))
+            }
             Err(Errno::ENOENT) => Ok(None),
             Err(errno) => Err(Error::os("mq_open")(errno)),
         }

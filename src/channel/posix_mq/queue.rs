@@ -13,8 +13,11 @@ use crate::channel::lock_file::LockFile;
 use crate::channel::poller::Poller;
 use crate::error::{Awaited, Error, Result};
 use crate::peer::{Lifeline, Link, Peer, Watch, on_hang_up};
+use crate::process::Origin;
 use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
-use crate::segment::{Geometry, Owner, PoolId, Segment, SegmentId, WriteSlots, attach_named, sweep};
+use crate::segment::{
+    Geometry, Owner, PoolId, Segment, SegmentId, WriteSlots, attach_named, sweep, sweep_aside,
+};
 use crate::sync::{Deadline, lock};
 
 use super::Policy;
@@ -48,6 +51,7 @@ struct Shared {
     policy: Policy,
     clients: Arc<Clients>,
     descriptor: Mqueue,
+    origin: Origin,
 }
 
 type Clients = Mutex<HashMap<Owner, Arc<Client>>>;
@@ -92,7 +96,13 @@ impl PosixMqQueue {
         std::mem::forget(unlinked_on_failure);
         sweep();
         Ok(PosixMqQueue {
-            shared: Arc::new(Shared { poller, policy, clients: Arc::default(), descriptor }),
+            shared: Arc::new(Shared {
+                poller,
+                policy,
+                clients: Arc::default(),
+                descriptor,
+                origin: Origin::here(),
+            }),
             name,
             lock: Mutex::new(Some(lock)),
             leaving: Mutex::new(None),
@@ -101,7 +111,11 @@ impl PosixMqQueue {
     }
 
     /// The clients whose pools have sent requests and live, each once.
+    /// None in a child of `fork`, which serves nobody.
     pub fn clients(&self) -> Vec<Peer> {
+        if !self.shared.origin.is_here() {
+            return Vec::new();
+        }
         let clients = lock(&self.shared.clients);
         let mut peers: Vec<Peer> = clients.values().filter_map(|client| client.link.peer()).collect();
         drop(clients);
@@ -200,7 +214,7 @@ impl Shared {
                 let gone = clients.upgrade().and_then(|clients| lock(&clients).remove(&owner));
                 link.sever(|| None);
                 drop(gone); // unmaps, and not under the lock
-                sweep(); // its names, if it was killed
+                sweep_aside(); // its names, if it was killed
             }
         })?;
         let client = Arc::new(Client { link, mapped: Mutex::default(), _watch: watch });
@@ -272,6 +286,9 @@ impl RequestQueue for PosixMqQueue {
     }
 
     fn close(&self) {
+        if !self.shared.origin.is_here() {
+            return;
+        }
         // First: from here on a successor can be found.
         self.leave_names();
         self.shared.poller.close();
@@ -286,6 +303,9 @@ impl RequestQueue for PosixMqQueue {
 
 impl Drop for PosixMqQueue {
     fn drop(&mut self) {
+        if !self.shared.origin.is_here() {
+            return;
+        }
         drop(lock(&self.leaving).take()); // waits for its thread
         self.leave_names();
         lock(&self.shared.clients).values().for_each(|client| client.link.sever(|| None));

@@ -1,7 +1,6 @@
 //! The client of a POSIX message queue: finds the server by itself, and its successor when it died.
 
 use std::fmt;
-use std::fs;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -10,7 +9,7 @@ use rustix::io::Errno;
 use rustix::process::geteuid;
 
 use crate::channel::line::{self, Absence, Dial, Line};
-use crate::channel::lock_file::pid_in;
+use crate::channel::lock_file::holder;
 use crate::channel::{Request, Requester, SendError};
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
@@ -92,9 +91,8 @@ impl Dial for Dialler {
         let Some(lifeline) = Lifeline::follow(&self.name.lifeline())? else { return Ok(None) };
         // A server makes its lifeline last: the queue and the pid in the lock file are its own, if it
         // still lives when we have them.
-        let told = fs::read_to_string(self.name.lock()).ok().and_then(|content| pid_in(&content));
         // Without a pid that is the server's here, it is never dead for certain, and segments are retired.
-        let pid = told.filter(|&pid| has_open(pid, &lifeline));
+        let pid = holder(&self.name.lock()).filter(|&pid| has_open(pid, &lifeline));
         let Some(queue) = Mqueue::open(&self.name)? else { return Ok(None) };
         let link = Arc::new(Link::to_sender(Peer { pid, uid: geteuid().as_raw() }));
         if !is_held(&lifeline) {

@@ -10,6 +10,7 @@ use rustix::process::getuid;
 
 use crate::channel::lock_file::LockFile;
 use crate::error::{Error, Misuse, Result};
+use crate::process::Origin;
 
 use super::{socket, socket_address};
 
@@ -24,6 +25,7 @@ pub(super) struct Address {
     path: PathBuf,
     /// What stands at the path is our socket, ours to remove.
     bound: bool,
+    origin: Origin,
     /// Goes after the socket: while it stands, nobody else serves here.
     _lock: LockFile,
     /// Goes last.
@@ -31,7 +33,7 @@ pub(super) struct Address {
 }
 
 /// A directory that a server made, and removes.
-struct MadeDir(PathBuf);
+struct MadeDir(PathBuf, Origin);
 
 impl Address {
     /// Takes the path, and listens there.
@@ -51,10 +53,11 @@ impl Address {
         let (mut lock, predecessor) = locked?;
         // A killed server's directory is ours to remove in its place.
         if predecessor.ends_with(MADE_DIR) {
-            made_dir = path.parent().map(Path::to_owned).map(MadeDir);
+            made_dir = path.parent().map(Path::to_owned).map(MadeDir::new);
         }
         lock.sign(if made_dir.is_some() { MADE_DIR } else { "" })?;
-        let mut address = Address { path: path.to_owned(), bound: false, _lock: lock, _made_dir: made_dir };
+        let (path_buf, origin) = (path.to_owned(), Origin::here());
+        let mut address = Address { path: path_buf, bound: false, origin, _lock: lock, _made_dir: made_dir };
 
         // We hold the lock, so a socket that stands there has no living owner. Anything else that
         // stands there is not ours to remove: `bind` says that the address is in use.
@@ -79,15 +82,23 @@ impl Address {
 impl Drop for Address {
     fn drop(&mut self) {
         // Nothing can be done about a failure here, and the next server copes with leftovers.
-        if self.bound {
+        if self.bound && self.origin.is_here() {
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
+impl MadeDir {
+    fn new(path: PathBuf) -> MadeDir {
+        MadeDir(path, Origin::here())
+    }
+}
+
 impl Drop for MadeDir {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.0); // unless someone else uses it by now
+        if self.1.is_here() {
+            let _ = fs::remove_dir(&self.0); // unless someone else uses it by now
+        }
     }
 }
 
@@ -107,7 +118,7 @@ pub(super) fn check_private(dir: &Path) -> Result<()> {
 fn make_parent(path: &Path) -> Result<Option<MadeDir>> {
     let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else { return Ok(None) };
     match DirBuilder::new().mode(0o700).create(dir) {
-        Ok(()) => Ok(Some(MadeDir(dir.to_owned()))),
+        Ok(()) => Ok(Some(MadeDir::new(dir.to_owned()))),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
         Err(error) => Err(Error::os("making the socket's directory")(error)),
     }

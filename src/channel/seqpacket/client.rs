@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags};
@@ -42,6 +42,8 @@ pub(super) struct Client {
 pub(super) struct ClientState {
     pool: Option<(PoolId, Geometry)>,
     pub(super) segments: BTreeMap<u32, Arc<Segment<WriteSlots>>>,
+    /// Retired by the client, and perhaps mapped still, by transfers under way.
+    retired: Vec<Weak<Segment<WriteSlots>>>,
 }
 
 /// What one message was.
@@ -91,7 +93,11 @@ impl Client {
                 if count > u64::from(policy.max_segments) {
                     return Err(Rejection::TooManySegments(policy.max_segments).into());
                 }
-                if count.saturating_mul(geometry.mapped_len() as u64) > policy.max_bytes {
+                // A client that retires what its transfers still hold may have twice that mapped, and
+                // no more: it could go on so for ever.
+                state.retired.retain(|segment| segment.strong_count() > 0);
+                let most = count.max(state.retired.len() as u64);
+                if most.saturating_mul(geometry.mapped_len() as u64) > policy.max_bytes {
                     return Err(Rejection::TooManyBytes(policy.max_bytes).into());
                 }
                 let segment = attach_memfd(fd, SegmentId { pool, index }, geometry)?;
@@ -99,7 +105,8 @@ impl Client {
                 fds.0.clear(); // memory, which closes at once
             }
             (Message::Retire { index }, Some(_), _) => {
-                state.segments.remove(&index).ok_or(PeerFault::UnknownSegment(index))?;
+                let gone = state.segments.remove(&index).ok_or(PeerFault::UnknownSegment(index))?;
+                state.retired.push(Arc::downgrade(&gone));
             }
             (Message::Ring, Some(_), [fd]) => {
                 let ring = Taker::new(attach_words(fd, RING_LEN)?);

@@ -104,8 +104,11 @@ impl SeqpacketQueue {
         Ok(SeqpacketQueue { shared, path: path.to_owned(), address, leaving: Mutex::new(None) })
     }
 
-    /// The clients connected now.
+    /// The clients connected now. None in a child of `fork`, which serves nobody.
     pub fn clients(&self) -> Vec<Peer> {
+        if !self.shared.poller.origin().is_here() {
+            return Vec::new();
+        }
         self.shared.clients().iter().map(|client| client.peer).collect()
     }
 }
@@ -402,10 +405,14 @@ impl Shared {
 
 impl RequestQueue for SeqpacketQueue {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
+        self.shared.poller.check_open()?; // before any lock
         self.shared.lookout.recv(&*self.shared, deadline)
     }
 
     fn close(&self) {
+        if !self.shared.poller.origin().is_here() {
+            return;
+        }
         // First: from here on a successor can be found.
         drop(lock(&self.address).take());
         self.shared.poller.close();
@@ -420,6 +427,9 @@ impl RequestQueue for SeqpacketQueue {
 
 impl Drop for SeqpacketQueue {
     fn drop(&mut self) {
+        if !self.shared.poller.origin().is_here() {
+            return;
+        }
         drop(lock(&self.leaving).take()); // waits for its thread
         drop(lock(&self.address).take());
         self.shared.clients().iter().for_each(|client| client.hang_up());

@@ -19,6 +19,7 @@ use crate::channel::{Request, Requester, SendError, pause};
 use crate::crew;
 use crate::error::{Awaited, Error, Rejection, Result};
 use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, on_hang_up};
+use crate::process::Origin;
 use crate::segment::{Memfd, SegmentPool, create_words};
 use crate::sync::atomic::{Acquire, AtomicU64, Release};
 use crate::sync::{Deadline, Turnstile, lock, wait_ready};
@@ -44,6 +45,7 @@ struct Dialler {
 
 impl SeqpacketRequester {
     pub(super) fn new(path: &Path, policy: Policy, pool: SegmentPool<Memfd>) -> Result<SeqpacketRequester> {
+        pool.origin().check()?;
         let (id, absence) = (pool.id(), policy.absence);
         let dialler = Dialler { address: socket_address(path)?, policy, pool };
         Ok(SeqpacketRequester { path: path.to_owned(), line: Line::new(dialler, id, absence) })
@@ -102,6 +104,7 @@ struct Connection {
     updating: Turnstile,
     /// Where requests go that fit, if there was memory for it.
     ring: Option<Poster>,
+    origin: Origin,
     _watch: Watch,
 }
 
@@ -142,7 +145,8 @@ impl Connection {
         // Without memory for it, requests go over the connection.
         let (ring, memory) = create_words(&format!("shmferry.ring-{}", pool.id()), RING_LEN).ok().unzip();
         let ring = ring.map(Poster::new);
-        let connection = Connection { socket, link, edition, known, updating, ring, _watch: watch };
+        let origin = Origin::here();
+        let connection = Connection { socket, link, edition, known, updating, ring, origin, _watch: watch };
         match connection.introduce(pool, memory, deadline) {
             Ok(()) => Ok(Some(connection)),
             Err(Error::Disconnected) => Ok(None), // it died, or rejected us, while we spoke
@@ -258,7 +262,13 @@ impl line::Connection for Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        if !self.origin.is_here() {
+            return;
+        }
         self.link.sever(|| None);
+        // Closing does not hang up as long as a child of `fork` has the socket open as well. Fails only
+        // if the server has hung up already.
+        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
     }
 }
 

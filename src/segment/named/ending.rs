@@ -1,41 +1,42 @@
-//! The end of a process whose threads still hold pools: their names go, though nothing is dropped.
+//! The handler at exit: removes the names of pools that are still alive when their process ends.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
-use std::process;
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::process::PerProcess;
 use crate::sync::lock;
 
 use super::Owner;
 use super::names::remove;
 
-/// The pools of this process.
-static LIVING: Mutex<BTreeSet<Owner>> = Mutex::new(BTreeSet::new());
+/// The pools that this process made. A child of `fork` has none of its parent's to remove.
+static LIVING: PerProcess<Mutex<BTreeSet<Owner>>> = PerProcess::new();
 
-/// The process that registered [`remove_all`]; one that it forks has no names to remove.
-static REGISTERED: OnceLock<u32> = OnceLock::new();
+/// The handler is registered. A child of `fork` inherits the handler as well.
+static REGISTERED: AtomicBool = AtomicBool::new(false);
 
 /// Has the names of a pool removed when the process ends in order before it.
 pub(super) fn outlived_by(owner: Owner) {
-    REGISTERED.get_or_init(|| {
+    if !REGISTERED.load(Ordering::Relaxed) {
         // SAFETY: the handler takes nothing, does not unwind, and runs while its code is there: of a
-        // library that is unloaded, the system runs the handlers first.
+        // library that is unloaded, the system runs the handlers first. Twice does no harm.
         let failed = unsafe { libc::atexit(remove_all) };
         // Without it the names are left to the next pool, as those of a killed process are.
         debug_assert_eq!(failed, 0);
-        process::id()
-    });
-    lock(&LIVING).insert(owner);
+        REGISTERED.store(failed == 0, Ordering::Relaxed);
+    }
+    lock(LIVING.get()).insert(owner);
 }
 
-/// Has them left alone: whoever holds the pool has removed them.
+/// Has them left alone: they went with their pool.
 pub(super) fn is_over(owner: Owner) {
-    lock(&LIVING).remove(&owner);
+    lock(LIVING.get()).remove(&owner);
 }
 
 extern "C" fn remove_all() {
-    if REGISTERED.get() == Some(&process::id()) {
-        lock(&LIVING).iter().for_each(|&owner| remove(owner));
+    if let Some(living) = LIVING.get_if_made() {
+        lock(living).iter().for_each(|&owner| remove(owner));
     }
 }

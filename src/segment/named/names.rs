@@ -2,16 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirEntry};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread;
 
-use rustix::fs::{FallocateFlags, FileType, Mode, Stat, fallocate, fstat, statvfs};
-use rustix::io::retry_on_intr;
+use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, Stat, fallocate, fstat, statvfs};
+use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
 use rustix::shm;
 
 use crate::error::{Error, LayoutMismatch, Result};
+use crate::own_file;
 use crate::peer::Lifeline;
+use crate::process::PerProcess;
 
 use super::super::{Geometry, PoolId, available_memory};
 use super::Owner;
@@ -27,7 +32,7 @@ impl Owner {
 
     /// Whether one of its segments still has its name.
     pub(crate) fn has_named(self, index: u32) -> bool {
-        fs::symlink_metadata(format!("{SHARED_MEMORY}{}", self.segment(index))).is_ok()
+        fs::symlink_metadata(path(&self.segment(index))).is_ok()
     }
 }
 
@@ -47,9 +52,19 @@ pub(super) fn allocate(name: &str, geometry: Geometry) -> Result<()> {
     retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len)).map_err(Error::os("fallocate"))
 }
 
-/// Checks that what stands at a name is safe to map.
-pub(super) fn check(name: &str, geometry: Geometry) -> Result<()> {
-    let fd = shm::open(name, shm::OFlags::RDWR, Mode::empty()).map_err(Error::os("shm_open"))?;
+/// The error for a name of a new segment that is taken; `None` if it is free by now.
+pub(super) fn taken(name: &str) -> Option<Error> {
+    own_file::taken(&path(name))
+}
+
+/// Opens what stands at a segment's name, and checks that it is safe to map.
+pub(super) fn open_checked(name: &str, geometry: Geometry) -> Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(path(name), flags, Mode::empty()).map_err(|errno| match errno {
+        // A symbolic link, a directory, a socket.
+        Errno::LOOP | Errno::ISDIR | Errno::NXIO => LayoutMismatch::NotMemory.into(),
+        errno => Error::os("opening shared memory")(errno),
+    })?;
     let found: Stat = fstat(&fd).map_err(Error::os("fstat"))?;
     if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
         return Err(LayoutMismatch::NotMemory.into());
@@ -66,7 +81,12 @@ pub(super) fn check(name: &str, geometry: Geometry) -> Result<()> {
     if present < expected {
         return Err(LayoutMismatch::Sparse { present, expected }.into());
     }
-    Ok(())
+    Ok(fd)
+}
+
+/// Where the memory of this name is.
+fn path(name: &str) -> PathBuf {
+    format!("{SHARED_MEMORY}{name}").into()
 }
 
 /// Removes what owners that are gone have left, among this user's names; never a living owner's. What
@@ -90,6 +110,39 @@ pub(crate) fn sweep() {
             let _ = shm::unlink(owner.segment(index));
         }
         drop(gone);
+    }
+}
+
+/// As [`sweep`], on a thread of its own. Reading a large directory takes a while, and the thread that
+/// tells of deaths has the next one to tell.
+pub(crate) fn sweep_aside() {
+    let state = SWEEP.get();
+    // One that is under way may have passed a name by: it is repeated.
+    if state.swap(ASKED, Ordering::Relaxed) != IDLE {
+        return;
+    }
+    let thread = thread::Builder::new().name("shmferry-sweep".to_owned());
+    // Without a thread to be had, it is done here.
+    if thread.spawn(|| sweep_while_asked(state)).is_err() {
+        sweep_while_asked(state);
+    }
+}
+
+/// Whether a sweep on a thread of its own is under way in this process, and was asked for again.
+static SWEEP: PerProcess<AtomicU8> = PerProcess::new();
+
+const IDLE: u8 = 0;
+const UNDER_WAY: u8 = 1;
+const ASKED: u8 = 2;
+
+fn sweep_while_asked(state: &AtomicU8) {
+    loop {
+        state.store(UNDER_WAY, Ordering::Relaxed);
+        sweep();
+        let ended = state.compare_exchange(UNDER_WAY, IDLE, Ordering::Relaxed, Ordering::Relaxed);
+        if ended.is_ok() {
+            return;
+        }
     }
 }
 

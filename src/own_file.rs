@@ -1,0 +1,57 @@
+//! Opens this user's files at names that others could take first, as in `/dev/shm`.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags, Stat, fstat, lstat, open};
+use rustix::process::geteuid;
+
+use crate::error::{Error, Result};
+
+/// Opens the file of this user and of this kind at a path. Never waits for the other end of a FIFO,
+/// and follows no link. `call` says in errors what was attempted.
+///
+/// # Errors
+/// [`Error::NameTaken`] when anything else stands there, [`Error::Os`] for what the system refuses.
+pub(crate) fn open_own(
+    path: &Path,
+    access: OFlags,
+    mode: Mode,
+    kind: FileType,
+    call: &'static str,
+) -> Result<OwnedFd> {
+    let flags = access | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    match open(path, flags, mode) {
+        Ok(fd) => {
+            let found = fstat(&fd).map_err(Error::os("fstat"))?;
+            if is_own(&found, kind) { Ok(fd) } else { Err(taken_by(path, &found)) }
+        }
+        Err(errno) => match lstat(path) {
+            Ok(found) if !is_own(&found, kind) => Err(taken_by(path, &found)),
+            _ => Err(Error::os(call)(errno)),
+        },
+    }
+}
+
+/// The error for a name that was to be made and is taken; `None` if nothing stands there by now.
+pub(crate) fn taken(path: &Path) -> Option<Error> {
+    lstat(path).ok().map(|found| taken_by(path, &found))
+}
+
+pub(crate) fn taken_by(path: &Path, found: &Stat) -> Error {
+    let kind = match FileType::from_raw_mode(found.st_mode) {
+        FileType::RegularFile => "a regular file",
+        FileType::Directory => "a directory",
+        FileType::Symlink => "a symbolic link",
+        FileType::Fifo => "a FIFO",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice | FileType::BlockDevice => "a device",
+        _ => "something",
+    };
+    Error::NameTaken { path: path.to_owned(), kind, uid: found.st_uid }
+}
+
+/// Whether it is of this kind, and this user's.
+pub(crate) fn is_own(found: &Stat, kind: FileType) -> bool {
+    FileType::from_raw_mode(found.st_mode) == kind && found.st_uid == geteuid().as_raw()
+}

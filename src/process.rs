@@ -1,0 +1,302 @@
+//! Tells a process from the children that `fork` makes of it, without a system call.
+//!
+//! A child of `fork` has a copy of everything: pools, transfers, queues, and every static. But the
+//! memory, sockets, names and locks behind them are still its parent's, and the threads that
+//! served them do not exist in the child. So each object that acts outside of its process keeps
+//! its [`Origin`]: its calls are refused in a child, and its `Drop` does nothing there but give
+//! back what is the child's own (descriptors, mappings, heap).
+//!
+//! That check comes before anything else, locks included: a lock that another thread of the parent
+//! held at the moment of the fork is never released in the child.
+//!
+//! Children are counted by a `pthread_atfork` handler. A child made past the C library's `fork`
+//! (`_Fork`, the bare system call `clone`) is not seen. `vfork` and `posix_spawn` need no care:
+//! their child only executes another program.
+#![allow(unsafe_code)]
+
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+
+use crate::error::Misuse;
+
+/// The number of this process: 1 in the process that first asked, one more in each child of it.
+static GENERATION: AtomicU32 = AtomicU32::new(UNKNOWN);
+
+/// Nothing has asked yet, and the handler is not registered.
+const UNKNOWN: u32 = 0;
+const FIRST: u32 = 1;
+/// The system would not register the handler: the pid stands in for the number, each time asked for.
+const ASK: u32 = u32::MAX;
+
+/// The process that made something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    generation: u32,
+    pid: u32,
+}
+
+impl Origin {
+    /// This process.
+    pub(crate) fn here() -> Origin {
+        Origin { generation: generation(), pid: std::process::id() }
+    }
+
+    /// Whether it is this process; `false` in a child that was forked from it.
+    #[inline]
+    pub(crate) fn is_here(self) -> bool {
+        match GENERATION.load(Ordering::Relaxed) {
+            ASK => self.pid == std::process::id(),
+            now => self.generation == now,
+        }
+    }
+
+    /// # Errors
+    /// [`Misuse::Forked`] in a child that was forked from it.
+    #[inline]
+    pub(crate) fn check(self) -> Result<(), Misuse> {
+        if self.is_here() { Ok(()) } else { Err(Misuse::Forked { made_by: self.pid }) }
+    }
+
+    /// Its pid, as it sees that itself.
+    pub(crate) fn pid(self) -> u32 {
+        self.pid
+    }
+}
+
+/// The number of this process. The handler is registered before the first is given out.
+fn generation() -> u32 {
+    match GENERATION.load(Ordering::Acquire) {
+        UNKNOWN => {
+            let first = if count_forks() { FIRST } else { ASK };
+            // Of two threads that come here at once, the first decides for both.
+            let order = (Ordering::AcqRel, Ordering::Acquire);
+            let _ = GENERATION.compare_exchange(UNKNOWN, first, order.0, order.1);
+            generation()
+        }
+        ASK => std::process::id(),
+        number => number,
+    }
+}
+
+/// Has each child counted from now on; `false` if the system refuses. Twice does no harm.
+fn count_forks() -> bool {
+    // SAFETY: the handler takes nothing, does not unwind, and does nothing but load and store an
+    // atomic, which is allowed between a fork and an exec. Of a library that is unloaded, the
+    // system removes the handlers first.
+    #[cfg(unix)]
+    return unsafe { libc::pthread_atfork(None, None, Some(forked)) } == 0;
+    // There is no `fork`.
+    #[cfg(not(unix))]
+    return true;
+}
+
+/// Runs in each child, before `fork` returns there. No other thread exists yet.
+#[cfg(unix)]
+unsafe extern "C" fn forked() {
+    let number = GENERATION.load(Ordering::Relaxed);
+    if number != UNKNOWN && number != ASK {
+        let next = number + 1;
+        GENERATION.store(if next == ASK { FIRST } else { next }, Ordering::Relaxed);
+    }
+}
+
+/// A static that begins anew in each process. Never waits for a lock.
+pub(crate) struct PerProcess<T: 'static> {
+    current: AtomicPtr<Entry<T>>,
+}
+
+struct Entry<T> {
+    origin: Origin,
+    value: T,
+}
+
+impl<T: Default + Send + Sync> PerProcess<T> {
+    pub(crate) const fn new() -> PerProcess<T> {
+        PerProcess { current: AtomicPtr::new(ptr::null_mut()) }
+    }
+
+    /// The value of this process, made now if there is none yet.
+    pub(crate) fn get(&self) -> &'static T {
+        loop {
+            let found = self.current.load(Ordering::Acquire);
+            if let Some(value) = Self::value_here(found) {
+                return value;
+            }
+            let made = Box::into_raw(Box::new(Entry { origin: Origin::here(), value: T::default() }));
+            let order = (Ordering::AcqRel, Ordering::Acquire);
+            if self.current.compare_exchange(found, made, order.0, order.1).is_err() {
+                // SAFETY: made by `into_raw` above, and not given to anyone.
+                drop(unsafe { Box::from_raw(made) });
+            }
+        }
+    }
+
+    /// The value of this process, if it was ever asked for here.
+    pub(crate) fn get_if_made(&self) -> Option<&'static T> {
+        Self::value_here(self.current.load(Ordering::Acquire))
+    }
+
+    fn value_here(entry: *mut Entry<T>) -> Option<&'static T> {
+        // SAFETY: null, or an entry that `get` has put there whole (Acquire, Release). Such an entry
+        // is never freed nor changed: what a child replaces stays in memory, as any static does.
+        let entry = unsafe { entry.as_ref::<'static>() }?;
+        entry.origin.is_here().then_some(&entry.value)
+    }
+}
+
+/// What only the process that made it may drop, since that takes locks. A child forgets it.
+#[derive(Clone, Debug)]
+pub(crate) struct Own<T> {
+    value: ManuallyDrop<T>,
+    origin: Origin,
+}
+
+impl<T> Own<T> {
+    pub(crate) fn new(value: T) -> Own<T> {
+        Own { value: ManuallyDrop::new(value), origin: Origin::here() }
+    }
+
+    pub(crate) fn origin(this: &Own<T>) -> Origin {
+        this.origin
+    }
+}
+
+impl<T> Deref for Own<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+impl<T> Drop for Own<T> {
+    fn drop(&mut self) {
+        if self.origin.is_here() {
+            // SAFETY: nothing else drops it, and it is not used after this.
+            unsafe { ManuallyDrop::drop(&mut self.value) }
+        }
+    }
+}
+
+/// One of those that a static counts in this process, while it lives. A child counts from zero.
+///
+/// The upper half of the word says which process has counted, so that what a child drops of its
+/// parent's is not taken off its own count.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    all: &'static AtomicUsize,
+    tag: usize,
+}
+
+const HALF: u32 = usize::BITS / 2;
+const COUNT: usize = (1 << HALF) - 1;
+
+impl Counted {
+    pub(crate) fn among(all: &'static AtomicUsize) -> Counted {
+        let tag = tag();
+        let one_more = |word: usize| Some(if word & !COUNT == tag { word + 1 } else { tag | 1 });
+        let _ = all.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
+        Counted { all, tag }
+    }
+
+    /// How many there are.
+    pub(crate) fn count(all: &AtomicUsize) -> usize {
+        let word = all.load(Ordering::Relaxed);
+        if word & !COUNT == tag() { word & COUNT } else { 0 }
+    }
+
+    /// How many there are, this one included.
+    pub(crate) fn all(&self) -> usize {
+        Self::count(self.all)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let one_less = |word: usize| (word & !COUNT == self.tag).then(|| word - 1);
+        // Fails if another process counts there by now.
+        let _ = self.all.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
+    }
+}
+
+fn tag() -> usize {
+    (generation() as usize) << HALF
+}
+
+#[cfg(all(test, unix, not(loom)))]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// Whether `child` is true in a child of `fork`.
+    fn in_a_child(child: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child only reads and writes atomics and its own heap, and ends by `_exit`.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            let code = i32::from(!child());
+            // SAFETY: ends this process, without its handlers.
+            unsafe { libc::_exit(code) }
+        }
+        assert!(pid > 0);
+        let mut status = 0;
+        // SAFETY: `status` is ours, and alive.
+        assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+        libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
+    }
+
+    #[test]
+    fn a_child_is_another_process_and_its_child_yet_another() {
+        let parent = Origin::here();
+        assert!(parent.is_here() && parent.check().is_ok());
+        assert_eq!(parent.pid(), std::process::id());
+        assert!(in_a_child(|| {
+            let child = Origin::here();
+            let refused = parent.check() == Err(Misuse::Forked { made_by: parent.pid() });
+            let is_here = child.is_here() && !parent.is_here();
+            is_here && refused && in_a_child(|| !child.is_here() && !parent.is_here())
+        }));
+        assert!(parent.is_here());
+    }
+
+    #[test]
+    fn a_child_begins_with_statics_of_its_own_whatever_its_parent_holds() {
+        static EACH: PerProcess<Mutex<u32>> = PerProcess::new();
+        static ALL: AtomicUsize = AtomicUsize::new(0);
+        assert!(EACH.get_if_made().is_none());
+        let mut held = EACH.get().lock().unwrap();
+        *held = 7;
+        let counted = [(); 3].map(|()| Counted::among(&ALL));
+        let counts = |count| Counted::count(&ALL) == count;
+        let mut inherited = Some(counted);
+        assert!(in_a_child(|| {
+            let is_new = EACH.get_if_made().is_none() && *EACH.get().lock().unwrap() == 0;
+            let is_zero = counts(0);
+            let one = Counted::among(&ALL);
+            drop(inherited.take());
+            is_new && is_zero && counts(1) && one.all() == 1
+        }));
+        assert!(counts(3));
+        drop(inherited);
+        assert!(counts(0));
+    }
+
+    #[test]
+    fn a_child_forgets_what_only_its_parent_may_drop() {
+        static DROPPED: AtomicUsize = AtomicUsize::new(0);
+        struct Told;
+        impl Drop for Told {
+            fn drop(&mut self) {
+                DROPPED.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let mut own = Some(Own::new(Told));
+        assert!(in_a_child(|| {
+            drop(own.take());
+            DROPPED.load(Ordering::Relaxed) == 0
+        }));
+        drop(own);
+        assert_eq!(DROPPED.load(Ordering::Relaxed), 1);
+    }
+}
