@@ -147,7 +147,7 @@ fn a_client_that_asks_is_served_past_more_silent_connections_than_there_are_desc
     for _ in 0..20 {
         assert_eq!(proxy.get("/a"), ok("hello"));
     }
-    for client in &mut silent[270..] {
+    for client in &mut silent[285..] {
         client.request("/a");
         assert_eq!(client.answer(), ok("hello"));
     }

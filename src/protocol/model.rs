@@ -69,6 +69,12 @@ fn pool(slots: u32, grace: Duration) -> Pool {
     builder.slots(slots).grace(grace).create().unwrap()
 }
 
+/// A link to a sender in this process, as the pid tells: its death may free a segment.
+fn link_to_sender() -> Arc<Link> {
+    let peer = crate::peer::Peer { pid: Some(std::process::id()), uid: 0 };
+    Arc::new(Link::to_receiver(peer))
+}
+
 fn link() -> Arc<Link> {
     Arc::new(Link::within())
 }
@@ -648,7 +654,7 @@ fn a_hang_up_on_a_sender_that_lives_and_lingers_has_its_segment_replaced() {
 fn a_segment_whose_sender_died_is_leased_again() {
     model(|| {
         let pool = pool(1, PATIENT);
-        let ours = link();
+        let ours = link_to_sender();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let sending = asking.accept(2).unwrap();
         let dying = {
@@ -672,7 +678,7 @@ fn a_segment_whose_sender_died_is_leased_again() {
 fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
     model(|| {
         let pool = pool(1, PATIENT);
-        let ours = link();
+        let ours = link_to_sender();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let dying = {
             let ours = Arc::clone(&ours);
