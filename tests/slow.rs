@@ -114,5 +114,7 @@ fn a_spool_that_is_full_sets_nothing_aside(over: Transport) {
     assert_eq!(waiting.answer(), ok("sixsix"));
     next.resume().assert_whole(&large);
     let [proxy, _] = place.wind_up([proxy, cache]);
-    assert_eq!((proxy.count("errors"), proxy.count("set_aside")), (0, 1));
+    assert_eq!(proxy.count("errors"), 0, "{}", proxy.stderr);
+    // One at a time: another may have been once the first was read to its end.
+    assert!((1..=2).contains(&proxy.count("set_aside")), "{}", proxy.stderr);
 }
