@@ -1,9 +1,9 @@
 //! The `Named` backing: POSIX shared memory with a name, by crate `shared_memory`, and what that lacks.
 //!
-//! The crate makes, maps and removes the memory, for its owner. Added here: blocks are allocated before
-//! anyone touches them; a peer opens a name once, checks what it has opened, and maps just that (rules
-//! L1, L2); names tell pool and owner, and an owner that starts removes the names of those that are
-//! gone (rule L3).
+//! The crate makes, maps and removes the memory, for its owner. Added here: blocks are allocated
+//! before anyone touches them; a peer opens a name once, checks what it has opened, and maps just
+//! that (rules L1, L2); names tell pool and owner, and an owner that starts removes the names of
+//! those that are gone (rule L3).
 
 use std::io;
 
@@ -131,8 +131,8 @@ pub(crate) fn attach(owner: Owner, id: SegmentId, geometry: Geometry) -> Result<
     Ok(Segment::new(id, mapping))
 }
 
-/// Opens a name once. What was opened is checked, and is what is mapped, whatever the name leads to by
-/// then.
+/// Opens a name once. What was opened is checked, and is what is mapped, whatever the name leads to
+/// by then.
 #[cfg(target_os = "linux")]
 fn open(name: &str, geometry: Geometry) -> Result<Mapping> {
     let memory = names::open_checked(name, geometry)?;
@@ -330,7 +330,8 @@ mod tests {
         }
     }
 
-    /// Another user can take names that are to come. That costs an error that says who did, and no more.
+    /// Another user can take names that are to come. That costs an error that says who did, and no
+    /// more.
     #[test]
     fn a_name_that_is_taken_is_told_with_whose_it_is() {
         let (own, id, geometry) = owned();
