@@ -278,13 +278,12 @@ mod tests {
     #[test]
     fn what_was_checked_is_what_is_mapped() {
         use rustix::fs::{CWD, OFlags, RenameFlags, fstat, open, renameat_with};
-        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
         const NOBODY: u32 = 65_534;
         if !rustix::process::geteuid().is_root() {
             eprintln!("not run: only root can make a file of another user");
             return;
         }
-        for round in 0..600 {
+        for round in 0..150 {
             let (own, id, geometry) = owned();
             let (segment, memory) = Named::create(&own, id, geometry).unwrap();
             let path = format!("/dev/shm{}", own.owner.segment(id.index));
@@ -297,20 +296,19 @@ mod tests {
             fallocate(&fd, FallocateFlags::empty(), 0, bytes.len() as u64).unwrap();
             assert_eq!(fstat(&fd).unwrap().st_uid, NOBODY);
 
-            let (owner, go) = (own.owner, AtomicBool::new(false));
-            let until_told = || while !go.load(Relaxed) {};
+            let (owner, together) = (own.owner, std::sync::Barrier::new(3));
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    until_told();
+                    together.wait();
                     (0..round % 400).for_each(|_| std::hint::spin_loop());
                     drop((segment, memory)); // as when it is retired
                 });
                 scope.spawn(|| {
-                    until_told();
+                    together.wait();
                     // Not over what stands there: in a sticky directory that is not theirs to do.
                     while renameat_with(CWD, &*theirs, CWD, &*path, RenameFlags::NOREPLACE).is_err() {}
                 });
-                go.store(true, Relaxed);
+                together.wait();
                 loop {
                     match attach(owner, id, geometry) {
                         Ok(attached) => {
