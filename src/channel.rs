@@ -96,7 +96,9 @@ pub trait RequestQueue: Send + Sync {
     ///
     /// # Errors
     /// [`Error::Timeout`] when none came; [`Error::Closed`] after [`close`](Self::close);
-    /// [`Error::Os`] when the system fails. A client's misbehaviour is never an error here.
+    /// [`Error::Misuse`] in a child of `fork`, whose parent's the queue is (a server that becomes a
+    /// daemon binds after its last fork); [`Error::Os`] when the system fails. A client's
+    /// misbehaviour is never an error here.
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>>;
 
     /// Stops taking requests: every `recv`, running or to come, fails with [`Error::Closed`].

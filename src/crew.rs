@@ -99,9 +99,9 @@ impl Crew {
         self.shared.refusals.load(Relaxed)
     }
 
-    /// Waits until `next` has said `None`, every job is done, and `next` and `work` are dropped with all
-    /// that they hold; `false` when the deadline came first, and at once in a child of `fork`, which has
-    /// none of the crew's threads. Does not itself end anything.
+    /// Waits until `next` has said `None`, every job is done, and `next` and `work` are dropped
+    /// with all that they hold; `false` when the deadline came first, and at once in a child of
+    /// `fork`, which has none of the crew's threads. Does not itself end anything.
     pub fn join(&self, deadline: Deadline) -> bool {
         if !self.shared.origin.is_here() {
             return false;

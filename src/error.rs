@@ -120,8 +120,8 @@ pub enum Fault {
     Ours,
     /// The process at the other end: it died, left, cancelled, or misbehaved.
     Peer,
-    /// What the bytes come from or go to: the file, the socket, the client behind it. Or what stands
-    /// at a name that is needed.
+    /// What the bytes come from or go to: the file, the socket, the client behind it. Or what
+    /// stands at a name that is needed.
     Outside,
     /// The operating system.
     System,

@@ -112,15 +112,40 @@
 //! each other not to shrink a segment under the other's feet.
 //!
 //! A server is given all segments of a pool: have one pool for each server that you would not trust
-//! with another's bytes. A client can give memory that it handed over back to the system, and the
-//! server's next write takes it from the system anew. Not defended against: a peer of the same user
-//! that attaches a debugger, or uses up the machine.
+//! with another's bytes. What a client hands over is checked to be really allocated, but that
+//! guards against accidents only: a client can feign it, or give the memory back to the system
+//! later, and then the server pays for the pages that it maps and writes. A client can cost a
+//! socket server twice [`max_bytes`](Seqpacket::max_bytes) in that way, and no more. Where the
+//! system grants no memory beyond what it has (`vm.overcommit_memory=2`), such a page can be
+//! refused while it is written to, which ends the server with `SIGBUS`: there, serve only clients
+//! that you trust.
+//!
+//! Names in `/dev/shm` and of queues can be taken by others before they are needed. That costs an
+//! error that says what stands there and whose it is ([`Error::NameTaken`]), and never more: what
+//! belongs to another user is not opened for use, waited for, or removed. Not defended against: a
+//! peer of the same user that attaches a debugger, or uses up the machine.
+//!
+//! # Fork
+//! A child of `fork` that does not execute another program has copies of its parent's pools,
+//! leases, requests, transfers, requesters, queues and crews. They are still the parent's. The
+//! child may drop them, at any point, which changes nothing for the parent: no name, socket, lock,
+//! segment or watch of it is touched. Any other use of them is refused with [`Misuse::Forked`],
+//! which names the process that made them; calls that return no error do nothing, or report nothing
+//! ([`SegmentPool::stats`] is all zero). The child makes its own, and these work as in any process.
+//!
+//! - A server that becomes a daemon binds after its last fork. One that forked later drops the
+//!   queue and binds anew.
+//! - Until a child drops what it inherited, executes another program, or ends, its copies of
+//!   descriptors keep its parent's connections and locks open. A peer is told of the parent's
+//!   *death* only then. A requester or socket queue that the parent *drops* hangs up at once.
+//! - Children are told apart by a handler of the C library's `fork`. A child made in another way
+//!   (the system call `clone` itself, `_Fork`) is not noticed, and must use nothing of this crate.
 //!
 //! # Limits
 //! - Between processes on Linux only (5.3 or later, for `pidfd_open`); one machine, one memory. Elsewhere
 //!   there are named segments, transfers, and the queue within a process; none of it has been run there.
 //! - A segment has 1 to 512 slots of up to 1 GiB; a key up to 4,096 bytes, metadata up to 1,024.
-//! - Each segment costs its owner one file descriptor; a named one costs the server one, too.
+//! - Each segment costs its owner one file descriptor.
 //! - Bytes are copied twice: by the kernel into the slot (`pread`), and out of it, unless they are read where
 //!   they are ([`Chunk::bytes`]). Nothing is lent beyond that.
 //! - A waiting side, or a server's worker, may spin for up to 50 µs at a time, while processors are to spare.
@@ -143,8 +168,8 @@
 //! The byte layout and the rules that the comments cite (L, P, S) are in `docs/protocol.md`, the
 //! decisions in `docs/design.md`, and what used to break in `docs/failure-modes.md`.
 #![deny(missing_docs)]
-// Excused in `segment/mapping.rs`, `segment/named/ending.rs`, `peer/credentials.rs`, `process.rs` and
-// `sync/raw_sync.rs`, where each block carries its proof.
+// Excused in `segment/mapping.rs`, `segment/named/ending.rs`, `peer/credentials.rs`, `process.rs`
+// and `sync/raw_sync.rs`, where each block carries its proof.
 #![deny(unsafe_code)]
 // The library returns errors; only a defect of its own may panic.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]

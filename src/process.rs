@@ -27,7 +27,8 @@ static GENERATION: AtomicU32 = AtomicU32::new(UNKNOWN);
 /// Nothing has asked yet, and the handler is not registered.
 const UNKNOWN: u32 = 0;
 const FIRST: u32 = 1;
-/// The system would not register the handler: the pid stands in for the number, each time asked for.
+/// The system would not register the handler: the pid stands in for the number, each time asked
+/// for.
 const ASK: u32 = u32::MAX;
 
 /// The process that made something.
@@ -139,8 +140,9 @@ impl<T: Default + Send + Sync> PerProcess<T> {
     }
 
     fn value_here(entry: *mut Entry<T>) -> Option<&'static T> {
-        // SAFETY: null, or an entry that `get` has put there whole (Acquire, Release). Such an entry
-        // is never freed nor changed: what a child replaces stays in memory, as any static does.
+        // SAFETY: null, or an entry that `get` has put there whole (Acquire, Release). Such an
+        // entry is never freed nor changed: what a child replaces stays in memory, as any static
+        // does.
         let entry = unsafe { entry.as_ref::<'static>() }?;
         entry.origin.is_here().then_some(&entry.value)
     }

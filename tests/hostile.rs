@@ -1174,8 +1174,8 @@ fn ask_over(line: &Line, memory: &Memory, index: u32, len: usize) {
     line.say(&request(index, 1, &len.to_string()), &[]);
 }
 
-/// The check for holes guards against accidents. What stands in for missing pages here lies beyond the
-/// segment's end: it counts as allocated, and the server pays for the pages when it maps them.
+/// The check for holes guards against accidents. What stands in for missing pages here lies beyond
+/// the segment's end: it counts as allocated, and the server pays for the pages when it maps them.
 #[test]
 fn memory_that_only_looks_allocated_costs_a_server_no_more_than_its_limit() {
     const ROOM: usize = 10;

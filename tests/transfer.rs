@@ -39,6 +39,7 @@ over_both! {
     a_wait_lasts_as_long_as_its_deadline,
     bytes_are_read_where_they_are,
     the_files_own_position_neither_matters_nor_moves,
+    a_range_past_four_gigabytes_is_read_where_it_is,
     a_file_that_shrinks_is_an_error_on_both_sides,
     a_source_longer_than_announced_is_an_error_on_both_sides,
     finishing_short_is_an_error_on_both_sides,
@@ -342,6 +343,18 @@ fn the_files_own_position_neither_matters_nor_moves<B: Backing>() {
     let (_, received) = ferry(&pool, move |t| t.accept(100).unwrap().send_file(&same).unwrap(), read_all);
     assert!(received == pattern(100));
     assert_eq!(file.stream_position().unwrap(), 42);
+}
+
+/// Where pointers have 32 bits, offsets in files have 64 all the same.
+fn a_range_past_four_gigabytes_is_read_where_it_is<B: Backing>() {
+    let pool = pool::<B>(1, 64, 2);
+    let at = (5 << 30) + 7;
+    let mut file = tempfile::tempfile().unwrap(); // all but its end is a hole
+    file.seek(SeekFrom::Start(at)).unwrap();
+    file.write_all(&pattern(100)).unwrap();
+    let (_, received) =
+        ferry(&pool, move |t| t.accept(100).unwrap().send_file_range(&file, at..at + 100).unwrap(), read_all);
+    assert!(received == pattern(100));
 }
 
 fn a_file_that_shrinks_is_an_error_on_both_sides<B: Backing>() {

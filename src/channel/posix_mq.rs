@@ -131,9 +131,10 @@ impl PosixMq {
     /// one, since whoever waited for an answer has learned of its death.
     ///
     /// # Errors
-    /// [`Error::AddressInUse`] when a living server is there; [`Error::Misuse`] for a capacity beyond
-    /// what the system allows; [`Error::Os`] for what else it refuses, such as a queue of this name
-    /// that is not one of ours.
+    /// [`Error::AddressInUse`] when a living server is there; [`Error::NameTaken`] when something
+    /// of another user, or of another kind, stands at one of its names; [`Error::Misuse`] for a
+    /// capacity beyond what the system allows; [`Error::Os`] for what else it refuses, such as a
+    /// queue of this name that is not one of ours.
     pub fn bind(self) -> Result<PosixMqQueue> {
         PosixMqQueue::bind(self.name, self.policy)
     }

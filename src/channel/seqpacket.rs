@@ -139,12 +139,12 @@ impl Seqpacket {
     }
 
     /// The most bytes of segments that a server takes from one client; 4 GiB unless told otherwise.
-    /// As much again may be in segments that the client has retired, and that transfers under way keep
-    /// mapped for their time.
+    /// As much again may be in segments that the client has retired, and that transfers under way
+    /// keep mapped for their time.
     ///
     /// That is also the most memory that a client can cost: an honest one has paid for its segments
-    /// itself, but one that gives their pages back to the system has the server pay for each that it
-    /// writes to.
+    /// itself, but one that gives their pages back to the system has the server pay for each that
+    /// it writes to.
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.policy.max_bytes = bytes;
         self
@@ -175,8 +175,9 @@ impl Seqpacket {
     /// directory is made, for this user only, and removed again at the end.
     ///
     /// # Errors
-    /// [`Error::AddressInUse`] when a living server is there, [`Error::Misuse`] for a path that is
-    /// too long, [`Error::Os`] for what the system refuses.
+    /// [`Error::AddressInUse`] when a living server is there, [`Error::NameTaken`] when its lock
+    /// file is another user's, or no regular file, [`Error::Misuse`] for a path that is too long,
+    /// [`Error::Os`] for what the system refuses.
     pub fn bind(self) -> Result<SeqpacketQueue> {
         SeqpacketQueue::bind(&self.path, self.policy)
     }
@@ -185,8 +186,8 @@ impl Seqpacket {
     /// first has something to send.
     ///
     /// # Errors
-    /// [`Error::Misuse`] for a path that is too long, or the pool of a process that this one was forked
-    /// from.
+    /// [`Error::Misuse`] for a path that is too long, or the pool of a process that this one was
+    /// forked from.
     pub fn requester(self, pool: &SegmentPool<Memfd>) -> Result<SeqpacketRequester> {
         SeqpacketRequester::new(&self.path, self.policy, pool.clone())
     }

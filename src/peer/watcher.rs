@@ -1,7 +1,7 @@
 //! The one thread of a process that learns of hang-ups, and tells whoever they concern.
 //!
-//! A child of `fork` has no such thread, and shares the epoll instance with its parent: it makes both
-//! anew, and leaves the parent's alone.
+//! A child of `fork` has no such thread, and shares the epoll instance with its parent: it makes
+//! both anew, and leaves the parent's alone.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};

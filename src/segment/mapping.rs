@@ -65,10 +65,10 @@ enum Keeper {
     Crate(Shmem, Origin),
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread (M1), and beside plain values `Mapping`
-// keeps only the crate's `Shmem`, which is no more than an address, a length, a descriptor and a name:
-// none of them has to do with the thread that made it, and nothing of it is used but its drop, once,
-// and what that needs (`set_owner`), through `&mut`.
+// SAFETY: the mapping belongs to the process, not to a thread (M1), and beside plain values
+// `Mapping` keeps only the crate's `Shmem`, which is no more than an address, a length, a
+// descriptor and a name: none of them has to do with the thread that made it, and nothing of it is
+// used but its drop, once, and what that needs (`set_owner`), through `&mut`.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4), and
 // the `Shmem` not at all.
@@ -299,8 +299,8 @@ fn map(
         return Err(Errno::INVAL);
     }
     let prot = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit. It is
-    // long enough, and stays so (the callers): M1 holds from here on.
+    // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit. It
+    // is long enough, and stays so (the callers): M1 holds from here on.
     let base = unsafe { mmap(ptr::null_mut(), len, prot, flags | MapFlags::SHARED, fd, 0)? };
     NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)
 }

@@ -1,9 +1,9 @@
 //! The `Named` backing: POSIX shared memory with a name, by crate `shared_memory`, and what that lacks.
 //!
-//! The crate makes, maps and removes the memory, for its owner. Added here: blocks are allocated before
-//! anyone touches them; a peer opens a name once, checks what it has opened, and maps just that (rules
-//! L1, L2); names tell pool and owner, and an owner that starts removes the names of those that are
-//! gone (rule L3).
+//! The crate makes, maps and removes the memory, for its owner. Added here: blocks are allocated
+//! before anyone touches them; a peer opens a name once, checks what it has opened, and maps just
+//! that (rules L1, L2); names tell pool and owner, and an owner that starts removes the names of
+//! those that are gone (rule L3).
 
 use std::io;
 
@@ -131,8 +131,8 @@ pub(crate) fn attach(owner: Owner, id: SegmentId, geometry: Geometry) -> Result<
     Ok(Segment::new(id, mapping))
 }
 
-/// Opens a name once. What was opened is checked, and is what is mapped, whatever the name leads to by
-/// then.
+/// Opens a name once. What was opened is checked, and is what is mapped, whatever the name leads to
+/// by then.
 #[cfg(target_os = "linux")]
 fn open(name: &str, geometry: Geometry) -> Result<Mapping> {
     let memory = names::open_checked(name, geometry)?;
@@ -278,13 +278,12 @@ mod tests {
     #[test]
     fn what_was_checked_is_what_is_mapped() {
         use rustix::fs::{CWD, OFlags, RenameFlags, fstat, open, renameat_with};
-        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
         const NOBODY: u32 = 65_534;
         if !rustix::process::geteuid().is_root() {
             eprintln!("not run: only root can make a file of another user");
             return;
         }
-        for round in 0..600 {
+        for round in 0..150 {
             let (own, id, geometry) = owned();
             let (segment, memory) = Named::create(&own, id, geometry).unwrap();
             let path = format!("/dev/shm{}", own.owner.segment(id.index));
@@ -297,20 +296,19 @@ mod tests {
             fallocate(&fd, FallocateFlags::empty(), 0, bytes.len() as u64).unwrap();
             assert_eq!(fstat(&fd).unwrap().st_uid, NOBODY);
 
-            let (owner, go) = (own.owner, AtomicBool::new(false));
-            let until_told = || while !go.load(Relaxed) {};
+            let (owner, together) = (own.owner, std::sync::Barrier::new(3));
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    until_told();
+                    together.wait();
                     (0..round % 400).for_each(|_| std::hint::spin_loop());
                     drop((segment, memory)); // as when it is retired
                 });
                 scope.spawn(|| {
-                    until_told();
+                    together.wait();
                     // Not over what stands there: in a sticky directory that is not theirs to do.
                     while renameat_with(CWD, &*theirs, CWD, &*path, RenameFlags::NOREPLACE).is_err() {}
                 });
-                go.store(true, Relaxed);
+                together.wait();
                 loop {
                     match attach(owner, id, geometry) {
                         Ok(attached) => {
@@ -330,7 +328,8 @@ mod tests {
         }
     }
 
-    /// Another user can take names that are to come. That costs an error that says who did, and no more.
+    /// Another user can take names that are to come. That costs an error that says who did, and no
+    /// more.
     #[test]
     fn a_name_that_is_taken_is_told_with_whose_it_is() {
         let (own, id, geometry) = owned();

@@ -97,8 +97,9 @@ impl<B: Backing> SegmentPool<B> {
     /// given 20 ms more, beyond the deadline if need be, and then replaced.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when none came free in time; [`Error::Os`] when no segment that is left can be
-    /// used, and none of them replaced.
+    /// [`Error::Timeout`] when none came free in time; [`Error::Os`] when no segment that is left can
+    /// be used, and none of them replaced, or [`Error::NameTaken`] when another has taken the name of
+    /// a new one; [`Error::Misuse`] in a child of `fork`, whose parent's the pool is.
     pub fn lease(&self, deadline: Deadline) -> Result<Lease<B>> {
         let pool = &self.shared;
         pool.origin.check()?;
@@ -119,8 +120,8 @@ impl<B: Backing> SegmentPool<B> {
         self.shared.geometry
     }
 
-    /// How the pool is doing at this moment. All zero in a child of `fork`: nothing of the pool is the
-    /// child's.
+    /// How the pool is doing at this moment. All zero in a child of `fork`: nothing of the pool is
+    /// the child's.
     pub fn stats(&self) -> PoolStats {
         if !self.shared.origin.is_here() {
             return PoolStats { segments: 0, idle: 0, lingering: 0, retired: 0 };
@@ -584,9 +585,10 @@ impl<B> Lingering<B> {
 }
 
 impl<B> Lingering<B> {
-    /// Whether the process at the other end of the link says that it is the sender. Only then does its
-    /// death free the segment: another may have inherited the connection, by a fork, and live. Where the
-    /// two processes do not number processes alike, the pids differ, and the segment is replaced.
+    /// Whether the process at the other end of the link says that it is the sender. Only then does
+    /// its death free the segment: another may have inherited the connection, by a fork, and live.
+    /// Where the two processes do not number processes alike, the pids differ, and the segment is
+    /// replaced.
     fn was_sent_by(&self, link: &Link) -> bool {
         let told = self.stock.segment.header().announcement.pid.load(Relaxed);
         link.peer().and_then(|peer| peer.pid) == Some(told)

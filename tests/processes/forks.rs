@@ -1,6 +1,8 @@
-//! Processes that fork and do not exec: what a child may do with its parent's things, and with its own.
+//! Processes that fork and do not exec: what a child may do with its parent's things, and with its
+//! own.
 //!
-//! Each test forks in a process that was started for it, on a thread that holds no lock of the harness.
+//! Each test forks in a process that was started for it, on a thread that holds no lock of the
+//! harness.
 
 use std::io::ErrorKind;
 use std::mem;
@@ -74,8 +76,8 @@ struct Fork(libc::pid_t);
 impl Fork {
     /// Forks. The child runs `child`, and ends with it.
     fn running(ending: Ending, child: impl FnOnce()) -> Fork {
-        // SAFETY: the child runs on a copy of this thread, which holds no lock of the C library. What
-        // else it may meet in a lock that another thread held is what these tests are about.
+        // SAFETY: the child runs on a copy of this thread, which holds no lock of the C library.
+        // What else it may meet in a lock that another thread held is what these tests are about.
         match unsafe { libc::fork() } {
             0 => {
                 if !matches!(ending, Ending::AsDaemon) {
@@ -615,7 +617,8 @@ fn a_fork_at_any_moment_leaves_neither_process_stuck<C: Carrier>() {
     other.ends_well();
 }
 
-/// Workers that fork, in a job and while they lend their place, and whose children come back from it.
+/// Workers that fork, in a job and while they lend their place, and whose children come back from
+/// it.
 fn fork_in_a_crew() {
     let (forked, children) = mpsc::channel();
     // SAFETY: the child goes on on a copy of this thread, and ends with it.

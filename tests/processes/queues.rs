@@ -608,8 +608,8 @@ fn take_two_and_tell(address: &str) {
     linger()
 }
 
-/// The sweep after a death reads a directory, which may be large, or on a busy machine: here, reading
-/// it takes half a minute.
+/// The sweep after a death reads a directory, which may be large, or on a busy machine: here,
+/// reading it takes half a minute.
 #[test]
 fn a_sweep_keeps_no_death_from_being_told() {
     let _watchdog = watchdog();

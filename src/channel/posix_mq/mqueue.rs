@@ -24,7 +24,9 @@ impl Mqueue {
     pub(super) fn create(name: &Name, capacity: u32, longest: usize) -> Result<Mqueue> {
         let flags = MQ_OFlag::O_RDONLY | MQ_OFlag::O_CREAT | MQ_OFlag::O_EXCL;
         let longest = limit("msgsize_max").map_or(longest, |most| longest.min(most as usize));
-        let attributes = MqAttr::new(0, capacity.into(), longest as mq_attr_member_t, 0);
+        // A number beyond all limits stays one, where the type has 32 bits.
+        let messages = capacity.min(i32::MAX as u32) as mq_attr_member_t;
+        let attributes = MqAttr::new(0, messages, longest as mq_attr_member_t, 0);
         match open(name, flags, Some(&attributes)) {
             Ok(queue) => Ok(queue),
             Err(Errno::EINVAL) => {

@@ -93,8 +93,8 @@ impl Client {
                 if count > u64::from(policy.max_segments) {
                     return Err(Rejection::TooManySegments(policy.max_segments).into());
                 }
-                // A client that retires what its transfers still hold may have twice that mapped, and
-                // no more: it could go on so for ever.
+                // A client that retires what its transfers still hold may have twice that mapped,
+                // and no more: it could go on so for ever.
                 state.retired.retain(|segment| segment.strong_count() > 0);
                 let most = count.max(state.retired.len() as u64);
                 if most.saturating_mul(geometry.mapped_len() as u64) > policy.max_bytes {

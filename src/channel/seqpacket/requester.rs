@@ -266,8 +266,8 @@ impl Drop for Connection {
             return;
         }
         self.link.sever(|| None);
-        // Closing does not hang up as long as a child of `fork` has the socket open as well. Fails only
-        // if the server has hung up already.
+        // Closing does not hang up as long as a child of `fork` has the socket open as well. Fails
+        // only if the server has hung up already.
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
     }
 }

@@ -113,8 +113,8 @@ pub(crate) fn sweep() {
     }
 }
 
-/// As [`sweep`], on a thread of its own. Reading a large directory takes a while, and the thread that
-/// tells of deaths has the next one to tell.
+/// As [`sweep`], on a thread of its own. Reading a large directory takes a while, and the thread
+/// that tells of deaths has the next one to tell.
 pub(crate) fn sweep_aside() {
     let state = SWEEP.get();
     // One that is under way may have passed a name by: it is repeated.
