@@ -11,6 +11,7 @@ use support::{Answer, LARGE, Place, Transport, noise, ok, wait_until};
 over_both! {
     an_orderly_restart_under_load_fails_no_request,
     a_cache_that_winds_down_makes_room_for_its_successor_at_once,
+    a_successor_that_starts_only_when_the_old_cache_has_ended_is_waited_for,
     a_cache_that_comes_late_is_waited_for_as_long_as_the_timeout,
 }
 
@@ -85,6 +86,30 @@ fn a_cache_that_winds_down_makes_room_for_its_successor_at_once(over: Transport)
     under_way.resume().assert_whole(&large);
     old.finish().assert_code(0);
     assert_eq!(proxy.get("/which"), ok("new"));
+    place.wind_up([proxy, new]);
+}
+
+/// As supervisors restart programs, while the old one takes longer to end than a lost cache is waited
+/// for: as long as it lives, its successor cannot be expected.
+fn a_successor_that_starts_only_when_the_old_cache_has_ended_is_waited_for(over: Transport) {
+    let place = Place::over(over);
+    let large = noise(1, LARGE);
+    place.write("files/large", &large);
+    place.write("files/a", "hello");
+    let old = place.simplecached(["-c", "files"]).listening();
+    let proxy = place.webproxy(["-n", "4", "--timeout", "120"]).listening();
+    let under_way = proxy.stall("/large");
+    old.signal(support::Signal::TERM);
+    wait_until("it had left its address", || place.is_swept());
+    let mut client = proxy.connect();
+    client.request("/a");
+    // Of the time that does not count there is nothing to see but the time.
+    thread::sleep(std::time::Duration::from_millis(2500));
+    assert!(client.hears_nothing() && old.is_running());
+    under_way.resume().assert_whole(&large);
+    old.finish().assert_code(0);
+    let new = place.simplecached(["-c", "files"]).listening();
+    assert_eq!(client.answer(), ok("hello"));
     place.wind_up([proxy, new]);
 }
 
