@@ -24,7 +24,7 @@ const SEGMENT_LEN: u64 = 16 << 10;
 pub const LONG: Duration = Duration::from_secs(12);
 
 /// How long any other may take.
-const SHORT: Duration = Duration::from_secs(2);
+const SHORT: Duration = Duration::from_secs(3);
 
 /// How a request ended. There is no other way.
 pub enum Outcome {
@@ -44,6 +44,15 @@ pub struct Asked {
     pub took: Duration,
     /// Until its deadline.
     pub patience: Duration,
+}
+
+/// A request that ends so long after its deadline is late.
+const SLACK: Duration = Duration::from_secs(1);
+
+impl Asked {
+    pub fn is_late(&self) -> bool {
+        self.took > self.patience + SLACK
+    }
 }
 
 /// Asks again and again.

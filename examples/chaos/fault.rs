@@ -60,7 +60,7 @@ impl Fault {
             _ => Duration::from_millis(dice.roll(400)),
         };
         let left = dice.pick(&[0, 4096, 70_000, POOL_LEN / 2, POOL_LEN - 5000, POOL_LEN + 100_000]);
-        let kind = dice.roll(124);
+        let kind = dice.roll(130);
         let span = Duration::from_millis(300 + dice.roll(1500));
         let failure = Failure::draw(dice, if (82..90).contains(&kind) { mortal } else { role });
         match kind {
@@ -74,8 +74,8 @@ impl Fault {
             82..90 => Fault::InjectAtStart(mortal, failure),
             90..97 => Fault::FillAtStart(mortal, left),
             97..100 => Fault::FillWhileStopped(left),
-            100..108 if mortal == Role::Cache => Fault::Succeed,
-            100..116 => Fault::NoDescriptors(role, span),
+            100..112 if mortal == Role::Cache => Fault::Succeed,
+            100..120 => Fault::NoDescriptors(role, span),
             _ => Fault::NoThreads(role, Failure::of_threads(span)),
         }
     }

@@ -1,10 +1,16 @@
-//! A running program with no descriptor to spare.
+//! Limits on descriptors: enough for chaos itself, and none to spare for a program under test.
 
 use rustix::io::Errno;
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
 
 use super::program::Program;
 use super::{Result, told};
+
+/// As many for this process as it may have: hundreds of silent connections are its own, too.
+pub fn raise() -> Result<()> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).map_err(told("setrlimit"))
+}
 
 /// Leaves a program the descriptors that it has now, until [released](Squeeze::release).
 pub struct Squeeze {

@@ -91,6 +91,10 @@ fn main() -> ExitCode {
         return member::run(options);
     }
     let own_memory = memory::move_in();
+    if let Err(error) = limits::raise() {
+        eprintln!("chaos: {error}");
+        return ExitCode::FAILURE;
+    }
     let seed = options.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_in_seconds());
     println!("chaos: {:?}, {} s, --seed {seed}", options.transport, options.seconds);
     match run(&options, seed, own_memory) {

@@ -60,10 +60,11 @@ impl Told {
     }
 }
 
-/// A request that did not go well, as a line.
+/// A request that did not go well, or was late, as a line.
 pub fn line_of(asked: &Asked) -> Option<String> {
     let (took, patience) = (asked.took.as_millis(), asked.patience.as_millis());
     match &asked.outcome {
+        Outcome::Answered | Outcome::Refused if asked.is_late() => Some(format!("late {took} {patience} -")),
         Outcome::Answered | Outcome::Refused => None,
         Outcome::Failed { cause, is_timeout, has_no_reply } => {
             let kind = match (is_timeout, has_no_reply) {
@@ -90,6 +91,7 @@ pub fn parse(line: &str) -> Option<Asked> {
         "timeout" => failed(true, false),
         "failed" => failed(false, false),
         "wrong" => Outcome::Wrong(text),
+        "late" => Outcome::Answered,
         _ => return None,
     };
     Some(Asked { outcome, took, patience })

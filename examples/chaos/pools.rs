@@ -28,9 +28,6 @@ pub const SEGMENTS: usize = 2 * EACH as usize * asker::SEGMENTS as usize;
 /// Names in shared memory that all pools take, where segments have names: one more for each pool.
 pub const NAMES: usize = SEGMENTS + 2 * EACH as usize;
 
-/// A request that ends so long after its deadline is late.
-const SLACK: Duration = Duration::from_secs(1);
-
 /// How soon to look again.
 const GLANCE: Duration = Duration::from_millis(5);
 
@@ -146,22 +143,24 @@ impl Pools {
                 record.failed("chaos itself", "who listens to a pool panicked");
             }
         }
-        let (mut asked, mut ended) = (0, 0);
+        let (mut asked, mut answered, mut refused, mut failed_in_all) = (0, 0, 0, 0);
         for account in &self.accounts {
             let told = lock(&account.told);
             let failed = lock(&account.failed);
             let begun = account.begun.load(SeqCst) + told.asked;
             asked += begun;
-            ended += told.answered + told.refused + failed.values().sum::<u64>();
-            record.add(Group::Pools, "asked", begun);
-            record.add(Group::Pools, "answered", told.answered);
-            record.add(Group::Pools, "refused", told.refused);
+            answered += told.answered;
+            refused += told.refused;
+            failed_in_all += failed.values().sum::<u64>();
             failed.iter().for_each(|(cause, n)| record.add(Group::Pools, &format!("failed: {cause}"), *n));
         }
+        let counts = [("asked", asked), ("answered", answered), ("refused", refused)];
+        counts.iter().for_each(|(what, n)| record.add(Group::Pools, what, *n));
+        let sum = format!("{asked} asked, {answered} answered + {refused} refused + {failed_in_all} failed");
+        println!("requests of pools: {sum}");
         record.count(Group::Checks, "requests of pools added up");
-        if asked != ended {
-            let what = format!("{asked} requests of pools were asked, and {ended} have ended");
-            record.failed("vanished", &what);
+        if asked != answered + refused + failed_in_all {
+            record.failed("vanished", &sum);
         }
         Ok(())
     }
@@ -196,7 +195,7 @@ impl Account {
         let start = now.checked_sub(asked.took + ago).unwrap_or(now);
         let shown = || format!("a pool's request, {:.2} s of {:?}", asked.took.as_secs_f64(), asked.patience);
         let is_late = record.is_machine_late();
-        if asked.took > asked.patience + SLACK && !is_late {
+        if asked.is_late() && !is_late {
             record.failed("past its deadline", &shown());
         }
         match &asked.outcome {

@@ -149,14 +149,18 @@ impl Record {
         self.worst_hiccup.fetch_max(late.as_millis() as u64, SeqCst);
         let mut hiccups = lock(&self.hiccups);
         hiccups.push_back((Instant::now(), late));
-        while hiccups.front().is_some_and(|(at, _)| at.elapsed() > RECENT) {
+        // The last one stays: it tells since when nothing was measured.
+        while hiccups.len() > 1 && hiccups.front().is_some_and(|(at, _)| at.elapsed() > RECENT) {
             hiccups.pop_front();
         }
     }
 
-    /// The worst of late.
+    /// The worst of late. That nothing has been measured for a while is one, too: whoever measures
+    /// may wake up after those who ask.
     pub fn recent_hiccup(&self) -> Duration {
-        lock(&self.hiccups).iter().map(|(_, late)| *late).max().unwrap_or_default()
+        let hiccups = lock(&self.hiccups);
+        let silence = hiccups.back().map_or(Duration::ZERO, |(at, _)| at.elapsed());
+        hiccups.iter().map(|(_, late)| *late).max().unwrap_or_default().max(silence)
     }
 
     // ------------------------------------------------------------ reports
