@@ -84,9 +84,10 @@ impl Fork {
                     set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
                 }
                 let code = i32::from(catch_unwind(AssertUnwindSafe(child)).is_err());
-                // SAFETY: both only end this process.
                 match ending {
+                    // SAFETY: it only ends this process.
                     Ending::AtOnce | Ending::AsDaemon => unsafe { libc::_exit(code) },
+                    // SAFETY: as above, and no other thread of this process is ending it.
                     Ending::InOrder => unsafe { libc::exit(code) },
                 }
             }
@@ -157,7 +158,16 @@ fn a_client_whose_child_drops<C: Carrier>(address: &str) {
     let pool = pool::<C>(5, 2);
     let requester = C::requester(address, &pool);
     let queue = InProcess::bounded(4);
-    let crew = Crew::start("test", 1, || Some(thread::park()), |()| {}).unwrap();
+    let crew = Crew::start(
+        "test",
+        1,
+        || {
+            thread::park();
+            Some(())
+        },
+        |()| {},
+    )
+    .unwrap();
 
     let mut body = ask::<C>(&requester, &pool, 9000).unwrap();
     body.read_exact(&mut [0; 10]).unwrap();
