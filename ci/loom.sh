@@ -93,12 +93,24 @@ seeded "a slot written before it is free"           $t $m 's/^            self.s
 seeded "a cover that overlooks a severed link"      peer.rs $m::a_severed 's/^            subject.poison\(\);$//'
 seeded "a severed link that poisons nothing"        peer.rs $m::a_severed 's/^        state.enrolled.values\(\).*$//'
 seeded "a sender that has itself covered by no link" $t $m 's/^            enrolment.cover\(.*//'
+seeded "covered before it has accepted"             $t $m::a_link_severed_while_its_sender_leaves '/fn take_up/,/^    \}/s/let header = self.segment.header\(\);/&if let Some(enrolment) = \&self.enrolment { enrolment.cover(Arc::clone(\&self.segment) as _); }/'
+seeded "in reach of the link after an abort"        $t $m::a_link_severed_while_its_sender_aborts '/fn abort/,/^    \}/s/^            self.enrolment = None;$//'
+seeded "a request dropped by its sender, not aborted" $t $m::an_abort_before '/fn abort/,/^    \}/s/if self.phase == Phase::Offered .*\{/if self.phase == Phase::Offered {/'
+seeded "an abort of what was never taken up"        $t $m::a_late_accept '/fn abort/,/^    \}/s/if matches!\(self.phase, Phase::Accepted \| Phase::Announced\)/if true/'
+seeded "a segment poisoned after its enrolment ended" peer.rs $m::a_request_sent_after 's/^        state.enrolled.values\(\).*/let all: Vec<_> = state.enrolled.values().flatten().cloned().collect(); drop(state); all.iter().for_each(|enrolled| enrolled.poison());/'
+seeded "an enrolment that never ends"               peer.rs $m::a_link_severed_late 's/^        state.enrolled.remove\(&self.number\);//'
+e=segment.rs
+seeded "a receiver's link that poisons the sender's wait" $e $m::a_severed 's/self.header\(\).filled.poison\(\);/self.header().free.poison();/'
+seeded "a receiver's link that poisons both waits"  $e $m::a_sender_is_not_stopped 's/self.header\(\).filled.poison\(\);/&self.header().free.poison();/'
+seeded "a sender's link that poisons the receiver's wait" $e $m::a_severed 's/self.header\(\).free.poison\(\);/self.header().filled.poison();/'
+seeded "a sender's link that poisons both waits"    $e $m::a_sender_whose_link 's/self.header\(\).free.poison\(\);/&self.header().filled.poison();/'
 
 r=protocol/receiver.rs
 seeded "a cancellation that does not wake"          $r $m 's/^            header.free.poison\(\);$/header.free.set_poison();/'
 seeded "a receiver that goes without a word"        $r $m 's/^            header.free.poison\(\);$//'
 seeded "no withdrawal"                              $r $m 's/^        let _ = header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\);$//'
 seeded "a withdrawal after accepting was left open" $r $m 's/Some\(Phase::Accepted \| Phase::Announced\) = header.turn.phase_of/Some(Phase::Announced) = header.turn.phase_of/'
+seeded "a link that ends after the segment is given back" $r $m::a_link_severed_while_its_receiver '/^impl Drop for Receiver/,/^\}/{s/let link = self.offer.end\(\);//; s/give_back\(self.generation, link\);/give_back(self.generation, self.offer.link()); self.offer.end();/}'
 seeded "permits left over from the last transfer"   $r $m 's/^        header.filled.reset\(0\);$//'
 seeded "free slots left over from the last transfer" $r $m 's/^        header.free.reset\(.*//'
 seeded "a cancellation left over from the last transfer" $r $m 's/^        header.receiver.cancelled.store\(0, Relaxed\);$//'
@@ -111,10 +123,22 @@ seeded "a segment reclaimed while its sender is on it" $p $m '/^fn reclaim/,/^}/
 seeded "a segment leased again, reclaimed or not"   $p $m 's/^        if reclaim\(segment, generation\) \{/if reclaim(segment, generation) || true {/; s/\(Some\(stock\), _\) if stock.is_sound\(\) => stock/(Some(stock), _) => stock/'
 seeded "a lingering segment leased as it is"        $p $m 's/if (crew::lend.*settle.*\)\)) \{/if \1 || true {/'
 seeded "a wait for a late sender that nothing ends" $p $m 's/filled.wait\(glance\)/filled.wait(deadline)/'
+seeded "a hang-up taken for a death"                $p $m::a_hang_up 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) || true {/'
+seeded "a death that is not looked for"             $p $m::a_segment_whose_sender_died 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) \&\& false {/'
+seeded "a dead sender's segment leased as it is"    $p $m::a_segment_whose_sender_died 's/&& turn.advance\(self.generation, phase, Phase::Idle\).is_ok\(\);/\&\& true;/'
+seeded "a dead sender's last step overlooked"       $p $m::a_sender_that_dies 's/&& turn.advance\(self.generation, phase, Phase::Idle\).is_ok\(\);/\&\& { let _ = turn.advance(self.generation, phase, Phase::Idle); true };/'
+seeded "a segment that was left, leased as it is"   $p $m::a_segment_is_leased 's/=> return reclaim\(&self.stock.segment, self.generation\)/=> return true/'
+seeded "a grace that is never over"                 $p $m::a_sender_that_stands_still '/fn settle/,/^    \}/s/if deadline.has_passed\(\)/if false/'
+seeded "a segment leased when the grace is over"    $p $m::a_segment_whose_sender_lingers '/fn settle/,/^    \}/s/^                return false;/return true;/'
 
 f=protocol.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
 seeded "a dropped request that is not withdrawn"    $f $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\).is_ok\(\)/if header.turn.load().is_err()/'
+seeded "a request enrolled after its transfer is over" $f $m::a_request_sent_after '/fn sent_over/,/^    \}/s/if !matches!\(\*state, OfferState::Over\) \{/{/'
+seeded "an offer that is never over"                $f $m::a_request_sent_after '/fn end\(/,/^    \}/s/let over = .*/let over = \&*lock(\&self.state);/'
+seeded "a request withdrawn although it was sent"   $f $m::one_slot '/fn abandon/,/^    \}/s/if matches!\(\*state, OfferState::Unsent\)/if !matches!(*state, OfferState::Over)/'
+seeded "a dropped request that poisons what a sender has" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/Phase::Withdrawn\).is_ok\(\)/Phase::Withdrawn).is_ok() || true/'
+seeded "a dropped request that lets go before it poisons" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/if matches!\(\*state, OfferState::Unsent\) \{/let unsent = matches!(*state, OfferState::Unsent); drop(state); if unsent {/'
 
 g=channel/seqpacket/ring.rs
 q=seqpacket::model

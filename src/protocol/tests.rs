@@ -250,6 +250,31 @@ fn a_receiver_that_poisons_or_flips_phases_is_caught_by_the_sender() {
 }
 
 #[test]
+fn a_receiver_that_leaves_no_slot_for_a_refusal_is_caught() {
+    let pool = one_segment();
+    let (sender, _transfer) = asked(&pool);
+    only(&pool).header().free.reset(0);
+    let error = sender.refuse(Refusal::NotFound).unwrap_err();
+    assert!(matches!(error, Error::Peer(PeerFault::BaselessPoison)), "{error}");
+}
+
+#[test]
+fn a_hang_up_of_a_process_without_a_name_here_is_not_taken_for_its_death() {
+    // As of a server in another pid namespace, or on a kernel without pidfds (rule P6).
+    let pool = one_segment();
+    let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+    let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: None, uid: 0 }));
+    let on_it = request.begin_here(&link).unwrap().accept(1).unwrap();
+    request.sent_over(&link);
+    link.sever(|| None);
+    drop(transfer);
+    let old = only(&pool).id();
+    assert_ne!(pool.lease(soon()).unwrap().segment().id(), old);
+    assert_eq!(pool.stats().retired, 1);
+    drop(on_it);
+}
+
+#[test]
 fn a_small_file_costs_one_post_each_way() {
     // Rule P2: by the first permit, announcement, bytes and end are all there.
     let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Link;
-use crate::sync::modelled::yield_now;
-use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile, lock};
+use crate::sync::modelled::{Mutex, lock, yield_now};
+use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile};
 
 use super::{Backing, Geometry, Phase, PoolId, ReadSlots, Segment, SegmentId, WriteSlots};
 
@@ -484,4 +484,18 @@ fn reclaim(segment: &Segment<ReadSlots>, generation: u64) -> bool {
 
 fn is_lack_of_memory(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::OutOfMemory | io::ErrorKind::StorageFull)
+}
+
+#[cfg(all(test, not(loom), target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::segment::Memfd;
+
+    #[test]
+    fn a_look_at_what_lingers_keeps_no_place_when_nothing_does() {
+        let builder = SegmentPool::<Memfd>::builder().segments(1).segment_len(64);
+        let pool = builder.slots(1).create().unwrap();
+        pool.shared.tidy();
+        assert!(pool.lease(Deadline::after(Duration::ZERO)).is_ok());
+    }
 }

@@ -2,7 +2,7 @@
 //! limits, a full file system, names that the dead have left.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::OnceLock;
 
 use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_close, mq_getattr, mq_open, mq_send, mq_unlink};
@@ -139,7 +139,10 @@ impl Planted {
         mknodat(CWD, &paths[0], FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         let held = open(&paths[0], OFlags::RDWR | OFlags::NONBLOCK, Mode::empty()).unwrap();
         rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
-        let segment = OpenOptions::new().write(true).create_new(true).open(&paths[1]).unwrap();
+        // As a pool makes it, for this user only: another test looks at all of this process's names.
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let segment = options.open(&paths[1]).unwrap();
         segment.set_len(len).unwrap();
         Planted { paths, _held: held }
     }
