@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -206,4 +206,49 @@ fn more_clients_than_are_looked_at_at_a_time_are_all_served() {
             }
         });
     });
+}
+
+#[test]
+fn a_client_at_its_limit_is_served_again_once_its_old_requests_end() {
+    let _watchdog = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    let address = Seqpacket::new(dir.path().join("queue.sock"));
+    let queue = Arc::new(address.clone().bind().unwrap());
+    let pool = pool(1);
+    let requester = address.requester(&pool).unwrap();
+    for round in 0..3 {
+        let ask = || {
+            let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+            requester.send(request, soon()).unwrap();
+            transfer
+        };
+        // As many as may be under way, each withdrawn and asked anew while a worker holds it.
+        let mut held = Vec::new();
+        for _ in 0..2 * pool.stats().segments + 8 {
+            let withdrawn = ask();
+            held.push(queue.recv(soon()).unwrap());
+            drop(withdrawn);
+        }
+        let transfer = ask();
+        let early = queue.recv(Deadline::after(Duration::from_millis(20))).map(drop);
+        assert!(matches!(early, Err(Error::Timeout(_))), "one too many: {early:?}");
+
+        // Once with a worker that comes later, once with one that sleeps and is to be woken.
+        let (told, said) = mpsc::channel();
+        let worker = thread::spawn({
+            let queue = Arc::clone(&queue);
+            move || {
+                told.send(rustix::thread::gettid()).unwrap();
+                queue.recv(soon())
+            }
+        });
+        let stat = format!("/proc/self/task/{}/stat", said.recv().unwrap().as_raw_nonzero());
+        let sleeps = || std::fs::read_to_string(&stat).unwrap().contains(") S ");
+        while round > 0 && !sleeps() {
+            thread::yield_now();
+        }
+        drop(held);
+        worker.join().unwrap().unwrap().refuse(Refusal::NotFound).unwrap();
+        assert!(matches!(transfer.reply(soon()), Ok(Reply::Refused(Refusal::NotFound))));
+    }
 }

@@ -655,3 +655,31 @@ fn turns_a_stranger_away<B: Backing, R: Requester<B>>(requester: impl FnOnce(&Se
     let failed = requester(&ours).send(request, soon()).unwrap_err();
     assert!(matches!(failed.error, Error::Misuse(Misuse::ForeignPool)));
 }
+
+#[test]
+fn a_request_sent_while_its_queue_closes_is_aborted_or_handed_back() {
+    let pool = pool::<Memfd>(1, 64, 1);
+    for _ in 0..10_000 {
+        let queue = InProcess::bounded(1);
+        let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+        let start = Barrier::new(2);
+        let sent = thread::scope(|scope| {
+            scope.spawn(|| {
+                start.wait();
+                queue.close();
+            });
+            start.wait();
+            // What comes back is dropped here, which ends its transfer's wait.
+            queue.send(request, soon()).map_err(Error::from)
+        });
+        // The queue lives on, so that nothing but its end can answer.
+        let reply = transfer.reply(soon()).map(drop);
+        match sent {
+            Ok(()) => assert!(matches!(reply, Err(Error::Aborted)), "{reply:?}"),
+            Err(error) => {
+                assert!(matches!(error, Error::Closed), "{error}");
+                assert!(matches!(reply, Err(Error::Misuse(Misuse::NeverSent))), "{reply:?}");
+            }
+        }
+    }
+}

@@ -5,6 +5,7 @@
 //! futex (`sync/model.rs`), the queue (the test hands the request over), and the processor numbers,
 //! so that nobody spins. Both sides of a transfer have a link of their own, as two processes have.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,11 @@ use crate::segment::{Backing, Geometry, Mapping, PoolId, SegmentId, SegmentPool,
 
 /// Memory of this process, which loom watches.
 struct Watched(Mapping);
+
+thread_local! {
+    /// Whether segments cannot be made. All of a model's threads are one thread outside it.
+    static NO_MEMORY: Cell<bool> = const { Cell::new(false) };
+}
 
 impl Backing for Watched {}
 
@@ -32,6 +38,9 @@ impl Rules for Watched {
     }
 
     fn create(_: &(), id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Watched)> {
+        if NO_MEMORY.get() {
+            return Err(Error::os("memfd_create")(std::io::ErrorKind::OutOfMemory));
+        }
         let mapping = Mapping::watched(geometry);
         mapping.header().initialise(id, geometry);
         let writable = mapping.writable();
@@ -680,17 +689,13 @@ fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
         let pool = pool(1, PATIENT);
         let ours = link_to_sender();
         let (asked, asking) = ask_over(&pool, &ours, &link());
+        let mut sending = asking.accept(2).unwrap();
+        drop(sending.next_slot(Deadline::NEVER).unwrap()); // and keeps its permit
         let dying = {
             let ours = Arc::clone(&ours);
             thread::spawn(move || {
-                // It dies with its first chunk sent and the second slot in hand, or before.
-                if let Ok(mut sending) = asking.accept(2) {
-                    let slot = sending.next_slot(Deadline::NEVER);
-                    if slot.is_ok_and(|slot| slot.send(&[1]).is_ok()) {
-                        let _ = sending.next_slot(Deadline::NEVER).map(drop);
-                    }
-                    sending.die();
-                }
+                sending.next_slot(Deadline::NEVER).unwrap().send(&[1]).unwrap();
+                sending.die();
                 ours.peer_died();
             })
         };
@@ -700,7 +705,7 @@ fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
         };
         drop(asked);
         let (asked, asking) = ask(&pool);
-        // Replaced only if it died between two looks, which saw two phases.
+        // Replaced only if it announced and died between the look at its phase and that at its life.
         assert!(pool.stats().retired <= 1);
         assert_eq!(send(asking, &[2]).unwrap(), 1);
         assert_eq!(receive(asked).unwrap(), [2]);
@@ -712,13 +717,13 @@ fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
 #[test]
 fn a_link_severed_in_the_midst_costs_the_transfer_and_not_the_segment() {
     model(|| {
-        let pool = pool(2, PATIENT);
+        let pool = pool(1, PATIENT);
         let ours = link();
         let (asked, asking) = ask_over(&pool, &ours, &link());
-        let old = thread::spawn(move || drop(send(asking, &[1, 2])));
+        let old = thread::spawn(move || drop(send(asking, &[1])));
         let watcher = thread::spawn(move || ours.sever(|| None));
         match receive(asked) {
-            Ok(bytes) => assert_eq!(bytes, [1, 2]),
+            Ok(bytes) => assert_eq!(bytes, [1]),
             Err(Error::Disconnected) => {}
             Err(error) => panic!("{error:?}"),
         }
@@ -846,5 +851,104 @@ fn a_sender_is_not_stopped_by_a_hang_up_that_only_its_receiver_knows_of() {
         assert_eq!(sent.unwrap(), 2);
         // Everything was filled before the receiver looked.
         assert_eq!(receive(asked).unwrap(), [1, 2]);
+    });
+}
+
+#[test]
+fn a_sender_that_stands_still_is_waited_for_until_the_grace_is_over() {
+    model(|| {
+        let pool = pool(1, IMPATIENT);
+        let (asked, asking) = ask(&pool);
+        let still = asking.accept(1).unwrap();
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 1);
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+        drop(still);
+    });
+}
+
+#[test]
+fn a_link_severed_while_its_sender_aborts_poisons_nothing_of_the_next_generation() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let theirs = link();
+        let (asked, asking) = ask_over(&pool, &link(), &theirs);
+        let old = thread::spawn(move || drop(asking));
+        let watcher = thread::spawn(move || theirs.sever(|| None));
+        drop(asked);
+        let (asked, asking) = ask(&pool);
+        assert_eq!(pool.stats().retired, 0);
+        old.join().unwrap();
+        watcher.join().unwrap();
+        assert_eq!(send(asking, &[2]).unwrap(), 1);
+        assert_eq!(receive(asked).unwrap(), [2]);
+    });
+}
+
+#[test]
+fn a_link_severed_while_its_receiver_goes_poisons_nothing_of_another_threads_transfer() {
+    model(|| {
+        let pool = pool(1, PATIENT);
+        let ours = link();
+        let (asked, asking) = ask_over(&pool, &ours, &link());
+        drop(asking); // aborted
+        let going = thread::spawn(move || drop(asked));
+        let watcher = thread::spawn(move || ours.sever(|| None));
+        let lease = loop {
+            match pool.lease(Deadline::after(Duration::ZERO)) {
+                Ok(lease) => break lease,
+                Err(Error::Timeout(_)) => thread::yield_now(),
+                Err(error) => panic!("{error:?}"),
+            }
+        };
+        let (request, asked) = lease.request("key").unwrap();
+        let asking = request.begin_here(&link()).unwrap();
+        request.sent_over(&link(), None);
+        going.join().unwrap();
+        watcher.join().unwrap();
+        // By two chunks: a wait that is ended by poison comes after what was filled.
+        let sender = thread::spawn(move || assert_eq!(send(asking, &[2, 3]).unwrap(), 2));
+        assert_eq!(receive(asked).unwrap(), [2, 3]);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn what_lingers_beside_is_looked_after_and_not_given_back_too_early() {
+    model(|| {
+        let builder = SegmentPool::<Watched>::builder().segments(2).segment_len(1);
+        let pool: Pool = builder.slots(1).grace(IMPATIENT).create().unwrap();
+        let (first, asking) = ask(&pool);
+        let still = asking.accept(1).unwrap();
+        let (second, asking) = ask(&pool);
+        let late = thread::spawn(move || drop(send(asking, &[1, 1])));
+        drop((first, second));
+        // The first lease looks after the second segment, too.
+        let leased = [2, 3].map(|byte| (byte, ask(&pool)));
+        for (byte, (asked, asking)) in leased {
+            assert_eq!(send(asking, &[byte]).unwrap(), 1);
+            assert_eq!(receive(asked).unwrap(), [byte]);
+        }
+        late.join().unwrap();
+        drop(still);
+    });
+}
+
+#[test]
+fn a_segment_that_cannot_be_replaced_is_not_lost() {
+    model(|| {
+        let pool = pool(1, IMPATIENT);
+        let (asked, asking) = ask(&pool);
+        let still = asking.accept(1).unwrap();
+        drop(asked);
+        NO_MEMORY.set(true);
+        let refused = pool.lease(Deadline::NEVER).map(drop);
+        NO_MEMORY.set(false);
+        assert!(matches!(refused, Err(Error::Os { .. })), "{refused:?}");
+        drop(pool.lease(Deadline::after(Duration::ZERO)).unwrap());
+        assert_eq!(pool.stats().retired, 1, "its sender is still on it");
+        drop(still);
     });
 }

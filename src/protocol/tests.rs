@@ -189,7 +189,7 @@ fn a_death_frees_a_segment_only_if_it_was_its_senders_own() {
         only(&pool).header().announcement.pid.store(server.id(), Relaxed);
         let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
         let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: Some(server.id()), uid: 0 }));
-        request.sent_over(&link);
+        request.sent_over(&link, None);
         let segment = only(&pool);
         let header = segment.header();
         let (generation, _) = header.turn.load().unwrap();
@@ -286,6 +286,31 @@ fn a_receiver_that_poisons_or_flips_phases_is_caught_by_the_sender() {
     only(&pool).header().turn.spoil(0xdead);
     let error = sending.next_slot(soon()).unwrap().send(b"a").unwrap_err();
     assert!(matches!(error, Error::Peer(PeerFault::ImpossibleTurn(0xdead))), "{error}");
+}
+
+#[test]
+fn a_receiver_that_leaves_no_slot_for_a_refusal_is_caught() {
+    let pool = one_segment();
+    let (sender, _transfer) = asked(&pool);
+    only(&pool).header().free.reset(0);
+    let error = sender.refuse(Refusal::NotFound).unwrap_err();
+    assert!(matches!(error, Error::Peer(PeerFault::BaselessPoison)), "{error}");
+}
+
+#[test]
+fn a_hang_up_of_a_process_without_a_name_here_is_not_taken_for_its_death() {
+    // As of a server in another pid namespace, or on a kernel without pidfds (rule P6).
+    let pool = one_segment();
+    let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
+    let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: None, uid: 0 }));
+    let on_it = request.begin_here(&link).unwrap().accept(1).unwrap();
+    request.sent_over(&link, None);
+    link.sever(|| None);
+    drop(transfer);
+    let old = only(&pool).id();
+    assert_ne!(pool.lease(soon()).unwrap().segment().id(), old);
+    assert_eq!(pool.stats().retired, 1);
+    drop(on_it);
 }
 
 #[test]

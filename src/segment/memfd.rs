@@ -194,6 +194,15 @@ mod tests {
     }
 
     #[test]
+    fn a_segment_of_another_layout_is_refused_and_both_versions_named() {
+        let (_owned, memory) = create().unwrap();
+        let theirs = LAYOUT_VERSION + 1;
+        rustix::io::pwrite(&memory, &theirs.to_ne_bytes(), 8).unwrap();
+        let versions = LayoutMismatch::Version { theirs, ours: LAYOUT_VERSION };
+        assert_eq!(refusal(&memory, ID, geometry()), versions);
+    }
+
+    #[test]
     fn nothing_is_mapped_that_could_shrink() {
         let len = geometry().mapped_len() as u64;
         let refused = |fd: OwnedFd| Mapping::sealed(fd, geometry(), true).err();

@@ -373,6 +373,19 @@ mod tests {
     }
 
     #[test]
+    fn poison_wakes_a_sleeper_that_the_peer_has_denied() {
+        let s = placed(0);
+        let sleeper = {
+            let s = Arc::clone(&s);
+            thread::spawn(move || s.wait(Deadline::NEVER).map(drop))
+        };
+        assert!(has_sleeper(&s));
+        s.sleepers.store(0, Relaxed);
+        s.poison();
+        assert!(matches!(sleeper.join().unwrap(), Err(Interrupted::Poisoned)));
+    }
+
+    #[test]
     fn two_threads_ping_pong_without_losing_a_wake() {
         let pair = Arc::new((placed(1), placed(0)));
         let other = {

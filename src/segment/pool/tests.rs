@@ -134,3 +134,10 @@ fn only_segments_that_were_made_have_numbers_and_none_has_one_twice() {
     assert!(results.iter().any(|lease| matches!(lease, Err(Error::Misuse(Misuse::PoolWornOut)))));
     assert_eq!(pool.live().1.len(), before);
 }
+
+#[test]
+fn a_look_at_what_lingers_keeps_no_place_when_nothing_does() {
+    let pool = pool(1);
+    pool.shared.tidy();
+    assert!(pool.lease(at_once()).is_ok());
+}
