@@ -2,8 +2,8 @@
 # The semaphore and the transfer under loom: every interleaving and reordering with up to 2 preemptions;
 # then that the check can fail: each fault of one line must be found.
 #
-#   ci/loom.sh            2 preemptions, and the faults (7 minutes, two cores)
-#   ci/loom.sh long       3 preemptions, and the faults (two minutes more)
+#   ci/loom.sh            2 preemptions, and the faults (12 minutes, two cores)
+#   ci/loom.sh long       3 preemptions, and the faults (four minutes more)
 #   ci/loom.sh faults     the faults only; with a word behind it, those that have it in their names
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -139,6 +139,8 @@ seeded "a dead sender's last step overlooked"       $p $m::a_sender_that_dies 's
 seeded "a segment that was left, leased as it is"   $p $m::a_segment_is_leased 's/=> return reclaim\(&self.stock.segment, self.generation\)/=> return true/'
 seeded "a grace that is never over"                 $p $m::a_sender_that_stands_still '/fn settle/,/^    \}/s/if deadline.has_passed\(\)/if false/'
 seeded "a segment leased when the grace is over"    $p $m::a_segment_whose_sender_lingers '/fn settle/,/^    \}/s/^                return false;/return true;/'
+seeded "a segment that cannot be replaced, lost"    $p $m::a_segment_that_cannot 's/self.put_idle\(stock\); \/\/ not sound.*//'
+seeded "what lingers beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if lingering.settle\(.*\) =>/if lingering.settle(Deadline::after(Duration::ZERO)) || true =>/; s/\(Some\(stock\), _\) if stock.is_sound\(\) => stock/(Some(stock), _) => stock/'
 
 f=protocol.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'

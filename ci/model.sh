@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks docs/protocol.pml in every interleaving, with and without time-outs, crashes, and connections
-# that end; then that the check can fail: each seeded fault must be found. Needs spin and a C compiler.
+# Checks docs/protocol.pml in every interleaving, with and without time-outs, crashes, and
+# connections that end; then that the check can fail: each seeded fault must be found. Needs spin
+# and a C compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=$(mktemp -d)
@@ -11,13 +12,14 @@ optimised=-O2
 # check MODEL FLAGS…: leaves spin's report in $dir/report; fails if the check itself cannot be run.
 check() {
     cp "$1" "$dir/model.pml"; shift
-    (cd "$dir" && spin "$@" -a model.pml && cc "$optimised" -w -DCOLLAPSE -DSAFETY -o pan pan.c && ./pan -m100000) \
-        >"$dir/report" 2>&1
+    (cd "$dir" && spin "$@" -a model.pml && cc "$optimised" -w -DCOLLAPSE -DSAFETY -o pan pan.c &&
+        ./pan -m100000) >"$dir/report" 2>&1
     grep -q 'errors: ' "$dir/report" || { cat "$dir/report"; echo "the model does not run"; exit 1; }
 }
 
-for flags in "-DGENERATIONS=3" "-DSTEADFAST" "-DTIMEOUTS" "-DCRASHES" "-DTIMEOUTS -DCRASHES" "-DHANGUPS" \
-    "-DHANGUPS -DTIMEOUTS" "-DHANGUPS -DCRASHES" "-DHANGUPS -DAPART" "-DORPHANS" "-DORPHANS -DSTEADFAST"; do
+for flags in "-DGENERATIONS=3" "-DSTEADFAST" "-DTIMEOUTS" "-DCRASHES" "-DTIMEOUTS -DCRASHES" \
+    "-DHANGUPS" "-DHANGUPS -DTIMEOUTS" "-DHANGUPS -DCRASHES" "-DHANGUPS -DAPART" \
+    "-DORPHANS" "-DORPHANS -DSTEADFAST"; do
     # shellcheck disable=SC2086
     check "$model" $flags
     grep -q 'errors: 0' "$dir/report" || { cat "$dir/report"; echo "fails with: $flags"; exit 1; }
@@ -33,7 +35,8 @@ seeded() {
     # shellcheck disable=SC2086
     check "$dir/seeded.pml" $2
     grep -q 'errors: 1' "$dir/report" || { echo "not found: $1"; exit 1; }
-    echo "found: $1 ($(sed -n 's/^pan:1: \(.*\) (at depth.*/\1/p' "$dir/report"))"; faults=$((faults + 1))
+    echo "found: $1 ($(sed -n 's/^pan:1: \(.*\) (at depth.*/\1/p' "$dir/report"))"
+    faults=$((faults + 1))
 }
 seeded "a segment reused while its sender is on it" "" \
     's/:: atomic { off(segment\[s\].phase) -> segment\[s\].phase = Idle; break }/:: atomic { segment[s].phase = Idle; break }/'

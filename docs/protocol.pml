@@ -9,7 +9,7 @@
  * Checked in every interleaving:
  *   - a receiver never reads a slot that another generation has written (P1, P6);
  *   - a sender never writes to a segment that was given to another generation (P6);
- *   - a watcher never poisons a segment on behalf of another generation than the one it carries (P7);
+ *   - a watcher poisons nothing on behalf of another generation than the one there (P7);
  *   - a generation is accepted once, by one sender (P1);
  *   - permits are never more than slots;
  *   - nobody waits for ever: no end state but the proper one (P7);
@@ -137,9 +137,9 @@ end_take:
         fi;
 chunk:
         if
-        :: segment[s].free_poison -> goto abort                 /* cancelled, or severed */
+        :: segment[s].free_poison -> goto abort         /* cancelled, or severed */
 #ifndef STEADFAST
-        :: goto abort                                           /* dropped, panicked, source failed */
+        :: goto abort                                   /* dropped, panicked, source failed */
 #endif
         :: atomic { !segment[s].free_poison && segment[s].free > 0 -> segment[s].free-- }
         fi;

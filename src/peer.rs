@@ -203,7 +203,8 @@ impl Link {
         crate::sync::wait_ready(process, PollFlags::IN, deadline).unwrap_or(false)
     }
 
-    /// For models: the peer's process has ended. What it wrote before is seen by all who learn of it.
+    /// For models: the peer's process has ended. What it wrote before is seen by all who learn
+    /// of that.
     #[cfg(loom)]
     pub(crate) fn peer_died(&self) {
         lock(&self.state).peer_is_dead = true;

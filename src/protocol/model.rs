@@ -705,7 +705,7 @@ fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
         };
         drop(asked);
         let (asked, asking) = ask(&pool);
-        // Replaced only if it announced and died between the look at its phase and that at its life.
+        // Replaced only if it announced and died between the looks at its phase and at its life.
         assert!(pool.stats().retired <= 1);
         assert_eq!(send(asking, &[2]).unwrap(), 1);
         assert_eq!(receive(asked).unwrap(), [2]);

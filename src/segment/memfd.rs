@@ -203,6 +203,16 @@ mod tests {
     }
 
     #[test]
+    fn memory_in_huge_pages_which_can_run_out_is_refused() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+        let Ok(fd) = memfd_create("test", flags) else {
+            return eprintln!("not tested: this kernel has no huge pages");
+        };
+        fcntl_add_seals(&fd, SEALS).unwrap();
+        assert_eq!(refusal(&fd, ID, geometry()), LayoutMismatch::NotMemory);
+    }
+
+    #[test]
     fn nothing_is_mapped_that_could_shrink() {
         let len = geometry().mapped_len() as u64;
         let refused = |fd: OwnedFd| Mapping::sealed(fd, geometry(), true).err();

@@ -140,7 +140,7 @@ impl Planted {
         mknodat(CWD, &paths[0], FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         let held = open(&paths[0], OFlags::RDWR | OFlags::NONBLOCK, Mode::empty()).unwrap();
         rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
-        // As a pool makes it, for this user only: another test looks at all of this process's names.
+        // For this user only, as a pool makes it: another test looks at all of our names.
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
         let segment = options.open(&paths[1]).unwrap();
