@@ -93,7 +93,7 @@ seeded "an abort that leaves no turn"               $t $m '/fn abort/,/^    }/s/
 seeded "a chunk that wakes nobody"                  $t $m '/fn hand_over/,/^    }/s/^            header.filled.wake\(\);//'
 seeded "a wake-up put off with nothing left to fill" $t $m 's/&& can_put_off\(.*/\&\& true;/'
 seeded "a chunk word written after its permit"      $t $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            self.side.hand_over\(permit, self.state.in_batches\);/self.side.hand_over(permit, self.state.in_batches); self.side.header().chunks[slot].store(chunk);/; s/^            self.side.end\(Phase::Finished, permit\)/{ self.side.segment.header().chunks[slot].store(chunk); self.side.end(Phase::Finished, permit) }/'
-seeded "a slot written before it is free"           $t $m 's/^            self.state.permit = Some\(self.side.await_free\(deadline\)\?\);$/self.side.segment.writable().write_slot(self.state.cursor, 0, \&[0]);&/'
+seeded "a slot written before it is free"           $t $m 's/^            self.state.permit = Some\(match deadline \{$/self.side.segment.writable().write_slot(self.state.cursor, 0, \&[0]);&/'
 seeded "a cover that overlooks a severed link"      peer.rs $m::a_severed 's/^            subject.poison\(\);$//'
 seeded "a severed link that poisons nothing"        peer.rs $m::a_severed 's/^        state.enrolled.values\(\).*$//'
 seeded "a sender that has itself covered by no link" $t $m 's/^            enrolment.cover\(.*//'
@@ -119,7 +119,7 @@ seeded "a cancellation that does not wake"          $r $m 's/^            header
 seeded "a receiver that goes without a word"        $r $m 's/^            header.free.poison\(\);$//'
 seeded "no withdrawal"                              $r $m 's/^        let _ = header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\);$//'
 seeded "a withdrawal after accepting was left open" $r $m 's/Some\(Phase::Accepted \| Phase::Announced\) = header.turn.phase_of/Some(Phase::Announced) = header.turn.phase_of/'
-seeded "a link that ends after the segment is given back" $r $m::a_link_severed_while_its_receiver '/^impl Drop for Receiver/,/^\}/{s/let link = self.offer.end\(\);//; s/give_back\(self.generation, link\);/give_back(self.generation, self.offer.link()); self.offer.end();/}'
+seeded "a link that ends after the segment is given back" $r $m::a_link_severed_while_its_receiver '/fn end\(&mut self\)/,/^    \}/s/self.offer.end\(\)/self.offer.link()/; s/give_back\(self.generation, link\);/give_back(self.generation, link); self.offer.end();/'
 seeded "permits left over from the last transfer"   $r $m 's/^        header.filled.reset\(0\);$//'
 seeded "free slots left over from the last transfer" $r $m 's/^        header.free.reset\(.*//'
 seeded "a cancellation left over from the last transfer" $r $m 's/^        header.receiver.cancelled.store\(0, Relaxed\);$//'
@@ -129,7 +129,7 @@ seeded "a slot read after it went back"             $r $m 's/^            header
 
 p=segment/pool.rs
 seeded "a segment reclaimed while its sender is on it" $p $m '/^fn reclaim/,/^}/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'
-seeded "a segment leased again, reclaimed or not"   $p $m 's/^        if reclaim\(segment, generation\) \{/if reclaim(segment, generation) || true {/; s/\(Some\(stock\), _\) if stock.is_sound\(\) => stock/(Some(stock), _) => stock/'
+seeded "a segment leased again, reclaimed or not"   $p $m 's/^        if reclaim\(segment, generation\) \{/if reclaim(segment, generation) || true {/; s/Candidate::Idle\(stock\) if stock.is_sound\(\) =>/Candidate::Idle(stock) =>/'
 seeded "a lingering segment leased as it is"        $p $m 's/if (crew::lend.*settle.*\)\)) \{/if \1 || true {/'
 seeded "a wait for a late sender that nothing ends" $p $m 's/filled.wait\(glance\)/filled.wait(deadline)/'
 seeded "a hang-up taken for a death"                $p $m::a_hang_up 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) || true {/'
@@ -139,8 +139,8 @@ seeded "a dead sender's last step overlooked"       $p $m::a_sender_that_dies 's
 seeded "a segment that was left, leased as it is"   $p $m::a_segment_is_leased 's/=> return reclaim\(&self.stock.segment, self.generation\)/=> return true/'
 seeded "a grace that is never over"                 $p $m::a_sender_that_stands_still '/fn settle/,/^    \}/s/if deadline.has_passed\(\)/if false/'
 seeded "a segment leased when the grace is over"    $p $m::a_segment_whose_sender_lingers '/fn settle/,/^    \}/s/^                return false;/return true;/'
-seeded "a segment that cannot be replaced, lost"    $p $m::a_segment_that_cannot 's/self.put_idle\(stock\); \/\/ not sound.*//'
-seeded "what lingers beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if lingering.settle\(.*\) =>/if lingering.settle(Deadline::after(Duration::ZERO)) || true =>/; s/\(Some\(stock\), _\) if stock.is_sound\(\) => stock/(Some(stock), _) => stock/'
+seeded "a segment that cannot be replaced, lost"    $p $m::a_segment_that_cannot '/fn take\(/,/^    \}/s/^                    self.put_lingering\(lingering\);$//'
+seeded "what lingers beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if lingering.settle\(.*\) =>/if lingering.settle(Deadline::after(Duration::ZERO)) || true =>/; s/Candidate::Idle\(stock\) if stock.is_sound\(\) =>/Candidate::Idle(stock) =>/'
 
 f=protocol.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
@@ -178,8 +178,8 @@ seeded "a sleep without a look"                     $o $q '/fn lie_down/,/^    }
 seeded "a sleep although there is work"             $o $q '/fn lie_down/,/^    }/s/let must_stay = state.arm\(\);/state.arm(); let must_stay = false;/'
 seeded "a worker that leaves without a word"        $o $q '/fn leave/,/^    }/s/state.asleep > 0 && state.arm\(\)/false/'
 seeded "a worker that leaves the rings unarmed"     $o $q '/fn leave/,/^    }/s/state.asleep > 0 && state.arm\(\)/state.asleep > 0 \&\& state.spinner.is_some() \&\& state.active.iter().any(|ring| ring.has_work())/'
-seeded "a ring put aside unarmed"                   $o $q '/fn activate/,/^    }/s/if oldest.arm\(\)/if oldest.has_work()/'
-seeded "a ring put aside with work in it"           $o $q '/fn activate/,/^    }/s/^                state.active.push_back\(oldest\);.*//'
+seeded "a ring put aside unarmed"                   $o $q '/fn add/,/^    }/s/if oldest.arm\(\)/if oldest.has_work()/'
+seeded "a ring put aside with work in it"           $o $q '/fn add/,/^    }/s/^                state.active.push_back\(oldest\);.*//'
 
 seeded "a wake-up for a ring that is empty by now"   $o $q::clients 's/if let Some\(ring\) = &heard.ring \{/if let Some(ring) = heard.ring.as_ref().filter(|ring| ring.has_work()) {/'
 seeded "a wake-up that has no ring looked at"       $o $q 's/if let Some\(ring\) = &heard.ring \{/if let Some(ring) = heard.ring.as_ref().filter(|_| false) {/'
@@ -188,6 +188,8 @@ seeded "a rest that ends without a look"            $o $q::a_client '/fn resume/
 seeded "a rest that ends without being looked at"   $o $q::a_client_put '/fn resume/,/^    }/s/^            self.activate\(ring\);$//'
 seeded "no fence at the end of a rest"              $o $q::a_client '/fn resume/,/^    }/s/^        fence\(SeqCst\);$//'
 seeded "a rest that never ends"                     $o $q::a_client '/fn resume/,/^    }/s/if !ring.end_rest\(\)/if !ring.end_rest() || true/'
+
+seeded "a request taken after the server has hung up" $o $q::what_was_not '/fn next_entry/,/^}/s/if ring.is_over\(\)/if false/'
 
 echo "$found faults found"
 [ "$missed" = 0 ]

@@ -58,7 +58,8 @@ pub trait Requester<B: Backing>: Send + Sync {
     ///
     /// # Errors
     /// Those of [`send`](Self::send) and of [`reply`](ShmTransfer::reply).
-    /// [`Error::Disconnected`] means that a server took the request, and is gone.
+    /// [`Error::Disconnected`] means that a server took the request, and is gone; or that the deadline
+    /// passed before a successor could be asked.
     fn ask(&self, lease: Lease<B>, key: &[u8], deadline: Deadline) -> Result<Reply> {
         let mut lease = lease;
         for attempt in 0.. {
@@ -67,7 +68,8 @@ pub trait Requester<B: Backing>: Send + Sync {
             self.send(request, deadline)?;
             match transfer.read_reply(deadline) {
                 Ok(Answer::Found(state)) => return Ok(Reply::Found(transfer.receiving(state))),
-                Ok(Answer::Refused(Refusal::Leaving)) if !deadline.has_passed() => {}
+                Ok(Answer::Refused(Refusal::Leaving))
+                    if transfer.may_have_successor() && !deadline.has_passed() => {}
                 Ok(Answer::Refused(why)) => return Ok(Reply::Refused(why)),
                 // Withdrawn now: no sender has taken it, nor can any more (P1).
                 Err(Error::Disconnected) if !deadline.has_passed() && transfer.withdraw() => {}

@@ -12,6 +12,7 @@ use support::{Answer, LARGE, Place, Program, Signal, Transport, noise, wait_unti
 over_both! {
     sigint_lets_a_transfer_end_and_leaves_a_stalled_one,
     sigterm_lets_a_transfer_end_and_leaves_a_stalled_one,
+    sighup_lets_a_transfer_end_and_leaves_a_stalled_one,
     a_stopped_cache_does_not_keep_a_proxy_from_ending,
     a_stopped_proxy_does_not_keep_a_cache_from_ending,
     a_second_signal_ends_a_program_while_another_still_waits,
@@ -44,6 +45,10 @@ fn a_signal_in_the_middle(over: Transport, signal: Signal) {
 
 fn sigint_lets_a_transfer_end_and_leaves_a_stalled_one(over: Transport) {
     a_signal_in_the_middle(over, Signal::INT);
+}
+
+fn sighup_lets_a_transfer_end_and_leaves_a_stalled_one(over: Transport) {
+    a_signal_in_the_middle(over, Signal::HUP);
 }
 
 fn sigterm_lets_a_transfer_end_and_leaves_a_stalled_one(over: Transport) {

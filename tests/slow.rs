@@ -13,6 +13,7 @@ over_both! {
     a_client_that_reads_slowly_but_steadily_is_never_cut,
     slow_clients_that_hold_every_segment_do_not_keep_others_waiting,
     a_spool_that_is_full_sets_nothing_aside,
+    a_disk_without_room_leaves_bodies_where_they_are,
 }
 
 /// Reads as many bytes a second, a hundredth of them at a time, for so long; then all the rest.
@@ -117,4 +118,34 @@ fn a_spool_that_is_full_sets_nothing_aside(over: Transport) {
     assert_eq!(proxy.count("errors"), 0, "{}", proxy.stderr);
     // One at a time: another may have been once the first was read to its end.
     assert!((1..=2).contains(&proxy.count("set_aside")), "{}", proxy.stderr);
+}
+
+/// Neither lost nor cut: the client that reads gets all of it.
+fn a_disk_without_room_leaves_bodies_where_they_are(over: Transport) {
+    let place = Place::over(over);
+    let large = noise(1, LARGE);
+    place.write("files/large", &large);
+    place.write("files/small", "sixsix");
+    let cache = place.simplecached(["-c", "files"]).listening();
+    // Files, segments included, of up to 8 MiB (`ulimit -f` counts 512 bytes).
+    let mut limited = place.command_limited("-f 16384", "webproxy");
+    let address = place.cache_address();
+    limited.args(["-p", "0", "-n", "2", "--timeout", "5", "--cache", &address]);
+    let proxy = support::Program::spawn(&mut limited).listening();
+    thread::scope(|scope| {
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                let mut client = proxy.connect();
+                client.request("/large");
+                scope.spawn(|| read_slowly(client, 4_000_000, Duration::from_secs(5)))
+            })
+            .collect();
+        // In line all the while, and served in the end.
+        assert_eq!(proxy.get("/small"), ok("sixsix"));
+        for reader in readers {
+            reader.join().unwrap().assert_whole(&large);
+        }
+    });
+    let [proxy, _] = place.wind_up([proxy, cache]);
+    assert_eq!((proxy.count("errors"), proxy.count("set_aside")), (0, 0), "{}", proxy.stderr);
 }

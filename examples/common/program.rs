@@ -11,11 +11,14 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 use shmferry::{Crew, Deadline};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::consts::SIGXFSZ;
 use signal_hook::iterator::Signals;
 use tracing::level_filters::LevelFilter;
 use tracing::{debug, info, warn};
 use tracing_subscriber::EnvFilter;
+
+#[path = "signals.rs"]
+mod signals;
 
 /// How long running transfers may go on after the first signal.
 const GRACE: Duration = Duration::from_secs(5);
@@ -57,7 +60,7 @@ pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), Quit>) -> ExitCo
 
 fn prepare() -> io::Result<Stop> {
     // First of all: a signal from here on ends the program in order.
-    let stop = Stop(Signals::new([SIGINT, SIGTERM])?);
+    let stop = Stop(Signals::new(signals::that_end()?)?);
     // Past the limit on file sizes, memfds included, a call then fails and ends nothing.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
 
@@ -96,7 +99,7 @@ fn filter(asked: &str) -> EnvFilter {
     EnvFilter::builder().parse_lossy(all)
 }
 
-/// `SIGINT` and `SIGTERM`, which ask the program to end.
+/// `SIGINT`, `SIGTERM` and `SIGHUP`, which ask the program to end, unless its starter ignores them.
 pub struct Stop(Signals);
 
 impl Stop {

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use shmferry::{Backing, Deadline, Error, Refusal, Reply, Requester, Result, SegmentPool, Size};
+use shmferry::{Awaited, Backing, Deadline, Error, Refusal, Reply, Requester, Result, SegmentPool, Size};
 use tracing::{debug, warn};
 
 use super::client::{Body, Found};
@@ -39,7 +39,7 @@ impl Cache {
             if self.has_stand_in {
                 debug!("the cache failed for {}: {error}", path.escape_ascii());
             } else {
-                warn!("the cache failed for {}: {error}", path.escape_ascii());
+                warn!("the cache failed for {}: {error}{}", path.escape_ascii(), hint(&error));
             }
             Err(Miss::Failed)
         })
@@ -68,6 +68,17 @@ impl Cache {
                 Err(too_long) => Err(Error::Source(io::Error::other(too_long.to_string()))),
             },
         }
+    }
+}
+
+/// What the user can do about an error.
+fn hint(error: &Error) -> &'static str {
+    match error {
+        Error::Timeout(Awaited::Lease) => {
+            ": slow clients hold all of them, and their bodies do not fit into --spool-limit, or its disk \
+             (more segments: -n)"
+        }
+        _ => "",
     }
 }
 

@@ -1,46 +1,69 @@
 //! The thread that answers clients after a queue's `close`, until the queue is dropped: each is told to
 //! ask the successor.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::error::{Error, Result};
-
-use super::poller::Poller;
+use crate::process::Origin;
+use crate::sync::lock;
 
 /// The thread. Dropping it ends it.
 pub(super) struct Leaving {
-    poller: Arc<Poller>,
+    end: Arc<End>,
     thread: Option<JoinHandle<()>>,
+    origin: Origin,
+}
+
+#[derive(Default)]
+struct End {
+    has_come: Mutex<bool>,
+    told: Condvar,
 }
 
 impl Leaving {
-    /// Runs `round` again and again, until it fails: as it does once its poller is closed. The poller is
-    /// one of its own, since that of the workers wakes each of them to tell that it is closed.
+    /// Calls `round` again and again; it says how long to wait before the next call. It needs no
+    /// descriptor: a server that closes may have none left.
     ///
     /// # Errors
     /// [`Error::Os`] without a thread for it.
-    pub(super) fn start(
-        poller: Poller,
-        mut round: impl FnMut(&Poller) -> Result<()> + Send + 'static,
-    ) -> Result<Leaving> {
-        let poller = Arc::new(poller);
-        let ours = Arc::clone(&poller);
+    pub(super) fn start(mut round: impl FnMut() -> Duration + Send + 'static) -> Result<Leaving> {
+        let end = Arc::new(End::default());
+        let told = Arc::clone(&end);
+        let answer = move || {
+            loop {
+                let pause = round();
+                let has_come = lock(&told.has_come);
+                if *has_come {
+                    return;
+                }
+                let waited = told.told.wait_timeout(has_come, pause);
+                if *waited.unwrap_or_else(PoisonError::into_inner).0 {
+                    return;
+                }
+            }
+        };
         let thread = thread::Builder::new()
             .name("shmferry-leaving".to_owned())
-            .spawn(move || while round(&ours).is_ok() {})
+            .spawn(answer)
             .map_err(Error::os("starting a thread"))?;
-        Ok(Leaving { poller, thread: Some(thread) })
+        Ok(Leaving { end, thread: Some(thread), origin: Origin::here() })
     }
 }
 
 impl Drop for Leaving {
     fn drop(&mut self) {
-        if !self.poller.origin().is_here() {
-            return; // a child of `fork` has no such thread
+        let Some(thread) = self.thread.take() else { return };
+        if !self.origin.is_here() {
+            // A child of `fork` has no such thread: its number may be that of one of the child's own.
+            std::mem::forget(thread);
+            return;
         }
-        self.poller.close();
-        if let Some(thread) = self.thread.take() {
+        *lock(&self.end.has_come) = true;
+        self.end.told.notify_all();
+        // It may be this one, in the application's report of a client that was turned away.
+        if thread.thread().id() != thread::current().id() {
             // It panics only by a defect, which the panic hook has told.
             let _ = thread.join();
         }

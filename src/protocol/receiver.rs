@@ -18,7 +18,7 @@ use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
 #[cfg(unix)]
-use super::sink::await_sink;
+use super::sink::SinkWait;
 use super::{
     DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, can_put_off,
     publish_cpu,
@@ -177,6 +177,11 @@ impl ShmTransfer<Receiver, Offered> {
         ShmTransfer { side: self.side, state }
     }
 
+    /// Whether the request went to another process, which a successor may replace.
+    pub(crate) fn may_have_successor(&self) -> bool {
+        self.side.offer.link().is_some_and(|link| link.peer().is_some())
+    }
+
     /// Withdraws the request; `false` if a sender has taken it.
     pub(crate) fn withdraw(&self) -> bool {
         let turn = &self.side.header().turn;
@@ -219,7 +224,7 @@ impl ShmTransfer<Receiver, Receiving> {
 
     /// How long `copy_to` and `io::Read` wait for one step of the sender, and `copy_to` and
     /// [`Chunk::write_to`] without progress of the sink: without its other end's taking a single byte,
-    /// as far as the kernel tells (of sockets and pipes it does).
+    /// as far as the kernel tells: of sockets and pipes it does, of TCP in steps of the receiver's window.
     pub fn set_patience(&mut self, patience: Duration) {
         self.side.patience = patience;
     }
@@ -243,7 +248,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// the sink does not take the bytes.
     #[cfg(unix)]
     pub fn copy_to(&mut self, sink: impl AsFd) -> Result<u64> {
-        self.copy_until(sink.as_fd(), |_| false).map(|(copied, _)| copied)
+        self.copy_until(sink.as_fd(), &mut None, |_| false).map(|(copied, _)| copied)
     }
 
     /// Copies to a sink, until it is done or, while the sink takes nothing, told to stop. Returns the
@@ -252,13 +257,14 @@ impl ShmTransfer<Receiver, Receiving> {
     pub(super) fn copy_until(
         &mut self,
         sink: BorrowedFd<'_>,
+        wait: &mut Option<SinkWait>,
         is_ended: impl Fn(&Receiver) -> bool,
     ) -> Result<(u64, bool)> {
         let mut copied = 0;
         // A chunk that the sink did not take whole stays open: a second call goes on where this ended.
         while self.open_chunk(Deadline::after(self.side.patience))? {
             let before = self.unread();
-            let is_written = self.write_open(sink, &is_ended)?;
+            let is_written = self.write_open(sink, wait, &is_ended)?;
             copied += (before - self.unread()) as u64;
             if !is_written {
                 return Ok((copied, false));
@@ -268,9 +274,15 @@ impl ShmTransfer<Receiver, Receiving> {
         Ok((copied, true))
     }
 
-    /// Has the kernel write the unread bytes of the open chunk; `false` if it was told to stop.
+    /// Has the kernel write the unread bytes of the open chunk; `false` if it was told to stop. The wait
+    /// for the sink goes on over several calls, until it takes something.
     #[cfg(unix)]
-    fn write_open(&mut self, sink: BorrowedFd<'_>, is_ended: impl Fn(&Receiver) -> bool) -> Result<bool> {
+    pub(super) fn write_open(
+        &mut self,
+        sink: BorrowedFd<'_>,
+        wait: &mut Option<SinkWait>,
+        is_ended: impl Fn(&Receiver) -> bool,
+    ) -> Result<bool> {
         self.side.check_origin()?;
         let ShmTransfer { side, state } = self;
         let Some(open) = &mut state.open else { return Ok(true) };
@@ -280,12 +292,14 @@ impl ShmTransfer<Receiver, Receiving> {
                 Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
                 Ok(sent) => {
                     open.read += sent;
+                    *wait = None;
                     side.tell_progress();
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let side = &*side;
-                    if !await_sink(sink, side.patience, || side.tell_progress(), || is_ended(side))? {
+                    let wait = wait.get_or_insert_with(|| SinkWait::new(sink, side.patience));
+                    if !wait.go_on(sink, || side.tell_progress(), || is_ended(side))? {
                         return Ok(false);
                     }
                 }
@@ -296,7 +310,7 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 
     /// Has a chunk open, unless the end was reached. A last chunk that is empty is the end.
-    fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
+    pub(super) fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
         self.side.check_origin()?;
         while self.state.open.is_none() {
             match self.state.end {
@@ -363,7 +377,7 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 
     /// Gives the current chunk's slot back, read or not.
-    fn close_chunk(&mut self) {
+    pub(super) fn close_chunk(&mut self) {
         if self.side.check_origin().is_err() {
             return; // the slot is for the parent to give back
         }
@@ -443,7 +457,7 @@ impl Chunk<'_> {
     /// [patience](ShmTransfer::set_patience); [`Error::Sink`] when it fails.
     #[cfg(unix)]
     pub fn write_to(&mut self, sink: impl AsFd) -> Result<()> {
-        self.transfer.write_open(sink.as_fd(), |_| false).map(drop)
+        self.transfer.write_open(sink.as_fd(), &mut None, |_| false).map(drop)
     }
 }
 
@@ -465,7 +479,7 @@ impl Receiver {
     }
 
     /// Tells a sender that waits for a slot that bytes were taken (rule P9). A hint, ours alone to write.
-    fn tell_progress(&self) {
+    pub(super) fn tell_progress(&self) {
         let progress = &self.header().receiver.progress;
         progress.store(progress.load(Relaxed).wrapping_add(1), Relaxed);
     }

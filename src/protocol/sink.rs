@@ -19,55 +19,82 @@ use super::Idle;
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Sends bytes to a socket. Waits for it as long as its other end makes progress: until that has taken
-/// no byte for `patience`. One that reads slowly but steadily is waited for as long as it reads. While
-/// it waits, this thread lends its place, as [`lend`](crate::lend) does.
+/// no byte for `patience`. One that reads slowly but steadily is waited for as long as it reads, as far
+/// as the kernel tells: of TCP it learns in steps of the receiver's window, 64 KiB or so on loopback, so
+/// that `patience` should be longer than one of those takes. While it waits, this thread lends its
+/// place, as [`lend`](crate::lend) does.
 ///
 /// # Errors
 /// [`Error::Timeout`] when the other end has taken nothing for `patience`, [`Error::Sink`] when the
 /// socket fails, or for what is no socket.
 pub fn send_all(socket: impl AsFd, bytes: &[u8], patience: Duration) -> Result<()> {
-    let socket = socket.as_fd();
+    send_all_telling(socket.as_fd(), bytes, patience, || {})
+}
+
+/// As [`send_all`]; calls `moved` whenever the other end has taken bytes.
+pub(super) fn send_all_telling(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    patience: Duration,
+    moved: impl Fn(),
+) -> Result<()> {
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     let mut sent = 0;
     while sent < bytes.len() {
         match rustix::net::send(socket, &bytes[sent..], flags) {
             Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
-            Ok(more) => sent += more,
+            Ok(more) => {
+                sent += more;
+                moved();
+            }
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => await_sink(socket, patience, || {}, || false).map(drop)?,
+            Err(Errno::AGAIN) => {
+                let mut wait = SinkWait::new(socket, patience);
+                wait.go_on(socket, &moved, || false).map(drop)?;
+            }
             Err(errno) => return Err(Error::Sink(errno.into())),
         }
     }
     Ok(())
 }
 
-/// Waits until a sink takes bytes again; `false` if `is_ended` says before that to wait no more. Calls
-/// `moved` whenever the other end has taken bytes, though it has no room for more yet.
-pub(super) fn await_sink(
-    sink: BorrowedFd<'_>,
-    patience: Duration,
-    moved: impl Fn(),
-    is_ended: impl Fn() -> bool,
-) -> Result<bool> {
-    crew::lend(|| {
-        let mut idle = Idle::new(patience, untaken(sink));
-        loop {
-            let look = idle.look_again().min(Deadline::after(LOOK));
-            match wait_ready(sink, PollFlags::OUT, look) {
-                Ok(true) => return Ok(true),
-                Ok(false) => {}
-                Err(errno) => return Err(Error::Sink(errno.into())),
+/// A wait for a sink that takes nothing, over all its interruptions.
+pub(super) struct SinkWait(Idle<Option<u64>>);
+
+impl SinkWait {
+    pub(super) fn new(sink: BorrowedFd<'_>, patience: Duration) -> SinkWait {
+        SinkWait(Idle::new(patience, untaken(sink)))
+    }
+
+    /// Waits until the sink takes bytes again; `false` if `is_ended` says before that to wait no more,
+    /// after which the same wait may go on. Calls `moved` whenever the other end has taken bytes,
+    /// though it has no room for more yet.
+    pub(super) fn go_on(
+        &mut self,
+        sink: BorrowedFd<'_>,
+        moved: impl Fn(),
+        is_ended: impl Fn() -> bool,
+    ) -> Result<bool> {
+        let SinkWait(idle) = self;
+        crew::lend(|| {
+            loop {
+                let look = idle.look_again().min(Deadline::after(LOOK));
+                match wait_ready(sink, PollFlags::OUT, look) {
+                    Ok(true) => return Ok(true),
+                    Ok(false) => {}
+                    Err(errno) => return Err(Error::Sink(errno.into())),
+                }
+                let now = untaken(sink);
+                if now != idle.seen {
+                    moved();
+                }
+                if idle.is_over(now) {
+                    return Err(Error::Timeout(Awaited::Sink));
+                }
+                if is_ended() {
+                    return Ok(false);
+                }
             }
-            let now = untaken(sink);
-            if now != idle.seen {
-                moved();
-            }
-            if idle.is_over(now) {
-                return Err(Error::Timeout(Awaited::Sink));
-            }
-            if is_ended() {
-                return Ok(false);
-            }
-        }
-    })
+        })
+    }
 }

@@ -6,13 +6,16 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::fs::OFlags;
+use rustix::event::PollFlags;
+use rustix::fs::{FallocateFlags, OFlags};
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::sync::{Deadline, wait_ready};
 
-use super::sink::send_all;
+use super::sink::send_all_telling;
 use super::{Receiver, Receiving, ShmTransfer, Size};
 
 /// How much is read from a spooled body at a time.
@@ -89,52 +92,75 @@ impl Drop for Reserved<'_> {
     }
 }
 
+/// How long a sender may take for the next chunk of a body that is being set aside. A slower one is not
+/// worth it: its segment is not free before its end.
+const QUICK: Duration = Duration::from_millis(100);
+
+/// For how long a body is set aside although its socket takes bytes again.
+const LONGEST: Duration = Duration::from_secs(1);
+
 impl ShmTransfer<Receiver, Receiving> {
     /// As [`copy_to`](Self::copy_to), to a socket, and ends the transfer; but while others stand in line
     /// for a segment of the pool and the socket takes nothing, what is left of a body of known size
-    /// goes to the spool, if it has room. The segment goes back to its pool, and the rest to the
-    /// socket from there. So a slow reader keeps a newcomer waiting no longer than that takes.
+    /// goes to the spool, if that and its disk have room, and if the sender is quick. The segment goes
+    /// back to its pool, and the rest to the socket from there. So a slow reader keeps a newcomer
+    /// waiting no longer than that takes.
     ///
     /// # Errors
     /// Those of [`copy_to`](Self::copy_to).
     pub fn copy_to_or_spool(mut self, socket: impl AsFd, spool: &Spool) -> Result<u64> {
         let socket = socket.as_fd();
         let patience = self.side.patience;
-        let mut copied = 0;
-        let mut may_spool = true;
+        let (mut copied, mut wait) = (0, None);
+        // Each time that it is told to stop, which is ten times a second at most.
         loop {
-            let is_wanted = |side: &Receiver| may_spool && side.is_segment_wanted();
-            let (more, is_done) = self.copy_until(socket, is_wanted)?;
+            let (more, is_done) = self.copy_until(socket, &mut wait, Receiver::is_segment_wanted)?;
             copied += more;
             if is_done {
                 return Ok(copied);
             }
-            let Some(mut room) = self.left().and_then(|left| spool.reserve(left)) else {
-                // Again, while there is a line: another body may be done by then.
-                may_spool = self.left().is_some_and(|left| left <= spool.limit);
+            let Some((left, mut room)) = self.left().and_then(|left| Some((left, spool.reserve(left)?)))
+            else {
                 continue;
             };
-            // Without a file, or without room on its disk, the body stays where it is.
-            let Ok(file) = unnamed_file() else {
-                may_spool = false;
-                continue;
-            };
-            let moved = self.copy_to(&file);
+            // All its blocks, before a byte moves: without them, the body stays where it is.
+            let Ok(file) = unnamed_file(left) else { continue };
+            let moved = self.set_aside(&file, socket);
             room.end_filling();
+            if let Ok(true) = moved {
+                spool.bodies.fetch_add(1, Relaxed);
+                drop(self); // the segment is free
+                return Ok(copied + send_file(&file, socket, patience, || {})?);
+            }
+            // What came, first; then what is still to come, or the reason why not.
+            let sent = send_file(&file, socket, patience, || self.side.tell_progress())?;
+            copied += sent;
+            if sent > 0 {
+                wait = None;
+            }
             match moved {
-                Ok(_) => {
-                    spool.bodies.fetch_add(1, Relaxed);
-                    drop(self); // the segment is free
-                    return Ok(copied + send_file(&file, socket, patience)?);
-                }
-                Err(error) => {
-                    // What came, first; then what is still to come, or the reason why not.
-                    copied += send_file(&file, socket, patience)?;
-                    match error {
-                        Error::Sink(_) => may_spool = false,
-                        error => return Err(error),
-                    }
-                }
+                Ok(_) | Err(Error::Sink(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Writes what is left to a file; `false` if it stopped before the end, since the sender is slow, or
+    /// the socket takes bytes again.
+    fn set_aside(&mut self, file: &File, socket: BorrowedFd<'_>) -> Result<bool> {
+        let start = Instant::now();
+        loop {
+            match self.open_chunk(Deadline::after(QUICK)) {
+                Ok(true) => {}
+                Ok(false) => return Ok(true),
+                Err(Error::Timeout(_)) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+            self.write_open(file.as_fd(), &mut None, |_| false)?;
+            self.close_chunk();
+            let at_once = Deadline::after(Duration::ZERO);
+            if start.elapsed() > LONGEST && wait_ready(socket, PollFlags::OUT, at_once).unwrap_or(true) {
+                return Ok(false);
             }
         }
     }
@@ -148,15 +174,15 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 }
 
-/// Sends all of a file; returns how many bytes that were.
-fn send_file(file: &File, socket: BorrowedFd<'_>, patience: Duration) -> Result<u64> {
+/// Sends all of a file; returns how many bytes that were. Calls `moved` as it goes on.
+fn send_file(file: &File, socket: BorrowedFd<'_>, patience: Duration, moved: impl Fn()) -> Result<u64> {
     let mut buffer = vec![0; BUFFER];
     let mut sent = 0;
     loop {
         match file.read_at(&mut buffer, sent) {
             Ok(0) => return Ok(sent),
             Ok(read) => {
-                send_all(socket, &buffer[..read], patience)?;
+                send_all_telling(socket, &buffer[..read], patience, &moved)?;
                 sent += read as u64;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -165,8 +191,18 @@ fn send_file(file: &File, socket: BorrowedFd<'_>, patience: Duration) -> Result<
     }
 }
 
-/// A file without a name: it goes when it is closed, whatever ends this process.
-fn unnamed_file() -> io::Result<File> {
+/// A file without a name, with room for so many bytes on its disk: it goes when it is closed, whatever
+/// ends this process.
+fn unnamed_file(room: u64) -> io::Result<File> {
+    let file = make_unnamed()?;
+    match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, room) {
+        // File systems that cannot say: a write may fail then, which costs nothing but the attempt.
+        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(file),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn make_unnamed() -> io::Result<File> {
     let dir = env::temp_dir();
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o600);

@@ -429,7 +429,10 @@ impl<B: Backing> Shared<B> {
                 Ok(Arc::new(Stock { segment: Arc::new(segment), backing, writable: OnceLock::new() }))
             }
             Err(error) => {
-                lock(&self.state).unused.push(index);
+                // A number whose name is another's now would fail each time.
+                if !matches!(error, Error::NameTaken { .. }) {
+                    lock(&self.state).unused.push(index);
+                }
                 Err(error)
             }
         }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::process::geteuid;
 
@@ -30,6 +31,9 @@ const QUEUE: u64 = 0;
 
 /// How many messages that lead to nothing a worker takes before it looks at the time again.
 const BATCH: usize = 64;
+
+/// How often the queue is looked at after `close`: it is full with 10 requests, unless told otherwise.
+const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(5);
 
 /// Takes requests at one name. Shared by many workers, by reference or in an `Arc`.
 ///
@@ -148,17 +152,15 @@ impl Drop for Unlink<'_> {
 impl Shared {
     /// Has a thread answer from now on.
     fn start_leaving(self: &Arc<Self>) -> Result<Leaving> {
-        let poller = Poller::new()?;
-        poller.add(&self.descriptor, QUEUE)?;
         let shared = Arc::clone(self);
-        Leaving::start(poller, move |poller| {
-            while let Some(transfer) = shared.try_recv()? {
+        Leaving::start(move || {
+            for _ in 0..BATCH {
+                // An error is the system's; what it kept back is taken the next time.
+                let Ok(Some(transfer)) = shared.try_recv() else { break };
                 // Fails if the client has withdrawn it.
                 let _ = transfer.refuse(Refusal::Leaving);
-                poller.check_open()?;
             }
-            poller.arm(&shared.descriptor, QUEUE)?;
-            poller.wait(Deadline::NEVER).map(drop)
+            LOOK_WHILE_LEAVING
         })
     }
 
@@ -275,10 +277,11 @@ impl RequestQueue for PosixMqQueue {
                 return Err(Error::Timeout(Awaited::Request));
             }
             let taken = shared.try_recv();
-            shared.poller.arm(&shared.descriptor, QUEUE)?; // for the next worker
+            let armed = shared.poller.arm(&shared.descriptor, QUEUE); // for the next worker
             if let Some(transfer) = taken? {
                 return Ok(transfer);
             }
+            armed?;
             if deadline.has_passed() {
                 return Err(Error::Timeout(Awaited::Request));
             }
@@ -294,8 +297,8 @@ impl RequestQueue for PosixMqQueue {
         self.shared.poller.close();
         let mut leaving = lock(&self.leaving);
         if leaving.is_none() {
-            // Without descriptors or a thread for it, what comes after this waits until the queue is
-            // dropped, and is asked again then.
+            // Without a thread for it, what comes after this waits until the queue is dropped, and is
+            // asked again then.
             *leaving = self.shared.start_leaving().ok();
         }
     }

@@ -12,11 +12,13 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::error::{Awaited, Error, Result};
+use crate::error::{Awaited, Error, PeerFault, Result};
 use crate::peer::Link;
 use crate::sync::atomic::{SeqCst, fence};
 use crate::sync::modelled::{Mutex, lock};
 use crate::sync::{BUDGET, Deadline, Spinner, current_cpu};
+
+use super::ring::{Entry, Taker};
 
 /// How many rings are active at most, unless more have requests.
 const MOST_ACTIVE: usize = if cfg!(loom) { 1 } else { 16 };
@@ -50,6 +52,12 @@ pub(super) fn rest_at_limit(ring: &impl Watched, link: &Link, bound: usize) -> b
         ring.begin_rest();
     }
     is_at_limit
+}
+
+/// The oldest request in a ring. None once the server has hung up: its client may ask another server for
+/// what was not taken by then. To be called under the lock under which that is said.
+pub(super) fn next_entry(ring: &impl Watched, taker: &Taker) -> Result<Option<Entry>, PeerFault> {
+    if ring.is_over() { Ok(None) } else { taker.peek() }
 }
 
 /// What workers do beside deciding who looks: the queue in the product, a stand-in in the model. The

@@ -15,9 +15,9 @@ use crate::error::Result;
 use crate::peer::{Enrolment, Link};
 use crate::segment::Words;
 use crate::sync::Deadline;
-use crate::sync::atomic::{AtomicBool, Relaxed};
+use crate::sync::atomic::{Acquire, AtomicBool, Relaxed, Release};
 
-use super::lookout::{Attended, Door, Lookout, Watched, rest_at_limit};
+use super::lookout::{Attended, Door, Lookout, Watched, next_entry, rest_at_limit};
 use super::ring::{Posted, Poster, RING_WORDS, Taker};
 
 /// What workers sleep for: each event wakes one of them.
@@ -57,13 +57,15 @@ struct Ring {
     taking: Mutex<()>,
     link: Arc<Link>,
     resting: AtomicBool,
+    /// The server has hung up on the client; changed under `taking`.
+    over: AtomicBool,
     /// So many requests may be under way.
     bound: usize,
 }
 
 impl Watched for Ring {
     fn has_work(&self) -> bool {
-        !self.resting.load(Relaxed) && self.taker.has_entries()
+        !self.is_over() && !self.resting.load(Relaxed) && self.taker.has_entries()
     }
 
     fn arm(&self) -> bool {
@@ -83,7 +85,7 @@ impl Watched for Ring {
     }
 
     fn is_over(&self) -> bool {
-        false
+        self.over.load(Relaxed)
     }
 
     fn begin_rest(&self) {
@@ -110,8 +112,8 @@ fn bounded(rings: usize, bound: usize) -> Arc<Shared> {
         let words = Words::zeroed(RING_WORDS);
         let poster = Poster::new(words.clone());
         let (taker, link) = (Taker::new(words), Arc::new(Link::within()));
-        let (taking, resting) = (Mutex::new(()), AtomicBool::new(false));
-        Arc::new(Ring { poster, taker, taking, link, resting, bound })
+        let (resting, over) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Ring { poster, taker, taking: Mutex::new(()), link, resting, over, bound })
     };
     let rings = (0..rings).map(ring).collect();
     Arc::new(Shared { rings, lookout: Lookout::new(), events: Events::default() })
@@ -128,7 +130,7 @@ impl Door for Worker {
     fn take(&self, ring: &Arc<Ring>) -> Result<Option<Self::Request>> {
         let request = {
             let _one_at_a_time = ring.taking.lock().unwrap();
-            let Some(entry) = ring.taker.peek().unwrap() else { return Ok(None) };
+            let Some(entry) = next_entry(&**ring, &ring.taker)? else { return Ok(None) };
             ring.taker.advance();
             assert_eq!(entry.key(), entry.generation.to_ne_bytes(), "an entry of two requests");
             (entry.generation, ring.link.count())
@@ -370,5 +372,37 @@ fn a_client_put_aside_at_its_limit_is_served_on() {
         let other = spawn(&shared, |shared| shared.recv());
         drop(under_way);
         assert_eq!(other.join().unwrap(), 2);
+    });
+}
+
+/// A client asks another server for what was not taken when this one hung up: so nothing may be taken
+/// any more once the client can see that.
+#[test]
+fn what_was_not_taken_when_the_server_hung_up_never_is() {
+    model(3, || {
+        let shared = shared(1);
+        let ring = Arc::clone(&shared.rings[0]);
+        let is_closed = Arc::new(AtomicBool::new(false));
+        let worker = spawn(&shared, |shared| {
+            let taken = Worker(Arc::clone(shared)).take(&shared.rings[0]).unwrap();
+            taken.is_some()
+        });
+        let server = {
+            let (ring, is_closed) = (Arc::clone(&ring), Arc::clone(&is_closed));
+            thread::spawn(move || {
+                {
+                    let _none_takes = ring.taking.lock().unwrap();
+                    ring.over.store(true, Relaxed);
+                }
+                is_closed.store(true, Release); // the socket, as the client finds it
+            })
+        };
+        let number = ring.poster.post(0, 1, &1u64.to_ne_bytes()).unwrap();
+        while !is_closed.load(Acquire) {
+            thread::yield_now();
+        }
+        let was_taken = ring.poster.was_taken(number);
+        server.join().unwrap();
+        assert_eq!(worker.join().unwrap(), was_taken);
     });
 }

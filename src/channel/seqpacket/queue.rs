@@ -25,7 +25,7 @@ use crate::sync::{Deadline, lock};
 
 use super::address::Address;
 use super::client::{Client, Heard};
-use super::lookout::{Attended, Door, Lookout, Watched, rest_at_limit};
+use super::lookout::{Attended, Door, Lookout, next_entry, rest_at_limit};
 use super::ring::Taker;
 use super::wire::Message;
 use super::{Policy, send};
@@ -45,8 +45,9 @@ const RINGS_IN_A_ROW: u32 = 16;
 /// How often a look is due: it costs as much as a request of 1 KiB.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
-/// How often the rings are looked at after `close`, beside what clients announce.
+/// How often clients are looked at after `close`, and how much later for each of them.
 const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(20);
+const LOOK_AT_ONE: Duration = Duration::from_micros(100);
 
 /// Takes requests at one path. Shared by many workers, by reference or in an `Arc`.
 ///
@@ -137,7 +138,7 @@ impl Door for Shared {
 
     fn attend(&self, token: u64) -> Result<Attended<Client, Self::Request>> {
         if token == LISTENER {
-            self.admit(&self.poller)?;
+            self.admit()?;
             return Ok(Attended::nothing());
         }
         let client = lock(&self.clients).connected.get(&token).cloned();
@@ -186,26 +187,21 @@ impl Shared {
         Ok(None)
     }
 
-    /// Has a thread answer all clients from now on, those included that are not let in yet.
+    /// Has a thread answer all clients from now on, those included that are not let in yet. It looks at
+    /// each of them every 20 ms, and less often where they are many: what it has to do is soon done.
     fn start_leaving(self: &Arc<Self>) -> Result<Leaving> {
-        let poller = Poller::new()?;
-        poller.add(&self.listener, LISTENER)?;
-        for client in self.clients() {
-            poller.add(&*client.socket, client.token)?;
-        }
         let shared = Arc::clone(self);
-        Leaving::start(poller, move |poller| {
-            for client in shared.clients() {
-                shared.send_on(&client);
-                // Fails for a client that is gone.
-                let _ = poller.arm(&*client.socket, client.token);
+        Leaving::start(move || {
+            for _ in 0..BATCH {
+                let before = lock(&shared.clients).next;
+                // Fails if the system does; those outside are let in later, or find the door gone.
+                if shared.admit().is_err() || lock(&shared.clients).next == before {
+                    break;
+                }
             }
-            poller.arm(&shared.listener, LISTENER)?;
-            // Not for longer: a worker on its way out may have told clients once more that it looks.
-            match poller.wait(Deadline::after(LOOK_WHILE_LEAVING))? {
-                Some(LISTENER) => shared.admit(poller),
-                _ => Ok(()),
-            }
+            let clients = shared.clients();
+            clients.iter().for_each(|client| shared.send_on(client));
+            LOOK_WHILE_LEAVING + LOOK_AT_ONE * u32::try_from(clients.len()).unwrap_or(u32::MAX)
         })
     }
 
@@ -235,7 +231,7 @@ impl Shared {
     }
 
     /// Accepts one client, if there still is one, and arms the listener for the next.
-    fn admit(&self, poller: &Poller) -> Result<()> {
+    fn admit(&self) -> Result<()> {
         if is_behind() {
             self.listener_resting.store(true, Ordering::Relaxed);
             return Ok(());
@@ -243,8 +239,8 @@ impl Shared {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => {
-                let welcome = self.welcome(socket.into(), poller);
-                poller.arm(&self.listener, LISTENER)?;
+                let welcome = self.welcome(socket.into());
+                self.poller.arm(&self.listener, LISTENER)?;
                 if let Err((peer, error)) = welcome {
                     self.report(peer, &error); // last: it is the application's code
                 }
@@ -257,11 +253,11 @@ impl Shared {
             // It left before we came, or another worker was quicker.
             Err(_) => {}
         }
-        poller.arm(&self.listener, LISTENER)
+        self.poller.arm(&self.listener, LISTENER)
     }
 
     /// Checks who it is (rule S3) and starts listening to it.
-    fn welcome(&self, socket: Socket, poller: &Poller) -> Result<(), (Option<Peer>, Error)> {
+    fn welcome(&self, socket: Socket) -> Result<(), (Option<Peer>, Error)> {
         let peer = Peer::of_socket(&socket).map_err(|error| (None, error))?;
         let reject = |why: Rejection| {
             dismiss(&socket, why);
@@ -288,7 +284,7 @@ impl Shared {
             clients.connected.insert(token, Arc::new(client));
             token
         };
-        poller.add(&*socket, token).map_err(|error| {
+        self.poller.add(&*socket, token).map_err(|error| {
             self.remove(token);
             (Some(peer), error)
         })
@@ -336,8 +332,8 @@ impl Shared {
     fn take_from_ring(&self, client: &Arc<Client>) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         let request = {
             let mut state = lock(&client.state);
-            let Some(ring) = client.ring.get().filter(|_| !client.is_over()) else { return Ok(None) };
-            let Some(entry) = ring.peek()? else { return Ok(None) };
+            let Some(ring) = client.ring.get() else { return Ok(None) };
+            let Some(entry) = next_entry(&**client, ring)? else { return Ok(None) };
             match state.segments.get(&entry.index).cloned() {
                 Some(segment) => {
                     ring.advance();
@@ -418,8 +414,8 @@ impl RequestQueue for SeqpacketQueue {
         self.shared.poller.close();
         let mut leaving = lock(&self.leaving);
         if leaving.is_none() {
-            // Without descriptors or a thread for it, what comes after this waits until the queue is
-            // dropped, and is asked again then.
+            // Without a thread for it, what comes after this waits until the queue is dropped, and is
+            // asked again then.
             *leaving = self.shared.start_leaving().ok();
         }
     }
@@ -433,6 +429,8 @@ impl Drop for SeqpacketQueue {
         drop(lock(&self.leaving).take()); // waits for its thread
         drop(lock(&self.address).take());
         self.shared.clients().iter().for_each(|client| client.hang_up());
+        // For clients that are not let in yet, though a child of `fork` may have the listener open.
+        let _ = rustix::net::shutdown(&self.shared.listener, rustix::net::Shutdown::Both);
     }
 }
 

@@ -11,6 +11,8 @@ use crate::segment::{Backing, Memfd};
 thread_local! {
     /// Segments that this thread asks for are not made.
     static REFUSED: Cell<bool> = const { Cell::new(false) };
+    /// The number whose name is another's.
+    static TAKEN: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
 /// Memory that the system may refuse.
@@ -32,6 +34,9 @@ impl Rules for Scarce {
     fn create(_: &(), id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Scarce)> {
         if REFUSED.get() {
             return Err(Error::Os { call: "test", source: io::ErrorKind::OutOfMemory.into() });
+        }
+        if TAKEN.get() == Some(id.index) {
+            return Err(Error::NameTaken { path: "test".into(), kind: "a file", uid: 7 });
         }
         let (segment, memory) = Memfd::create(&(), id, geometry)?;
         Ok((segment, Scarce(memory)))
@@ -140,4 +145,14 @@ fn a_look_at_what_lingers_keeps_no_place_when_nothing_does() {
     let pool = pool(1);
     pool.shared.tidy();
     assert!(pool.lease(at_once()).is_ok());
+}
+
+#[test]
+fn a_name_that_is_anothers_costs_one_replacement_and_no_more() {
+    let pool = pool(1);
+    TAKEN.set(Some(1));
+    spoil(&newest(&pool));
+    assert!(matches!(pool.lease(at_once()), Err(Error::NameTaken { .. })));
+    assert_eq!(pool.lease(at_once()).unwrap().segment().id().index(), 2);
+    TAKEN.set(None);
 }
