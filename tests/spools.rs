@@ -95,3 +95,35 @@ fn a_slow_sender_keeps_neither_the_spool_nor_its_own_client_waiting() {
     });
     assert_eq!((spool.bodies(), spool.in_use()), (1, 0));
 }
+
+/// Two clients that have stopped, and room for what is left of one of them.
+#[test]
+fn no_more_is_set_aside_than_the_limit_allows() {
+    let _watchdog = watchdog();
+    let (pool, queue) = (pool(2), InProcess::bounded(2));
+    let spool = Spool::new(LEN as u64 + LEN as u64 / 2);
+    let serving = queue.clone();
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            let serving = serving.clone();
+            scope.spawn(move || {
+                let mut sending = serving.recv(soon()).unwrap().accept(LEN as u64).unwrap();
+                let _ = sending.write_all(&vec![7; LEN]); // cancelled in the midst, one of them
+            });
+        }
+        let (mut first, socket) = UnixStream::pair().unwrap();
+        let (second, other) = UnixStream::pair().unwrap();
+        let (one, two) = (ask(&pool, &queue, b"one"), ask(&pool, &queue, b"two"));
+        let spool = &spool;
+        scope.spawn(move || one.copy_to_or_spool(socket, spool));
+        scope.spawn(move || two.copy_to_or_spool(other, spool));
+        let lease = pool.lease(soon()).unwrap();
+        // Ten looks at the line, and more.
+        let none = pool.lease(Deadline::after(Duration::from_millis(1500)));
+        assert!(matches!(none, Err(Error::Timeout(Awaited::Lease))));
+        assert_eq!(spool.bodies(), 1);
+        drop((lease, second));
+        let _ = first.read_to_end(&mut Vec::new());
+    });
+    assert_eq!(spool.in_use(), 0);
+}
