@@ -162,6 +162,26 @@ mod tests {
     }
 
     #[test]
+    fn a_lifeline_is_told_from_another_by_its_file_and_not_by_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("life");
+        let held = Lifeline::hold(path.clone()).unwrap();
+        let followed = Lifeline::follow(&path).unwrap().unwrap();
+        assert!(stands_at(&path, &followed));
+        std::fs::remove_file(&path).unwrap();
+        let _other = Lifeline::hold(path.clone()).unwrap();
+        assert!(!stands_at(&path, &followed), "another has its name");
+        // A child has files open, but not this one.
+        let mut child = std::process::Command::new("cat");
+        let mut child = child.stdin(std::process::Stdio::piped()).spawn().unwrap();
+        assert!(!has_open(child.id(), &followed));
+        assert!(has_open(std::process::id(), &followed));
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        drop(held);
+    }
+
+    #[test]
     fn what_a_dead_owner_left_is_inherited_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("life");
