@@ -41,13 +41,16 @@ fn both_ends_in_a_crew_of_one_place_meet() {
         let results = Arc::new(Mutex::new(Vec::new()));
         let (sent, received) = (Arc::clone(&results), Arc::clone(&results));
         let requests = 1 + full.len();
+        let (begins, has_begun) = mpsc::channel();
         jobs.send(Box::new(move || {
             let (request, transfer) = pool.lease(soon()).unwrap().request("second").unwrap();
+            begins.send(()).unwrap();
             let outcome = sending.send(request, soon()).map_err(Error::from);
             sent.lock().unwrap().push(outcome.is_ok());
             drop(transfer);
         }))
         .unwrap();
+        has_begun.recv().unwrap(); // it has the place
         jobs.send(Box::new(move || {
             for _ in 0..requests {
                 let outcome = receiving.recv(soon());
@@ -78,11 +81,14 @@ fn a_sender_that_waits_for_its_place_keeps_no_receiver_waiting() {
         }
         let (release, gate) = mpsc::channel::<()>();
         let sending = queue.clone();
+        let (begins, has_begun) = mpsc::channel();
         jobs.send(Box::new(move || {
             let (request, _transfer) = pool.lease(soon()).unwrap().request("second").unwrap();
+            begins.send(()).unwrap();
             sending.send(request, soon()).unwrap();
         }))
         .unwrap();
+        has_begun.recv().unwrap(); // it has the place
         // Has the place as soon as the sender, which finds no room, lends it; keeps it to the end.
         let (has_place, place_taken) = mpsc::channel();
         jobs.send(Box::new(move || {
