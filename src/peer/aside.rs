@@ -85,6 +85,7 @@ fn close(fds: Vec<OwnedFd>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::Ordering::Relaxed;
 
     #[test]
     fn so_many_closings_and_no_more_let_others_in() {
