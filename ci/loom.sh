@@ -129,7 +129,7 @@ seeded "a slot read after it went back"             $r $m 's/^            header
 
 p=segment/pool.rs
 seeded "a segment reclaimed while its sender is on it" $p $m '/^fn reclaim/,/^}/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'
-seeded "a segment leased again, reclaimed or not"   $p $m 's/^        if reclaim\(segment, generation\) \{/if reclaim(segment, generation) || true {/; s/Candidate::Idle\(stock\) if stock.is_sound\(\) =>/Candidate::Idle(stock) =>/'
+seeded "a segment leased again, reclaimed or not"   $p $m 's/^        if reclaim\(segment, generation\) \{/if reclaim(segment, generation) || true {/; s/Candidate::Idle\(stock\) if stock.is_sound\(\) =>/Candidate::Idle(stock) =>/; s/if first.is_sound\(\) \{/if first.is_sound() || true {/'
 seeded "a lingering segment leased as it is"        $p $m 's/if (crew::lend.*settle.*\)\)) \{/if \1 || true {/'
 seeded "a wait for a late sender that nothing ends" $p $m 's/filled.wait\(glance\)/filled.wait(deadline)/'
 seeded "a hang-up taken for a death"                $p $m::a_hang_up 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) || true {/'
@@ -139,8 +139,8 @@ seeded "a dead sender's last step overlooked"       $p $m::a_sender_that_dies 's
 seeded "a segment that was left, leased as it is"   $p $m::a_segment_is_leased 's/=> return reclaim\(&self.stock.segment, self.generation\)/=> return true/'
 seeded "a grace that is never over"                 $p $m::a_sender_that_stands_still '/fn settle/,/^    \}/s/if deadline.has_passed\(\)/if false/'
 seeded "a segment leased when the grace is over"    $p $m::a_segment_whose_sender_lingers '/fn settle/,/^    \}/s/^                return false;/return true;/'
-seeded "a segment that cannot be replaced, lost"    $p $m::a_segment_that_cannot '/fn take\(/,/^    \}/s/^                    self.put_lingering\(lingering\);$//'
-seeded "what lingers beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if lingering.settle\(.*\) =>/if lingering.settle(Deadline::after(Duration::ZERO)) || true =>/; s/Candidate::Idle\(stock\) if stock.is_sound\(\) =>/Candidate::Idle(stock) =>/'
+seeded "a segment that cannot be replaced, lost"    $p $m::a_segment_that_cannot '/fn take_slowly\(/,/^    \}/s/^                    self.put_lingering\(lingering\);$//'
+seeded "what lingers beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if lingering.settle\(.*\) =>/if lingering.settle(Deadline::after(Duration::ZERO)) || true =>/; s/Candidate::Idle\(stock\) if stock.is_sound\(\) =>/Candidate::Idle(stock) =>/; s/if first.is_sound\(\) \{/if first.is_sound() || true {/'
 
 f=protocol.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'

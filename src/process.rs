@@ -47,10 +47,14 @@ impl Origin {
     /// Whether it is this process; `false` in a child that was forked from it.
     #[inline]
     pub(crate) fn is_here(self) -> bool {
-        match GENERATION.load(Ordering::Relaxed) {
-            ASK => self.pid == std::process::id(),
-            now => self.generation == now,
-        }
+        // The number of a process that has to ask is its pid, and so never `ASK`.
+        self.generation == GENERATION.load(Ordering::Relaxed) || self.is_here_by_pid()
+    }
+
+    /// Where the number does not tell.
+    #[cold]
+    fn is_here_by_pid(self) -> bool {
+        GENERATION.load(Ordering::Relaxed) == ASK && self.pid == std::process::id()
     }
 
     /// # Errors

@@ -47,7 +47,7 @@ pub struct Offered(());
 #[derive(Debug)]
 pub struct Receiving {
     pub(super) size: Size,
-    metadata: Vec<u8>,
+    metadata: Box<[u8]>,
     pub(super) received: u64,
     /// The slot that the next chunk comes in. Ours alone: the peer never says which (rule P3).
     cursor: u32,
@@ -131,49 +131,43 @@ impl ShmTransfer<Receiver, Offered> {
     /// [`Error::Disconnected`] or [`Error::Rejected`] when the queue's connection broke;
     /// [`Error::Aborted`] when the sender gave up, and [`Error::Peer`] when it answered nonsense.
     pub fn reply(mut self, deadline: Deadline) -> Result<Reply> {
-        Ok(match self.read_reply(deadline)? {
-            Answer::Found(state) => Reply::Found(self.receiving(state)),
-            Answer::Refused(why) => Reply::Refused(why),
-        })
+        match self.read_reply(deadline) {
+            Ok(Answer::Found(found)) => Ok(Reply::Found(self.receiving(found))),
+            Ok(Answer::Refused(why)) => Ok(Reply::Refused(why)),
+            Err(error) => Err(error),
+        }
     }
 
     /// As [`reply`](Self::reply), with the transfer still in hand.
+    #[inline]
     pub(crate) fn read_reply(&mut self, deadline: Deadline) -> Result<Answer> {
         self.side.check_origin()?;
         let permit = self.side.await_filled(deadline, Awaited::Reply)?;
         let announcement = &self.side.header().announcement;
         // Each word is read once, checked, and only then used (rule P3).
         let status = Status::from_word(announcement.status.load(Relaxed))?;
-        let size = Size::from_word(announcement.size.load(Relaxed));
+        let size = announcement.size.load(Relaxed);
         let len = announcement.metadata_len.load(Relaxed);
         match status {
             Status::Refused(why) => {
-                if let (Refusal::Leaving, Some(link)) = (why, self.side.offer.link()) {
-                    link.set_leaving();
+                if why == Refusal::Leaving {
+                    self.side.note_leaving();
                 }
                 Ok(Answer::Refused(why))
             }
             Status::Found => {
-                let limit = MAX_METADATA as u32;
-                let Some(bytes) = announcement.metadata.get(..len as usize) else {
-                    return Err(PeerFault::MetadataTooLong { len, limit }.into());
-                };
-                let metadata = bytes.iter().map(|byte| byte.load(Relaxed)).collect();
-                Ok(Answer::Found(Receiving {
-                    size,
-                    metadata,
-                    received: 0,
-                    cursor: 0,
-                    permit: Some(permit),
-                    open: None,
-                    end: End::Ahead,
-                }))
+                let metadata = if len == 0 { Box::default() } else { self.side.metadata(len)? };
+                Ok(Answer::Found(Announced { size, metadata, permit }))
             }
         }
     }
 
     /// Goes on with the bytes that were announced.
-    pub(crate) fn receiving(self, state: Receiving) -> ShmTransfer<Receiver, Receiving> {
+    #[inline(always)]
+    pub(crate) fn receiving(self, found: Announced) -> ShmTransfer<Receiver, Receiving> {
+        let Announced { size, metadata, permit } = found;
+        let (size, permit) = (Size::from_word(size), Some(permit));
+        let state = Receiving { size, metadata, received: 0, cursor: 0, permit, open: None, end: End::Ahead };
         ShmTransfer { side: self.side, state }
     }
 
@@ -198,8 +192,17 @@ impl ShmTransfer<Receiver, Offered> {
 
 /// What a sender answered, while the transfer is in other hands.
 pub(crate) enum Answer {
-    Found(Receiving),
+    Found(Announced),
     Refused(Refusal),
+}
+
+/// What a sender announced.
+pub(crate) struct Announced {
+    /// As it stood there.
+    size: u64,
+    metadata: Box<[u8]>,
+    /// For the first chunk, which came with it (rule P2).
+    permit: Permit,
 }
 
 /// A transfer that is over, as far as its segment goes.
@@ -478,6 +481,23 @@ impl Receiver {
         self.holding.segment.header()
     }
 
+    /// The metadata, so many bytes of it (rule P3).
+    #[inline(never)]
+    fn metadata(&self, len: u32) -> Result<Box<[u8]>, PeerFault> {
+        let limit = MAX_METADATA as u32;
+        let bytes = self.header().announcement.metadata.get(..len as usize);
+        let bytes = bytes.ok_or(PeerFault::MetadataTooLong { len, limit })?;
+        Ok(bytes.iter().map(|byte| byte.load(Relaxed)).collect())
+    }
+
+    /// Has what is asked next go to the successor of a server that ends.
+    #[cold]
+    fn note_leaving(&self) {
+        if let Some(link) = self.offer.link() {
+            link.set_leaving();
+        }
+    }
+
     /// Tells a sender that waits for a slot that bytes were taken (rule P9). A hint, ours alone to write.
     pub(super) fn tell_progress(&self) {
         let progress = &self.header().receiver.progress;
@@ -491,6 +511,7 @@ impl Receiver {
     }
 
     /// Fails in a child of `fork`: the transfer is its parent's.
+    #[inline(always)]
     fn check_origin(&self) -> Result<(), Misuse> {
         self.holding.segment.origin().check()
     }
@@ -501,9 +522,16 @@ impl Receiver {
         let cpus: (&AtomicU32, &AtomicU32) = (&header.receiver.cpu, &header.announcement.cpu);
         match await_permit(&header.filled, (&mut self.spinner, &self.presence), cpus, deadline, is_severed) {
             Ok(permit) => Ok(permit),
-            Err(Interrupted::TimedOut) => Err(Error::Timeout(awaited)),
-            Err(Interrupted::Poisoned) => Err(self.why_poisoned()),
-            Err(Interrupted::Os(source)) => Err(Error::os("futex")(source)),
+            Err(interrupted) => Err(self.why_interrupted(interrupted, awaited)),
+        }
+    }
+
+    #[cold]
+    fn why_interrupted(&self, interrupted: Interrupted, awaited: Awaited) -> Error {
+        match interrupted {
+            Interrupted::TimedOut => Error::Timeout(awaited),
+            Interrupted::Poisoned => self.why_poisoned(),
+            Interrupted::Os(source) => Error::os("futex")(source),
         }
     }
 

@@ -438,10 +438,27 @@ impl<B: Backing> Shared<B> {
         }
     }
 
-    /// A segment to lease, for a caller that has passed the turnstile: it counts one for each. Sound
-    /// segments first. One that can be neither recovered nor replaced goes back as it was, and the
-    /// next is tried, until each had its turn.
+    /// A segment to lease, for a caller that has passed the turnstile: it counts one for each.
     fn take(&self) -> Result<Arc<Stock<B>>> {
+        let first = {
+            let mut state = lock(&self.state);
+            match state.idle.pop() {
+                Some(stock) if state.lingering.is_empty() => stock,
+                idle => {
+                    drop(state);
+                    return self.take_slowly(idle);
+                }
+            }
+        };
+        // Most often, all is as it should be.
+        if first.is_sound() { Ok(first) } else { self.take_slowly(Some(first)) }
+    }
+
+    /// As [`take`](Self::take), where some linger or are not sound. Sound segments first. One that can
+    /// be neither recovered nor replaced goes back as it was, and the next is tried, until each had
+    /// its turn. Begins with the one in hand, if there is one.
+    #[cold]
+    fn take_slowly(&self, mut in_hand: Option<Arc<Stock<B>>>) -> Result<Arc<Stock<B>>> {
         let mut grace = self.grace;
         let mut failed = None;
         for attempt in 1.. {
@@ -449,7 +466,7 @@ impl<B: Backing> Shared<B> {
                 let mut state = lock(&self.state);
                 // In one step: we never have more than one in hand, or others would find too few.
                 state.lingering.extend(failed.take());
-                let candidate = match state.idle.pop() {
+                let candidate = match in_hand.take().or_else(|| state.idle.pop()) {
                     Some(stock) => Candidate::Idle(stock),
                     None => match state.lingering.pop_front() {
                         Some(lingering) => Candidate::Lingering(lingering),
