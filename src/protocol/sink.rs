@@ -18,6 +18,15 @@ use super::Idle;
 /// How often a wait for a sink asks whether it is to end early.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Systems without the flag have a process-wide or per-socket way to be spared SIGPIPE.
+const NO_SIGNAL: SendFlags = {
+    #[cfg(target_os = "linux")]
+    const FLAG: SendFlags = SendFlags::NOSIGNAL;
+    #[cfg(not(target_os = "linux"))]
+    const FLAG: SendFlags = SendFlags::empty();
+    FLAG
+};
+
 /// Sends bytes to a socket. Waits for it as long as its other end makes progress: until that has taken
 /// no byte for `patience`. One that reads slowly but steadily is waited for as long as it reads, as far
 /// as the kernel tells: of TCP it learns in steps of the receiver's window, 64 KiB or so on loopback, so
@@ -38,7 +47,7 @@ pub(super) fn send_all_telling(
     patience: Duration,
     moved: impl Fn(),
 ) -> Result<()> {
-    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    let flags = SendFlags::DONTWAIT | NO_SIGNAL;
     let mut sent = 0;
     while sent < bytes.len() {
         match rustix::net::send(socket, &bytes[sent..], flags) {
