@@ -73,13 +73,26 @@ fn count(fetches: u64) -> io::Result<[BTreeMap<String, u64>; 2]> {
     drop(server.stdin.take());
     let server = server.wait()?;
     assert!(client.success() && server.success(), "client: {client}, server: {server}");
-    Ok([calls(&dir.path().join("server.calls"))?, calls(&dir.path().join(format!("{fetches}.calls")))?])
+    Ok([
+        calls(&dir.path().join("server.calls"))?,
+        calls(&dir.path().join(format!("{fetches}.calls")))?,
+    ])
 }
 
 /// This program in another role, under strace.
 fn traced(role: &str, place: &Path) -> io::Result<Child> {
     let mut strace = Command::new("strace");
-    strace.args(["-f", "--seccomp-bpf", "-q", "-c", "-U", "calls,name", "-e", "trace=!pread64", "-o"]);
+    strace.args([
+        "-f",
+        "--seccomp-bpf",
+        "-q",
+        "-c",
+        "-U",
+        "calls,name",
+        "-e",
+        "trace=!pread64",
+        "-o",
+    ]);
     strace.arg(place.join(format!("{role}.calls"))).arg(env::current_exe()?);
     strace.env("SHMFERRY_BENCH_ROLE", role).current_dir(place);
     strace.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
@@ -108,7 +121,10 @@ fn serve(place: &Path) -> io::Result<()> {
             queue.close();
         });
         while let Ok(transfer) = queue.recv(Deadline::NEVER) {
-            transfer.accept(LEN).and_then(|sending| sending.send_file(&file)).expect("a client that waits");
+            transfer
+                .accept(LEN)
+                .and_then(|sending| sending.send_file(&file))
+                .expect("a client that waits");
         }
     });
     Ok(())

@@ -22,8 +22,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use shmferry::{
-    Backing, Crew, Deadline, Memfd, Named, PosixMq, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
-    SharedByte,
+    Backing, Deadline, Memfd, Named, PosixMq, Reply, RequestQueue, Requester, SegmentPool,
+    Seqpacket, SharedByte, WorkerPool,
 };
 
 const CLIENTS: [usize; 4] = [1, 4, 16, 64];
@@ -215,14 +215,19 @@ type Switches = BTreeMap<OsString, u64>;
 /// How many there were meanwhile. A thread that has ended takes what it had since with it.
 fn switches(before: &Switches, after: &Switches) -> u64 {
     // A number may be another thread's by now.
-    after.iter().map(|(thread, count)| count.saturating_sub(*before.get(thread).unwrap_or(&0))).sum()
+    after
+        .iter()
+        .map(|(thread, count)| count.saturating_sub(*before.get(thread).unwrap_or(&0)))
+        .sum()
 }
 
 fn costs(process: &str) -> (f64, Switches) {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     // After the name in parentheses: user and system time are the 12th and 13th, in hundredths of a second.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
+    let fields: Vec<&str> =
+        stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks =
+        |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
     let threads = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
     let of = |status: &str| -> u64 {
         let lines = status.lines().filter(|line| line.contains("ctxt_switches"));
@@ -376,8 +381,12 @@ fn serve(role: &str, place: &Path) -> io::Result<()> {
             });
             ready()?;
         }
-        "shmferry, socket" => return answer(Seqpacket::new(place.join("queue")).bind()?, ready, until_told),
-        _ => return answer(PosixMq::new(queue_name(std::process::id()))?.bind()?, ready, until_told),
+        "shmferry, socket" => {
+            return answer(Seqpacket::new(place.join("queue")).bind()?, ready, until_told);
+        }
+        _ => {
+            return answer(PosixMq::new(queue_name(std::process::id()))?.bind()?, ready, until_told);
+        }
     }
     until_told()
 }
@@ -403,14 +412,14 @@ fn answer<Q: RequestQueue + 'static>(
     let queue = Arc::new(queue);
     let taking = Arc::clone(&queue);
     let next = move || taking.recv(Deadline::NEVER).ok();
-    let crew = Crew::start("bench", WORKERS, next, move |transfer| {
+    let workers = WorkerPool::start("bench", WORKERS, next, move |transfer| {
         // A client that left early is no failure of ours.
         let _ = transfer.accept(LEN).and_then(|sending| sending.send_file(&file));
     })?;
     ready()?;
     until_told()?;
     queue.close();
-    crew.join(Deadline::NEVER);
+    workers.join(Deadline::NEVER);
     Ok(())
 }
 
@@ -433,7 +442,7 @@ fn report(cells: &[(bool, usize, Vec<Cell>)], memory: &[u64]) -> String {
         "# Many transfers at once\n\n\
         Written by `cargo bench --bench concurrency -- --write docs`, from one run: a file of 1 MiB, {ROUNDS} rounds of\n\
         {} ms for each method and number of clients, interleaved; medians over the rounds. The clients are threads\n\
-        of one process; shmferry: one pool of 8 segments of 2 MiB in 8 slots, a crew of {WORKERS}; the Unix socket: a connection\n\
+        of one process; shmferry: one pool of 8 segments of 2 MiB in 8 slots, a workers of {WORKERS}; the Unix socket: a connection\n\
         and a server thread for each client; the buffers have {} KiB. `slowest` is what the slowest client got, as a\n\
         part of the mean. Processor time and context switches are those of both processes (without the drain's).\n\n\
         ![throughput by clients](concurrency.svg)\n",
@@ -454,7 +463,9 @@ fn report(cells: &[(bool, usize, Vec<Cell>)], memory: &[u64]) -> String {
                 let pairs = row[anchor].rounds.iter().zip(&cell.rounds);
                 median(pairs.map(|(anchor, ours)| ours.speed / anchor.speed))
             };
-            let part = |part: usize| cell.median(|round| round.times[round.times.len() * part / 100] * 1e6);
+            let part = |part: usize| {
+                cell.median(|round| round.times[round.times.len() * part / 100] * 1e6)
+            };
             let _ = writeln!(
                 text,
                 "| {name} | {:.0} | {:.2} | {:.2} | {:.0} | {:.0} | {:.1} | {:.2} | {:.2} | {:.1} |",
@@ -486,7 +497,8 @@ fn report(cells: &[(bool, usize, Vec<Cell>)], memory: &[u64]) -> String {
 fn plot(cells: &[(bool, usize, Vec<Cell>)]) -> String {
     let [width, height, left, top] = [420.0, 300.0, 80.0, 20.0];
     let rows: Vec<_> = cells.iter().filter(|(to_tcp, ..)| !to_tcp).collect();
-    let speeds = |method: usize| rows.iter().map(move |(_, _, row)| row[method].median(|round| round.speed));
+    let speeds =
+        |method: usize| rows.iter().map(move |(_, _, row)| row[method].median(|round| round.speed));
     let most = (0..METHODS.len()).flat_map(speeds).fold(0.0, f64::max);
     let x = |i: usize| left + width * i as f64 / (CLIENTS.len() - 1) as f64;
     let y = |speed: f64| top + height * (1.0 - speed / most);
@@ -510,12 +522,15 @@ fn plot(cells: &[(bool, usize, Vec<Cell>)]) -> String {
     }
     for (i, clients) in CLIENTS.iter().enumerate() {
         let (at, below) = (x(i), top + height + 18.0);
-        let _ = writeln!(svg, "<text x=\"{at}\" y=\"{below}\" text-anchor=\"middle\">{clients}</text>");
+        let _ =
+            writeln!(svg, "<text x=\"{at}\" y=\"{below}\" text-anchor=\"middle\">{clients}</text>");
     }
     for (i, name) in METHODS.iter().enumerate() {
         let colour = format!("hsl({}, 70%, 40%)", i * 360 / METHODS.len());
-        let points: Vec<String> =
-            speeds(i).enumerate().map(|(at, speed)| format!("{:.1},{:.1}", x(at), y(speed))).collect();
+        let points: Vec<String> = speeds(i)
+            .enumerate()
+            .map(|(at, speed)| format!("{:.1},{:.1}", x(at), y(speed)))
+            .collect();
         let _ = writeln!(
             svg,
             "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"/>\

@@ -77,7 +77,8 @@ const METHODS: [Method; 7] = [
 
 fn main() -> io::Result<()> {
     if let Ok(name) = env::var("SHMFERRY_BENCH_ROLE") {
-        let method = METHODS.into_iter().find(|method| method.name == name).expect("a method's name");
+        let method =
+            METHODS.into_iter().find(|method| method.name == name).expect("a method's name");
         return (method.serve)(&env::current_dir()?);
     }
     let dir = tempfile::tempdir()?;
@@ -191,8 +192,12 @@ fn queue_name(place: &Path) -> String {
 
 /// Turns: the client's and the server's.
 fn map_words(place: &Path) -> io::Result<[&'static AtomicU32; 2]> {
-    let file =
-        fs::File::options().read(true).write(true).create(true).truncate(false).open(place.join("words"))?;
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(place.join("words"))?;
     file.set_len(4096)?;
     let prot = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: fresh addresses, never unmapped, and nobody shortens the file.
@@ -282,7 +287,8 @@ fn open_queues(place: &Path) -> io::Result<[MqdT; 2]> {
     let open = |end: &str| {
         let flags = MQ_OFlag::O_CREAT | MQ_OFlag::O_RDWR | MQ_OFlag::O_CLOEXEC;
         let name = format!("{}-{end}", queue_name(place));
-        mq_open(&*name, flags, Mode::S_IRUSR | Mode::S_IWUSR, Some(&attributes)).map_err(io::Error::from)
+        mq_open(&*name, flags, Mode::S_IRUSR | Mode::S_IWUSR, Some(&attributes))
+            .map_err(io::Error::from)
     };
     Ok([open("there")?, open("back")?])
 }

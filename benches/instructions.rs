@@ -11,8 +11,8 @@ use std::hint::black_box;
 use std::process::{Command, ExitCode, Stdio};
 
 use shmferry::{
-    Chunk, Deadline, InProcess, Lease, Memfd, Offered, Receiver, Receiving, Reply, Request, RequestQueue,
-    Requester, SegmentPool, Sender, Sending, Seqpacket, ShmTransfer, Starting,
+    Chunk, Deadline, InProcess, Lease, Memfd, Offered, Receiver, Receiving, Reply, Request,
+    RequestQueue, Requester, SegmentPool, Sender, Sending, Seqpacket, ShmTransfer, Starting,
 };
 
 /// How often each step is taken, with a ring and within a process each.
@@ -44,7 +44,9 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     match count() {
-        Ok(within) if within || !env::args().any(|argument| argument == "--check") => ExitCode::SUCCESS,
+        Ok(within) if within || !env::args().any(|argument| argument == "--check") => {
+            ExitCode::SUCCESS
+        }
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("{error}");
@@ -79,7 +81,8 @@ fn count() -> Result<bool, Box<dyn Error>> {
         let function = format!(":instructions::steps::{step} ");
         let line = told.lines().find(|line| line.contains(&function));
         let line = line.ok_or_else(|| format!("callgrind saw no {step}"))?;
-        let sum: u64 = line.trim().split(' ').next().unwrap_or_default().replace(',', "").parse()?;
+        let sum: u64 =
+            line.trim().split(' ').next().unwrap_or_default().replace(',', "").parse()?;
         let only_once = ["process", "ring"].iter().any(|word| step.ends_with(word));
         let taken = sum / if only_once { TIMES } else { 2 * TIMES };
         within &= taken <= limit;
@@ -120,7 +123,11 @@ fn counted(both: &dyn Fn()) {
     (0..TIMES).for_each(|_| both());
 }
 
-fn answer(asked: ShmTransfer<Sender, Starting>, transfer: ShmTransfer<Receiver, Offered>, file: &File) {
+fn answer(
+    asked: ShmTransfer<Sender, Starting>,
+    transfer: ShmTransfer<Receiver, Offered>,
+    file: &File,
+) {
     let mut sending = steps::accept(asked);
     steps::wait_for_a_slot_fill_it_and_post(&mut sending, file);
     let mut body = steps::reply(transfer);
@@ -169,7 +176,10 @@ mod steps {
     }
 
     #[inline(never)]
-    pub fn wait_for_a_slot_fill_it_and_post(sending: &mut ShmTransfer<Sender, Sending>, file: &File) {
+    pub fn wait_for_a_slot_fill_it_and_post(
+        sending: &mut ShmTransfer<Sender, Sending>,
+        file: &File,
+    ) {
         sending.next_slot(DEADLINE).expect("a free slot").send_from(file, 0).expect("a file");
     }
 

@@ -11,8 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use shmferry::{
-    Backing, Deadline, InProcess, Memfd, Named, PosixMq, Receiver, Receiving, Reply, RequestQueue, Requester,
-    SegmentPool, Seqpacket, ShmTransfer, Size,
+    Backing, Deadline, InProcess, Memfd, Named, PosixMq, Receiver, Receiving, Reply, RequestQueue,
+    Requester, SegmentPool, Seqpacket, ShmTransfer, Size,
 };
 
 /// Round trips of 1 KiB that are measured in each round, and those before them that are not.
@@ -84,7 +84,11 @@ fn main() {
         times.sort_unstable();
         let (name, who) = (["seqpacket", "posix_mq"][i / 2], ["sender", "receiver"][i % 2]);
         let micros = |time: Duration| time.as_nanos() as f64 / 1e3;
-        println!("{name:<11} {who:>8} {:>8.0} {:>8.0}", micros(times[KILLS / 2]), micros(times[KILLS - 1]));
+        println!(
+            "{name:<11} {who:>8} {:>8.0} {:>8.0}",
+            micros(times[KILLS / 2]),
+            micros(times[KILLS - 1])
+        );
     }
 }
 
@@ -114,13 +118,17 @@ fn measure(transport: Transport) -> (Vec<Duration>, f64, f64) {
             let (address, _dir) = address(transport);
             let _other = Other::start("serve", &address);
             let pool = pool::<Named>();
-            let requester = PosixMq::new(&address["mq:".len()..]).expect("a name").connect(&pool, soon());
+            let requester =
+                PosixMq::new(&address["mq:".len()..]).expect("a name").connect(&pool, soon());
             drive(&pool, &requester.expect("a server"))
         }
     }
 }
 
-fn drive<B: Backing>(pool: &SegmentPool<B>, requester: &dyn Requester<B>) -> (Vec<Duration>, f64, f64) {
+fn drive<B: Backing>(
+    pool: &SegmentPool<B>,
+    requester: &dyn Requester<B>,
+) -> (Vec<Duration>, f64, f64) {
     let mut buffer = vec![0; 128 << 10];
     let mut fetch = |len: usize| {
         let start = Instant::now();
@@ -137,7 +145,8 @@ fn drive<B: Backing>(pool: &SegmentPool<B>, requester: &dyn Requester<B>) -> (Ve
     }
     let trips = (0..TRIPS).map(|_| fetch(1024)).collect();
     let mut speed = |mib: usize, times: usize| {
-        let mut speeds: Vec<f64> = (0..times).map(|_| mib as f64 / fetch(mib << 20).as_secs_f64()).collect();
+        let mut speeds: Vec<f64> =
+            (0..times).map(|_| mib as f64 / fetch(mib << 20).as_secs_f64()).collect();
         median(&mut speeds)
     };
     let (small, large) = (speed(1, 100), speed(64, 5));
@@ -181,7 +190,8 @@ fn kill_the_receiver(transport: Transport) -> Duration {
     let (address, _dir) = address(transport);
     let queue = bind(&address);
     let other = Other::start("ask", &address);
-    let mut sending = queue.recv(soon()).expect("a request").accept(Size::Unknown).expect("still wanted");
+    let mut sending =
+        queue.recv(soon()).expect("a request").accept(Size::Unknown).expect("still wanted");
     let wait = thread::spawn(move || {
         let error = loop {
             let sent = sending.next_slot(Deadline::NEVER).and_then(|slot| slot.send(b"x"));
@@ -202,7 +212,8 @@ fn kill_the_receiver(transport: Transport) -> Duration {
 fn serve(queue: &dyn RequestQueue) {
     let bytes = vec![7; 128 << 10];
     while let Ok(transfer) = queue.recv(Deadline::NEVER) {
-        let len: usize = str::from_utf8(transfer.key()).expect("a number").parse().expect("a number");
+        let len: usize =
+            str::from_utf8(transfer.key()).expect("a number").parse().expect("a number");
         let Ok(mut sending) = transfer.accept(len as u64) else { continue };
         let mut left = len;
         while left > 0 {
@@ -273,7 +284,9 @@ fn address(transport: Transport) -> (String, tempfile::TempDir) {
 
 fn bind(address: &str) -> Box<dyn RequestQueue> {
     match address.split_once(':') {
-        Some(("mq", name)) => Box::new(PosixMq::new(name).expect("a name").bind().expect("a free name")),
+        Some(("mq", name)) => {
+            Box::new(PosixMq::new(name).expect("a name").bind().expect("a free name"))
+        }
         Some((_, path)) => Box::new(Seqpacket::new(path).bind().expect("a free path")),
         None => unreachable!("made by `address`"),
     }
@@ -307,7 +320,8 @@ impl Other {
     fn start(role: &str, address: &str) -> Other {
         let mut command = Command::new(env::current_exe().expect("our own path"));
         command.env("SHMFERRY_BENCH_ROLE", role).env("SHMFERRY_BENCH_ADDRESS", address);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a process");
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a process");
         let says = BufReader::new(child.stdout.take().expect("piped"));
         let mut other = Other(child, says);
         if role != "ask" {

@@ -27,7 +27,7 @@ sed -E '/^\[\[bench\]\]/,/^$/d; /^(clap|image|indicatif|signal-hook|tiny_http|tr
     Cargo.toml >"$copy/Cargo.toml"
 
 files=(-f 'src/sync/*.rs' -f 'src/segment/**/*.rs' -f src/protocol.rs -f 'src/protocol/*.rs'
-    -f 'src/channel/**/*.rs' -f src/peer.rs -f 'src/peer/*.rs' -f src/crew.rs)
+    -f 'src/channel/**/*.rs' -f src/peer.rs -f 'src/peer/*.rs' -f src/workers.rs)
 case " $* " in *" -f "* | *" --file "*) files=() ;; esac
 # Left out: what is not built here (the other parker, loom's stand-ins), tests, what only debuggers read, and `^` for
 # `|`, which is the same wherever we join bits: they are apart.

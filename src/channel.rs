@@ -5,26 +5,26 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crate::crew;
 use crate::error::{Error, Misuse, Result};
 use crate::peer::Link;
 use crate::protocol::{
     Answer, Keep, Offer, Offered, Receiver, Refusal, Reply, Sender, ShmTransfer, Starting,
 };
-use crate::segment::{Backing, Lease, SegmentId, Stock};
+use crate::segment::{Backing, Lease, PooledSegment, SegmentId};
 use crate::sync::Deadline;
+use crate::workers;
 
 mod in_process;
 #[cfg(target_os = "linux")]
 mod leaving;
-#[cfg(target_os = "linux")]
-mod line;
 #[cfg(target_os = "linux")]
 mod lock_file;
 #[cfg(target_os = "linux")]
 mod poller;
 #[cfg(target_os = "linux")]
 mod posix_mq;
+#[cfg(target_os = "linux")]
+mod reconnect;
 #[cfg(target_os = "linux")]
 mod seqpacket;
 
@@ -35,8 +35,8 @@ pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
 #[cfg(fuzzing)]
 pub(crate) use {
-    posix_mq::wire::Message as QueueMessage, seqpacket::ring::fuzz as fuzz_ring, seqpacket::wire::Message,
-    seqpacket::wire::VERSION,
+    posix_mq::wire::Message as QueueMessage, seqpacket::ring::fuzz as fuzz_ring,
+    seqpacket::wire::Message, seqpacket::wire::VERSION,
 };
 
 /// The longest key that a request carries, in bytes.
@@ -77,7 +77,7 @@ pub trait Requester<B: Backing>: Send + Sync {
             }
             let ended = transfer.give_up();
             if attempt > 0 {
-                crew::lend(|| pause(attempt, deadline));
+                workers::blocking(|| pause(attempt, deadline));
             }
             lease = again.lease(ended)?;
         }
@@ -118,7 +118,7 @@ pub trait RequestQueue: Send + Sync {
 /// Made by [`Lease::request`], sent by a [`Requester`]. Dropped unsent, it tells its transfer that
 /// no reply will come.
 pub struct Request<B: Backing> {
-    stock: Arc<Stock<B>>,
+    pooled: Arc<PooledSegment<B>>,
     generation: u64,
     key: Arc<[u8]>,
     offer: Arc<Offer>,
@@ -130,22 +130,25 @@ impl<B: Backing> Lease<B> {
     ///
     /// # Errors
     /// [`Error::Misuse`] when the key is too long: the segment goes back to the pool.
-    pub fn request(self, key: impl AsRef<[u8]>) -> Result<(Request<B>, ShmTransfer<Receiver, Offered>)> {
+    pub fn request(
+        self,
+        key: impl AsRef<[u8]>,
+    ) -> Result<(Request<B>, ShmTransfer<Receiver, Offered>)> {
         self.segment().origin().check()?;
         let key = key.as_ref();
         if key.len() > KEY_LIMIT {
             return Err(Misuse::KeyTooLong { len: key.len(), limit: KEY_LIMIT }.into());
         }
-        let (stock, holding) = self.into_parts();
-        let (transfer, offer, generation) = ShmTransfer::offer(holding)?;
-        Ok((Request { stock, generation, key: key.into(), offer }, transfer))
+        let (pooled, guard) = self.into_parts();
+        let (transfer, offer, generation) = ShmTransfer::offer(guard)?;
+        Ok((Request { pooled, generation, key: key.into(), offer }, transfer))
     }
 }
 
 impl<B: Backing> Request<B> {
     /// The segment that the answer is to go through.
     pub fn segment(&self) -> SegmentId {
-        self.stock.segment.id()
+        self.pooled.segment.id()
     }
 
     /// What is asked for.
@@ -155,12 +158,12 @@ impl<B: Backing> Request<B> {
 
     /// Fails in a child of `fork`: the request is its parent's.
     pub(crate) fn check_origin(&self) -> Result<(), Misuse> {
-        self.stock.segment.origin().check()
+        self.pooled.segment.origin().check()
     }
 
     /// The request as the sender of this same process gets it.
     pub(crate) fn begin_here(&self, link: &Arc<Link>) -> Result<ShmTransfer<Sender, Starting>> {
-        let segment = self.stock.writable()?;
+        let segment = self.pooled.writable()?;
         Ok(ShmTransfer::begin(segment, self.generation, Arc::clone(&self.key), link))
     }
 
@@ -201,7 +204,10 @@ pub struct SendError<B: Backing> {
 
 impl<B: Backing> fmt::Debug for SendError<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SendError").field("error", &self.error).field("request", &self.request).finish()
+        f.debug_struct("SendError")
+            .field("error", &self.error)
+            .field("request", &self.request)
+            .finish()
     }
 }
 

@@ -143,9 +143,10 @@ impl Error {
             | Error::Layout(_)
             | Error::Rejected(_) => Fault::Peer,
             Error::Closed | Error::Misuse(_) | Error::AddressInUse { .. } => Fault::Ours,
-            Error::SizeMismatch { .. } | Error::Sink(_) | Error::Source(_) | Error::NameTaken { .. } => {
-                Fault::Outside
-            }
+            Error::SizeMismatch { .. }
+            | Error::Sink(_)
+            | Error::Source(_)
+            | Error::NameTaken { .. } => Fault::Outside,
             Error::Memory { .. } | Error::Os { .. } => Fault::System,
         }
     }

@@ -7,8 +7,8 @@ use crate::channel::{Message, QueueMessage, VERSION};
 use crate::peer::Link;
 use crate::segment::sealed::Backing;
 use crate::{
-    Deadline, Error, Geometry, Memfd, Offered, PoolId, Receiver, Result, SegmentId, SegmentPool, Sender,
-    ShmTransfer, Starting,
+    Deadline, Error, Geometry, Memfd, Offered, PoolId, Receiver, Result, SegmentId, SegmentPool,
+    Sender, ShmTransfer, Starting,
 };
 
 /// Decodes a message of the socket, and one of a POSIX queue. What decodes encodes to the same bytes.
@@ -37,9 +37,9 @@ pub fn offered(pool: &SegmentPool<Memfd>) -> Result<(ShmTransfer<Receiver, Offer
     let lease = pool.lease(Deadline::NEVER)?;
     let index = lease.segment().id().index();
     let (_, live) = pool.live();
-    let stock = live.iter().find(|stock| stock.segment.id().index() == index);
-    let Some(stock) = stock else { unreachable!("a segment that is leased is in the pool") };
-    let memory = stock.backing.as_fd().try_clone_to_owned().map_err(Error::os("dup"))?;
+    let pooled = live.iter().find(|pooled| pooled.segment.id().index() == index);
+    let Some(pooled) = pooled else { unreachable!("a segment that is leased is in the pool") };
+    let memory = pooled.backing.as_fd().try_clone_to_owned().map_err(Error::os("dup"))?;
     let (request, transfer) = lease.request("key")?;
     request.sent_over(&Arc::new(Link::within()), None);
     Ok((transfer, memory))
@@ -58,7 +58,11 @@ pub fn starting(
     let (_owned, memory) = Memfd::create(&(), id, geometry)?;
     spoil(memory.as_fd());
     let segment = memory.attach(id, geometry)?;
-    let transfer =
-        ShmTransfer::begin(Arc::new(segment), generation, b"key"[..].into(), &Arc::new(Link::within()));
+    let transfer = ShmTransfer::begin(
+        Arc::new(segment),
+        generation,
+        b"key"[..].into(),
+        &Arc::new(Link::within()),
+    );
     Ok((transfer, memory.as_fd().try_clone_to_owned().map_err(Error::os("dup"))?))
 }

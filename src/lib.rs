@@ -79,7 +79,7 @@
 //! | ask through restarts of the server | [`Requester::ask`] |
 //! | answer and send | [`RequestQueue`], [`ShmTransfer<Sender, Starting>`](ShmTransfer#method.accept) |
 //! | choose a queue | [`Seqpacket`] or [`PosixMq`] between processes, [`InProcess`] within one |
-//! | serve many at once without being held up by the slow ones | [`Crew`] |
+//! | serve many at once without being held up by the slow ones | [`WorkerPool`] |
 //! | free the segments that slow readers hold | [`Spool`], [`copy_to_or_spool`](ShmTransfer#method.copy_to_or_spool) |
 //! | attach more than a size | [`Metadata`] |
 //!
@@ -177,7 +177,6 @@
 #![cfg_attr(not(target_os = "linux"), allow(dead_code))]
 
 mod channel;
-mod crew;
 mod error;
 #[cfg(fuzzing)]
 #[doc(hidden)]
@@ -189,16 +188,18 @@ mod process;
 mod protocol;
 mod segment;
 mod sync;
+mod workers;
 
 pub use channel::{InProcess, KEY_LIMIT, Request, RequestQueue, Requester, SendError};
 #[cfg(target_os = "linux")]
-pub use channel::{PosixMq, PosixMqQueue, PosixMqRequester, Seqpacket, SeqpacketQueue, SeqpacketRequester};
-pub use crew::{Crew, lend};
+pub use channel::{
+    PosixMq, PosixMqQueue, PosixMqRequester, Seqpacket, SeqpacketQueue, SeqpacketRequester,
+};
 pub use error::{Awaited, Error, Fault, LayoutMismatch, Misuse, PeerFault, Rejection, Result};
 pub use peer::Peer;
 pub use protocol::{
-    Chunk, DEFAULT_PATIENCE, METADATA_LIMIT, Metadata, Offered, Receiver, Receiving, Refusal, Reply, Sender,
-    Sending, ShmTransfer, Size, Slot, Starting,
+    Chunk, DEFAULT_TIMEOUT, METADATA_LIMIT, Metadata, Offered, Receiver, Receiving, Refusal, Reply,
+    Sender, Sending, ShmTransfer, Size, Slot, Starting,
 };
 #[cfg(target_os = "linux")]
 pub use protocol::{Spool, send_all};
@@ -211,3 +212,4 @@ pub use segment::{
     SegmentPoolBuilder, WriteSlots,
 };
 pub use sync::Deadline;
+pub use workers::{WorkerPool, blocking};

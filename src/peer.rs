@@ -14,7 +14,7 @@ use crate::sync::Deadline;
 use crate::sync::modelled::{Mutex, lock};
 
 #[cfg(target_os = "linux")]
-mod aside;
+mod background_close;
 #[cfg(target_os = "linux")]
 mod credentials;
 #[cfg(target_os = "linux")]
@@ -35,7 +35,7 @@ pub(crate) use lifeline::{Lifeline, has_open, is_held};
 pub(crate) use watcher::{Watch, on_hang_up};
 
 #[cfg(target_os = "linux")]
-pub(crate) use aside::{MOST_DESCRIPTORS, Socket, Strays, is_behind};
+pub(crate) use background_close::{MOST_DESCRIPTORS, ReceivedFds, Socket, is_behind};
 
 /// The process at the other end of a connection, as the kernel vouched for it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,7 +78,7 @@ struct LinkState {
     severed: bool,
     leaving: bool,
     rejection: Option<Rejection>,
-    enrolled: BTreeMap<u64, Option<Arc<dyn Poison>>>,
+    registered: BTreeMap<u64, Option<Arc<dyn Poison>>>,
     next: u64,
     relief: Option<Relief>,
     /// What a model says of the peer's process, which it does not have.
@@ -136,7 +136,7 @@ impl Link {
             state.rejection = why();
             state.severed = true;
         }
-        state.enrolled.values().flatten().for_each(|enrolled| enrolled.poison());
+        state.registered.values().flatten().for_each(|registered| registered.poison());
     }
 
     pub(crate) fn is_severed(&self) -> bool {
@@ -153,36 +153,36 @@ impl Link {
     }
 
     /// Why the other side is gone.
-    pub(crate) fn obituary(&self) -> Error {
+    pub(crate) fn disconnect_reason(&self) -> Error {
         lock(&self.state).rejection.map_or(Error::Disconnected, Error::Rejected)
     }
 
     /// Has `subject` poisoned when the link is severed; at once if it is already.
-    pub(crate) fn enrol(self: &Arc<Link>, subject: Arc<dyn Poison>) -> Enrolment {
-        let enrolment = self.count();
-        enrolment.cover(subject);
-        enrolment
+    pub(crate) fn register(self: &Arc<Link>, subject: Arc<dyn Poison>) -> Registration {
+        let registration = self.count();
+        registration.cover(subject);
+        registration
     }
 
     /// Counts one more that is under way, with nothing to poison yet.
-    pub(crate) fn count(self: &Arc<Link>) -> Enrolment {
+    pub(crate) fn count(self: &Arc<Link>) -> Registration {
         let mut state = lock(&self.state);
         let number = state.next;
         state.next += 1;
-        state.enrolled.insert(number, None);
-        Enrolment { link: Arc::clone(self), number }
+        state.registered.insert(number, None);
+        Registration { link: Arc::clone(self), number }
     }
 
     /// Whether fewer than `bound` are enrolled.
     #[cfg(target_os = "linux")]
     pub(crate) fn is_below(&self, bound: usize) -> bool {
-        lock(&self.state).enrolled.len() < bound
+        lock(&self.state).registered.len() < bound
     }
 
     /// Calls `then`, once, as soon as fewer than `below` are enrolled; perhaps at once.
     pub(crate) fn when_below(&self, below: usize, then: impl FnOnce() + Send + 'static) {
         let mut state = lock(&self.state);
-        if state.enrolled.len() < below {
+        if state.registered.len() < below {
             drop(state);
             then();
         } else {
@@ -218,19 +218,19 @@ impl Link {
 }
 
 /// Keeps its subject enrolled; once dropped, the link cannot poison the subject any more.
-pub(crate) struct Enrolment {
+pub(crate) struct Registration {
     link: Arc<Link>,
     number: u64,
 }
 
-impl Enrolment {
+impl Registration {
     /// Has `subject` poisoned when the link is severed; at once if it is already.
     pub(crate) fn cover(&self, subject: Arc<dyn Poison>) {
         let mut state = lock(&self.link.state);
         if state.severed {
             subject.poison();
         }
-        state.enrolled.insert(self.number, Some(subject));
+        state.registered.insert(self.number, Some(subject));
     }
 
     pub(crate) fn link(&self) -> &Arc<Link> {
@@ -238,15 +238,15 @@ impl Enrolment {
     }
 }
 
-impl Drop for Enrolment {
+impl Drop for Registration {
     fn drop(&mut self) {
         if !self.link.origin.is_here() {
             return;
         }
         let mut state = lock(&self.link.state);
-        state.enrolled.remove(&self.number);
-        let enrolled = state.enrolled.len();
-        let relief = state.relief.take_if(|relief| enrolled < relief.below);
+        state.registered.remove(&self.number);
+        let registered = state.registered.len();
+        let relief = state.relief.take_if(|relief| registered < relief.below);
         drop(state);
         if let Some(relief) = relief {
             (relief.then)();
@@ -307,6 +307,6 @@ mod tests {
         let link = Link::within();
         link.sever(|| Some(Rejection::Protocol));
         link.sever(|| Some(Rejection::Resources));
-        assert!(matches!(link.obituary(), Error::Rejected(Rejection::Protocol)));
+        assert!(matches!(link.disconnect_reason(), Error::Rejected(Rejection::Protocol)));
     }
 }

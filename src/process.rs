@@ -129,7 +129,8 @@ impl<T: Default + Send + Sync> PerProcess<T> {
             if let Some(value) = Self::value_here(found) {
                 return value;
             }
-            let made = Box::into_raw(Box::new(Entry { origin: Origin::here(), value: T::default() }));
+            let made =
+                Box::into_raw(Box::new(Entry { origin: Origin::here(), value: T::default() }));
             let order = (Ordering::AcqRel, Ordering::Acquire);
             if self.current.compare_exchange(found, made, order.0, order.1).is_err() {
                 // SAFETY: made by `into_raw` above, and not given to anyone.

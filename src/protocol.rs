@@ -4,13 +4,13 @@ use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::crew;
 use crate::error::{PeerFault, Result};
-use crate::peer::{Enrolment, Link};
+use crate::peer::{Link, Registration};
 use crate::segment::{MAX_METADATA, Phase, ReadSlots, Segment};
 use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::modelled::{Mutex, lock, yield_now};
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Semaphore, Spinner, current_cpu};
+use crate::workers;
 
 mod metadata;
 #[cfg(all(test, loom))]
@@ -99,7 +99,7 @@ pub struct ShmTransfer<Side, State> {
 
 /// How long the calls that take no deadline wait for the next step of the other side, unless
 /// [told otherwise](ShmTransfer::set_patience): 30 seconds without progress.
-pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The most bytes of [`Metadata`] that travel beside status and size.
 pub const METADATA_LIMIT: usize = MAX_METADATA;
@@ -210,7 +210,7 @@ enum OfferState {
     /// The request waits to be sent.
     Unsent,
     /// It went over a connection, which now watches over the segment, and lives as long as this.
-    Sent { enrolment: Enrolment, _connection: Option<Keep> },
+    Sent { registration: Registration, _connection: Option<Keep> },
     /// The transfer is over, and the segment may be in other hands.
     Over,
 }
@@ -228,8 +228,8 @@ impl Offer {
     pub(crate) fn sent_over(&self, link: &Arc<Link>, connection: Option<Keep>) {
         let mut state = lock(&self.state);
         if !matches!(*state, OfferState::Over) {
-            let enrolment = link.enrol(Arc::clone(&self.segment) as _);
-            *state = OfferState::Sent { enrolment, _connection: connection };
+            let registration = link.register(Arc::clone(&self.segment) as _);
+            *state = OfferState::Sent { registration, _connection: connection };
         }
     }
 
@@ -256,7 +256,7 @@ impl Offer {
 
     fn link(&self) -> Option<Arc<Link>> {
         match &*lock(&self.state) {
-            OfferState::Sent { enrolment, .. } => Some(Arc::clone(enrolment.link())),
+            OfferState::Sent { registration, .. } => Some(Arc::clone(registration.link())),
             _ => None,
         }
     }
@@ -265,7 +265,7 @@ impl Offer {
     fn end(&self) -> Option<Arc<Link>> {
         let over = std::mem::replace(&mut *lock(&self.state), OfferState::Over);
         match over {
-            OfferState::Sent { enrolment, .. } => Some(Arc::clone(enrolment.link())),
+            OfferState::Sent { registration, .. } => Some(Arc::clone(registration.link())),
             _ => None,
         }
     }
@@ -287,9 +287,9 @@ fn await_permit(
         settled => return settled,
     }
     let start = Instant::now();
-    let outcome = crew::lend(|| {
+    let outcome = workers::blocking(|| {
         loop {
-            match semaphore.wait(deadline.min(glance())) {
+            match semaphore.wait(deadline.min(recheck())) {
                 // What was filled before the end is still ours, if it came since we looked (P7).
                 Err(Interrupted::TimedOut) if is_severed() => {
                     return semaphore.try_wait().map_err(|_| Interrupted::Poisoned);
@@ -315,9 +315,9 @@ fn can_put_off(ours: &Semaphore, slots: u32, presence: &Presence) -> bool {
 /// Death is pushed, by poison; but a peer that hangs up and lives on can wipe the poison off again.
 /// So a sleeper looks at what only its own process knows, once a second. loom knows no time: there, a
 /// sleeper looks all the time, or never, as the model has it.
-fn glance() -> Deadline {
+fn recheck() -> Deadline {
     #[cfg(loom)]
-    return if model::GLANCES.get() { Deadline::after(Duration::ZERO) } else { Deadline::NEVER };
+    return if model::RECHECKS.get() { Deadline::after(Duration::ZERO) } else { Deadline::NEVER };
     #[cfg(not(loom))]
     Deadline::after(Duration::from_secs(1))
 }
@@ -325,23 +325,23 @@ fn glance() -> Deadline {
 /// How long one side has waited for the other without progress (rule P9): any byte that it took counts.
 /// Looked at several times within the patience, so that a side that stops is cut soon after it.
 struct Idle<P> {
-    patience: Duration,
+    timeout: Duration,
     seen: P,
     /// When progress was last seen.
     since: Instant,
 }
 
 impl<P: PartialEq> Idle<P> {
-    fn new(patience: Duration, seen: P) -> Idle<P> {
-        Idle { patience, seen, since: Instant::now() }
+    fn new(timeout: Duration, seen: P) -> Idle<P> {
+        Idle { timeout, seen, since: Instant::now() }
     }
 
     /// When to look for progress next.
     fn look_again(&self) -> Deadline {
         const LOOKS: u32 = 16;
         let least = Duration::from_millis(1);
-        let end = self.since.checked_add(self.patience).map_or(Deadline::NEVER, Deadline::at);
-        end.min(Deadline::after((self.patience / LOOKS).max(least)))
+        let end = self.since.checked_add(self.timeout).map_or(Deadline::NEVER, Deadline::at);
+        end.min(Deadline::after((self.timeout / LOOKS).max(least)))
     }
 
     /// Whether the patience is over, with what is to be seen now.
@@ -350,7 +350,7 @@ impl<P: PartialEq> Idle<P> {
             self.seen = now;
             self.since = Instant::now();
         }
-        self.since.elapsed() >= self.patience
+        self.since.elapsed() >= self.timeout
     }
 }
 

@@ -29,7 +29,7 @@ pub(crate) use mapping::Words;
 pub(crate) use memfd::{attach as attach_memfd, attach_words, create_words};
 #[cfg(target_os = "linux")]
 pub(crate) use named::{Owner, attach as attach_named, sweep, sweep_aside};
-pub(crate) use pool::{Holding, NO_GENERATION, Stock};
+pub(crate) use pool::{NO_GENERATION, PooledSegment, SegmentGuard};
 
 #[cfg(not(loom))]
 pub use mapping::SharedByte;
@@ -93,7 +93,9 @@ impl Geometry {
         let geometry = Geometry { slot_count, slot_len };
         let mapped = (slot_count as usize).checked_mul(geometry.slot_stride());
         let fits = mapped.is_some_and(|len| len <= isize::MAX as usize - HEADER_LEN as usize);
-        if (1..=Self::MAX_SLOTS).contains(&slot_count) && (1..=Self::MAX_SLOT_LEN).contains(&slot_len) && fits
+        if (1..=Self::MAX_SLOTS).contains(&slot_count)
+            && (1..=Self::MAX_SLOT_LEN).contains(&slot_len)
+            && fits
         {
             Ok(geometry)
         } else {

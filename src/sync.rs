@@ -5,20 +5,24 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+mod fair_semaphore;
 mod semaphore;
 mod spin;
-mod turnstile;
 
+pub(crate) use fair_semaphore::FairSemaphore;
 pub(crate) use semaphore::{Interrupted, Permit, Semaphore};
 pub(crate) use spin::{BUDGET, Presence, Spinner, current_cpu};
-pub(crate) use turnstile::Turnstile;
 
 /// Atomics and fences, through one door, so that a model checker can stand in for them.
 pub(crate) mod atomic {
     #[cfg(loom)]
-    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
+    pub(crate) use loom::sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence,
+    };
     #[cfg(not(loom))]
-    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence};
+    pub(crate) use std::sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence,
+    };
 }
 
 /// What may be held, or repeated, while shared memory is touched, through one door as well.
@@ -43,7 +47,10 @@ pub(crate) mod modelled {
 // The one place that chooses how a thread of one process sleeps for a thread of another.
 #[cfg_attr(loom, path = "sync/model.rs")]
 #[cfg_attr(all(not(loom), target_os = "linux", not(feature = "raw-sync")), path = "sync/futex.rs")]
-#[cfg_attr(all(not(loom), any(not(target_os = "linux"), feature = "raw-sync")), path = "sync/raw_sync.rs")]
+#[cfg_attr(
+    all(not(loom), any(not(target_os = "linux"), feature = "raw-sync")),
+    path = "sync/raw_sync.rs"
+)]
 mod parker;
 pub(crate) use parker::Parker;
 
@@ -68,9 +75,9 @@ impl Deadline {
     /// No deadline: wait as long as it takes, or until the peer dies.
     pub const NEVER: Deadline = Deadline(None);
 
-    /// `patience` from now. A patience beyond what the clock can express means [`NEVER`](Self::NEVER).
-    pub fn after(patience: Duration) -> Deadline {
-        Deadline(Instant::now().checked_add(patience))
+    /// `timeout` from now. A patience beyond what the clock can express means [`NEVER`](Self::NEVER).
+    pub fn after(timeout: Duration) -> Deadline {
+        Deadline(Instant::now().checked_add(timeout))
     }
 
     /// This instant.

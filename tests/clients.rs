@@ -65,11 +65,14 @@ fn clients_that_stall_do_not_slow_down_those_that_read(over: Transport) {
     assert_eq!((proxy.count("errors"), proxy.count("retired")), (0, 0));
 }
 
-fn clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_order(over: Transport) {
+fn clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_order(
+    over: Transport,
+) {
     let (place, large, files) = furnished(over);
     let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
     // Without a spool, that is: it would free the segments at once.
-    let proxy = place.webproxy(["-t", "2", "-n", "2", "--timeout", "10", "--spool-limit", "0"]).listening();
+    let proxy =
+        place.webproxy(["-t", "2", "-n", "2", "--timeout", "10", "--spool-limit", "0"]).listening();
     let holding = [proxy.stall("/large"), proxy.stall("/large")];
     let mut waiting = Vec::new();
     for _ in 0..5 {

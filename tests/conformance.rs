@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use shmferry::{
     Awaited, Backing, Deadline, Error, InProcess, KEY_LIMIT, Lease, Memfd, Misuse, Named, PosixMq,
-    PosixMqQueue, Refusal, Reply, RequestQueue, Requester, SegmentPool, SendError, Seqpacket, SeqpacketQueue,
-    Size,
+    PosixMqQueue, Refusal, Reply, RequestQueue, Requester, SegmentPool, SendError, Seqpacket,
+    SeqpacketQueue, Size,
 };
 
 fn soon() -> Deadline {
@@ -155,7 +155,9 @@ fn metadata_arrives<B: Backing>(ends: Ends<B>) {
         let refused = queue.recv(soon()).unwrap().accept_with(0, &too_much);
         assert!(matches!(refused, Err(Error::Misuse(Misuse::MetadataTooLong { .. }))));
     });
-    let Reply::Found(body) = ask(&ends, ends.pool.lease(soon()).unwrap(), b"a").unwrap() else { panic!() };
+    let Reply::Found(body) = ask(&ends, ends.pool.lease(soon()).unwrap(), b"a").unwrap() else {
+        panic!()
+    };
     assert_eq!(body.metadata::<String>().unwrap(), "image/png");
     assert!(matches!(body.metadata::<()>(), Err(Error::Peer(_))));
     drop(body);
@@ -212,7 +214,8 @@ fn many_workers_serve_many_askers<B: Backing>(ends: Ends<B>) {
             scope.spawn(move || {
                 for i in 0..EACH {
                     let key = format!("/{asker}/{i}");
-                    let reply = ask(ends, ends.pool.lease(soon()).unwrap(), key.as_bytes()).unwrap();
+                    let reply =
+                        ask(ends, ends.pool.lease(soon()).unwrap(), key.as_bytes()).unwrap();
                     assert_eq!(body_of(reply), key.as_bytes().repeat(100));
                 }
             });
@@ -239,7 +242,8 @@ fn an_unanswered_request_times_out_and_goes_stale<B: Backing>(ends: Ends<B>) {
     let late = ends.queue.recv(soon()).unwrap();
     assert!(matches!(late.accept(1), Err(Error::Stale)));
     let queue = Arc::clone(&ends.queue);
-    let sender = thread::spawn(move || queue.recv(soon()).unwrap().accept(0).unwrap().finish().unwrap());
+    let sender =
+        thread::spawn(move || queue.recv(soon()).unwrap().accept(0).unwrap().finish().unwrap());
     assert_eq!(body_of(ask(&ends, ends.pool.lease(soon()).unwrap(), b"new").unwrap()), b"");
     sender.join().unwrap();
 }
@@ -349,5 +353,5 @@ fn assert_all_idle<B: Backing>(ends: &Ends<B>) {
     let leases: Vec<_> = (0..4).map(|_| ends.pool.lease(soon()).unwrap()).collect();
     drop(leases);
     let stats = ends.pool.stats();
-    assert_eq!((stats.idle, stats.lingering, stats.retired), (4, 0, 0));
+    assert_eq!((stats.idle, stats.quarantined, stats.retired), (4, 0, 0));
 }

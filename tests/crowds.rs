@@ -10,7 +10,9 @@ use std::thread;
 
 use std::time::{Duration, Instant};
 
-use shmferry::{Deadline, Error, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket};
+use shmferry::{
+    Deadline, Error, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
+};
 
 /// Far longer than any request takes on a busy machine. One that takes longer is lost.
 const LOST: Duration = Duration::from_secs(20);

@@ -31,7 +31,8 @@ fn a_signal_in_the_middle(over: Transport, signal: Signal) {
     place.write("files/large", &large);
     let cache = place.simplecached(["-c", "files", "--timeout", "600"]).listening();
     let proxy = place.webproxy(["--timeout", "600"]).listening();
-    let (address, active, stalled) = (proxy.address(), proxy.stall("/large"), proxy.stall("/large"));
+    let (address, active, stalled) =
+        (proxy.address(), proxy.stall("/large"), proxy.stall("/large"));
     let mut silent = proxy.connect();
     wait_until("it was let in", || proxy.threads_named("proxy") > 3);
     for program in [&proxy, &cache] {
@@ -106,7 +107,8 @@ fn a_second_signal_ends_a_program_while_another_still_waits(over: Transport) {
         };
         let address = place.cache_address();
         let cache = debug("simplecached", &["-c", "files", "--listen", &address]);
-        let [waiting, hurried] = [0, 1].map(|_| debug("webproxy", &["-p", "0", "--cache", &address]));
+        let [waiting, hurried] =
+            [0, 1].map(|_| debug("webproxy", &["-p", "0", "--cache", &address]));
         let stalled = [waiting.stall("/large"), hurried.stall("/large")];
         // The one that is asked first, and once, is given its time; that of the other would end later.
         for program in [&waiting, &hurried] {

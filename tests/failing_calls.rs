@@ -32,7 +32,8 @@ impl Strace {
 impl Drop for Strace {
     fn drop(&mut self) {
         // SIGTERM has it let go of the program; both fail only on one that has ended.
-        let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), Signal::TERM);
+        let _ =
+            rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), Signal::TERM);
         let _ = self.0.wait();
     }
 }
@@ -45,11 +46,14 @@ fn a_kernel_that_lacks_memory_for_a_moment_leaves_no_client_unheard() {
         let place = Place::new();
         place.write("files/a", "hello");
         let address = if transport == "unix" { place.cache_address() } else { queue.clone() };
-        let cache = place.run("simplecached", ["-c", "files", "-t", "2", "--listen", &address]).listening();
-        let proxy = place.bare_webproxy(["--cache", &address, "-n", "2", "--timeout", "5"]).listening();
+        let cache =
+            place.run("simplecached", ["-c", "files", "-t", "2", "--listen", &address]).listening();
+        let proxy =
+            place.bare_webproxy(["--cache", &address, "-n", "2", "--timeout", "5"]).listening();
         assert_eq!(proxy.get("/a"), ok("hello"));
         for errno in ["ENOMEM", "ENOSPC"] {
-            let Some(strace) = Strace::attach(&cache, "epoll_ctl", &format!("error={errno}:when=1..9+2"))
+            let Some(strace) =
+                Strace::attach(&cache, "epoll_ctl", &format!("error={errno}:when=1..9+2"))
             else {
                 eprintln!("left out: no strace, or it may not trace");
                 return;
@@ -74,8 +78,11 @@ fn a_start_that_fails_leaves_a_dead_servers_leftovers_to_the_next(over: Transpor
     place.write("files/a", "hello");
     place.simplecached(["-c", "files"]).listening().kill();
     for call in ["ftruncate", "epoll_ctl"] {
-        let mut failing = place.command_failing(&[&format!("{call}:error=EIO:when=1")], "simplecached");
-        let exit = Program::spawn(failing.args(["-c", "files", "--listen", &place.cache_address()])).finish();
+        let mut failing =
+            place.command_failing(&[&format!("{call}:error=EIO:when=1")], "simplecached");
+        let exit =
+            Program::spawn(failing.args(["-c", "files", "--listen", &place.cache_address()]))
+                .finish();
         if exit.stderr.contains("strace") {
             eprintln!("left out: {}", exit.stderr);
             break;
@@ -105,7 +112,8 @@ fn what_the_kernel_refuses_at_first_is_tried_otherwise_or_again() {
     let address = place.cache_address();
     let proxy = |refusals: &str, timeout: &str| {
         let too_many = format!("sendmsg:error=ETOOMANYREFS:when={refusals}");
-        let mut failing = place.command_failing(&["memfd_create:error=EINVAL:when=1", &too_many], "webproxy");
+        let mut failing =
+            place.command_failing(&["memfd_create:error=EINVAL:when=1", &too_many], "webproxy");
         failing.args(["-p", "0", "-n", "2", "--timeout", timeout, "--cache", &address]);
         Program::spawn(&mut failing).listening()
     };

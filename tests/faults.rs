@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 
 use support::{
-    Answer, Client, Dice, LARGE, PLAIN, Place, Program, Signal, Stalled, Transport, noise, ok, wait_until,
+    Answer, Client, Dice, LARGE, PLAIN, Place, Program, Signal, Stalled, Transport, noise, ok,
+    wait_until,
 };
 
 over_both! {
@@ -92,7 +93,10 @@ fn a_cache_killed_before_its_reply_is_stood_in_for_by_the_origin(over: Transport
     let cache = place.simplecached(["-c", "files"]).listening();
     assert_eq!(proxy.get("/a"), ok("the cache's copy"));
     let [proxy, _] = place.wind_up([proxy, cache]);
-    assert_eq!((proxy.count("from_origin"), proxy.count("hits"), proxy.count("retired")), (2, 1, 0));
+    assert_eq!(
+        (proxy.count("from_origin"), proxy.count("hits"), proxy.count("retired")),
+        (2, 1, 0)
+    );
 }
 
 fn a_cache_killed_between_chunks_leaves_a_visibly_short_body(over: Transport) {
@@ -314,7 +318,11 @@ fn furnish(place: &Place) -> Vec<Vec<u8>> {
 
 /// Six clients ask a proxy for these files, at random, while `trouble` goes on. It is given the number
 /// of answers so far: whole files, and honest failures. Any other answer is a panic.
-fn under_load(proxy: &Program, files: &[Vec<u8>], trouble: impl FnOnce(&dyn Fn() -> (usize, usize))) {
+fn under_load(
+    proxy: &Program,
+    files: &[Vec<u8>],
+    trouble: impl FnOnce(&dyn Fn() -> (usize, usize)),
+) {
     let (over, whole, failed) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
     thread::scope(|scope| {
         for client in 0..6 {
@@ -348,7 +356,8 @@ fn a_cache_stopped_past_timeouts_under_load_gives_whole_files_or_honest_failures
     let place = Place::over(over);
     let files = furnish(&place);
     let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
-    let proxy = place.webproxy(["-n", "4", "-t", "4", "-z", "16384", "--timeout", "0.5"]).listening();
+    let proxy =
+        place.webproxy(["-n", "4", "-t", "4", "-z", "16384", "--timeout", "0.5"]).listening();
     under_load(&proxy, &files, |answers| {
         for _ in 0..5 {
             let (whole, failed) = answers();
@@ -429,7 +438,10 @@ fn a_file_truncated_while_it_is_sent_ends_the_body_short(over: Transport) {
         assert_eq!(proxy.get("/a"), ok("hello"));
         proxy.get("/large").assert_whole(&large[..left]);
         let [proxy, cache] = place.wind_up([proxy, cache]);
-        assert_eq!((proxy.count("errors"), proxy.count("retired"), cache.count("errors")), (1, 0, 1));
+        assert_eq!(
+            (proxy.count("errors"), proxy.count("retired"), cache.count("errors")),
+            (1, 0, 1)
+        );
     }
 }
 
@@ -471,7 +483,8 @@ fn a_cache_restarted_under_load_gives_whole_files_or_honest_failures(over: Trans
     let place = Place::over(over);
     let files = furnish(&place);
     // The proxy comes first, and stays.
-    let proxy = place.webproxy(["-n", "3", "-t", "4", "-z", "16384", "--timeout", "600"]).listening();
+    let proxy =
+        place.webproxy(["-n", "3", "-t", "4", "-z", "16384", "--timeout", "600"]).listening();
     under_load(&proxy, &files, |answers| {
         for round in 0..10 {
             let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
@@ -486,7 +499,11 @@ fn a_cache_restarted_under_load_gives_whole_files_or_honest_failures(over: Trans
     }
     let [proxy, _] = place.wind_up([proxy, cache]);
     // Some were hits at first, and errors in the end.
-    assert!(proxy.count("hits") + proxy.count("errors") >= proxy.count("requests"), "{}", proxy.stderr);
+    assert!(
+        proxy.count("hits") + proxy.count("errors") >= proxy.count("requests"),
+        "{}",
+        proxy.stderr
+    );
     assert_eq!((proxy.count("misses"), proxy.count("invalid")), (0, 0));
 }
 
@@ -508,7 +525,8 @@ fn both_killed_at_once_leave_nothing_that_keeps_them_from_starting(over: Transpo
             client.resume().assert_short(&large);
         }
     }
-    let (proxy, cache) = (place.webproxy(PLAIN).listening(), place.simplecached(["-c", "files"]).listening());
+    let (proxy, cache) =
+        (place.webproxy(PLAIN).listening(), place.simplecached(["-c", "files"]).listening());
     proxy.get("/large").assert_whole(&large);
     place.wind_up([proxy, cache]);
 }

@@ -318,7 +318,8 @@ fn an_ordinary_user_replaces_what_may_be_written_only() {
     // of ours holds it open for writing when it is run.
     let copied = Command::new("cp").arg(getfile(&place).get_program()).arg(at("getfile")).status();
     assert!(copied.unwrap().success());
-    for (name, mode, owner) in [("closed", 0o444, USER), ("foreign", 0o644, 0), ("open", 0o662, 0)] {
+    for (name, mode, owner) in [("closed", 0o444, USER), ("foreign", 0o644, 0), ("open", 0o662, 0)]
+    {
         fs::write(at(name), "before").unwrap();
         fs::set_permissions(at(name), Permissions::from_mode(mode)).unwrap();
         chown(at(name), Some(owner), Some(owner)).unwrap();
@@ -373,8 +374,12 @@ fn a_link_that_leads_nowhere_is_written_through() {
     // What cannot be made there is an error, and the link stays.
     symlink("no/where", at("astray")).unwrap();
     symlink("round", at("round")).unwrap();
-    server.getfile(&place, ["-o", "astray", "/a"]).assert_failure(&["cannot write astray: No such file"]);
-    server.getfile(&place, ["-o", "round", "/a"]).assert_failure(&["cannot write round: Too many levels"]);
+    server
+        .getfile(&place, ["-o", "astray", "/a"])
+        .assert_failure(&["cannot write astray: No such file"]);
+    server
+        .getfile(&place, ["-o", "round", "/a"])
+        .assert_failure(&["cannot write round: Too many levels"]);
     assert_eq!(names_in(&place), ["astray", "elsewhere", "first", "round"]);
 }
 
@@ -387,8 +392,14 @@ fn errors_name_the_file_that_was_asked_for_only() {
     assert!(!run.stderr.contains(".getfile-"), "{}", run.stderr);
     // A limit on the size of files: writing fails in the middle.
     let mut shell = Command::new("/bin/sh");
-    shell.args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$@\"", "sh"]).arg(getfile(&place).get_program());
-    shell.current_dir(place.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    shell
+        .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$@\"", "sh"])
+        .arg(getfile(&place).get_program());
+    shell
+        .current_dir(place.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let run = shell.to(&server).args(["-o", "large", "/a"]).run();
     run.assert_failure(&["/a: cannot write large: File too large"]);
     assert!(!run.stderr.contains(".getfile-"), "{}", run.stderr);
@@ -431,7 +442,11 @@ fn a_signal_that_the_caller_has_had_ignored_stays_ignored() {
     let place = TempDir::new().unwrap();
     let mut shell = Command::new("/bin/sh"); // as nohup does
     shell.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]).arg(getfile(&place).get_program());
-    shell.current_dir(place.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    shell
+        .current_dir(place.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = shell.to(&server).arg("/a").start();
     half_written(&place);
     child.kill(Signal::HUP);
@@ -505,7 +520,8 @@ fn bench_counts_a_body_at_its_announced_length() {
     });
     let place = TempDir::new().unwrap();
     fs::write(place.path().join("load"), "/a").unwrap();
-    let run = server.getfile(&place, ["bench", "-w", "load", "-t", "2", "-r", "6", "--timeout", "5"]);
+    let run =
+        server.getfile(&place, ["bench", "-w", "load", "-t", "2", "-r", "6", "--timeout", "5"]);
     run.assert_success();
     let report = String::from_utf8(run.stdout).unwrap();
     assert!(report.contains("6 ok, 0 not found, 0 failed"), "{report}");
@@ -832,7 +848,8 @@ fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
 
 fn names_in(place: &TempDir) -> Vec<String> {
     let entries = fs::read_dir(place.path()).unwrap();
-    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }

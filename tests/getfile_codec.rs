@@ -5,8 +5,8 @@
 mod getfile;
 
 use getfile::{
-    Dialect, MAX_PATH_LEN, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, Malformed, ParsedReply, ParsedRequest,
-    Reply, check_path, encode_reply, encode_request, parse_reply, parse_request,
+    Dialect, MAX_PATH_LEN, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, Malformed, ParsedReply,
+    ParsedRequest, Reply, check_path, encode_reply, encode_request, parse_reply, parse_request,
 };
 
 const DIALECTS: [Dialect; 2] = [Dialect::Spec, Dialect::Classic];
@@ -31,7 +31,8 @@ fn refused_at_last_byte(header: &[u8], why: Malformed) {
 
 #[test]
 fn a_request_arrives_byte_by_byte() {
-    for path in [&b"/"[..], b"/a.jpg", b"/a/b/../c?d#e", b"/\xff\x01\t\x7f", &path_of(MAX_PATH_LEN)] {
+    for path in [&b"/"[..], b"/a.jpg", b"/a/b/../c?d#e", b"/\xff\x01\t\x7f", &path_of(MAX_PATH_LEN)]
+    {
         let request = encode_request(path).unwrap();
         for end in 0..request.len() {
             assert_eq!(parse_request(&request[..end]), ParsedRequest::Incomplete, "at {end}");

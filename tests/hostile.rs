@@ -18,7 +18,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst,
+};
 use std::thread;
 use std::time::Duration;
 
@@ -27,8 +29,8 @@ use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use shmferry::{
-    Awaited, Crew, Deadline, Error, Fault, Memfd, PeerFault, Refusal, Rejection, Reply, RequestQueue,
-    Requester, SegmentPool, Seqpacket,
+    Awaited, Deadline, Error, Fault, Memfd, PeerFault, Refusal, Rejection, Reply, RequestQueue,
+    Requester, SegmentPool, Seqpacket, WorkerPool,
 };
 use watchdog::watchdog;
 
@@ -217,7 +219,7 @@ fn serve(server: Seqpacket) {
         Err(Error::Closed) => None,
         Err(error) => panic!("{error}"), // a client's misbehaviour is never an error here
     };
-    let crew = Crew::start("server", 2, next, |transfer| {
+    let workers = WorkerPool::start("server", 2, next, |transfer| {
         let len = std::str::from_utf8(transfer.key()).ok().and_then(|key| key.parse().ok());
         let outcome = match len.filter(|len| *len <= 1 << 20) {
             None => transfer.refuse(Refusal::Invalid),
@@ -230,7 +232,11 @@ fn serve(server: Seqpacket) {
         match outcome {
             Ok(()) => {}
             Err(
-                Error::Peer(_) | Error::Stale | Error::Cancelled | Error::Disconnected | Error::Timeout(_),
+                Error::Peer(_)
+                | Error::Stale
+                | Error::Cancelled
+                | Error::Disconnected
+                | Error::Timeout(_),
             ) => {}
             Err(error) => panic!("{error:?}"),
         }
@@ -238,7 +244,7 @@ fn serve(server: Seqpacket) {
     say("ready");
     be_nudged();
     queue.close();
-    assert!(crew.unwrap().join(soon()), "a worker hangs");
+    assert!(workers.unwrap().join(soon()), "a worker hangs");
     say("ended");
 }
 
@@ -322,7 +328,7 @@ const LAST: u32 = 1 << 31;
 /// The words of a ring of requests.
 const POSTED: usize = 0;
 const TAKEN: usize = 128;
-const BELL: usize = 256;
+const NEED_WAKEUP: usize = 256;
 const ENTRY: usize = 384;
 const ENTRIES: u64 = 64;
 const RING_LEN: usize = 20_480;
@@ -344,7 +350,8 @@ impl Memory {
         use rustix::mm::{MapFlags, ProtFlags, mmap};
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel chooses fresh addresses.
-        let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) }.unwrap();
+        let base =
+            unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) }.unwrap();
         Memory { base: base.cast(), len }
     }
 
@@ -402,7 +409,7 @@ impl Memory {
 
     /// Writes to a word of a ring.
     fn spoil_ring(&self, random: &mut Random) {
-        let at = [POSTED, TAKEN, BELL, 8 * random.below(RING_LEN / 8)][random.below(4)];
+        let at = [POSTED, TAKEN, NEED_WAKEUP, 8 * random.below(RING_LEN / 8)][random.below(4)];
         let near = self.long(at).load(SeqCst).wrapping_add(random.next() % 5).wrapping_sub(2);
         self.long(at).store([near, random.next(), 0, 1, u64::MAX][random.below(5)], SeqCst);
     }
@@ -411,7 +418,8 @@ impl Memory {
     fn spoil(&self, random: &mut Random) {
         match random.below(8) {
             0 => {
-                let generation = [self.long(TURN).load(SeqCst) >> 8, random.next()][random.below(2)];
+                let generation =
+                    [self.long(TURN).load(SeqCst) >> 8, random.next()][random.below(2)];
                 let phase = [random.next() % 8, random.next() % 256][random.below(2)];
                 self.long(TURN).store(generation << 8 | phase, SeqCst);
             }
@@ -419,7 +427,9 @@ impl Memory {
             2 => self.word(FREE).store(random.word(), SeqCst),
             3 => self.word([FREE, FILLED][random.below(2)] + SLEEPERS).store(random.word(), SeqCst),
             4 => self.word(CANCELLED).store(random.word() % 2, SeqCst),
-            5 => self.word([RECEIVER_CPU, SENDER_CPU][random.below(2)]).store(random.word(), SeqCst),
+            5 => {
+                self.word([RECEIVER_CPU, SENDER_CPU][random.below(2)]).store(random.word(), SeqCst)
+            }
             6 => self.word(CHUNKS + 4 * random.below(512)).store(random.word(), SeqCst),
             _ => {
                 self.word([STATUS, METADATA_LEN][random.below(2)]).store(random.word(), SeqCst);
@@ -438,12 +448,15 @@ impl Line {
     fn to(path: &Path) -> Line {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+                .unwrap();
         let address = SocketAddrUnix::new(path).unwrap();
-        wait_until("there was room at the door", || match rustix::net::connect(&socket, &address) {
-            Ok(()) => true,
-            Err(Errno::AGAIN) => false,
-            Err(errno) => panic!("{errno}"),
+        wait_until("there was room at the door", || {
+            match rustix::net::connect(&socket, &address) {
+                Ok(()) => true,
+                Err(Errno::AGAIN) => false,
+                Err(errno) => panic!("{errno}"),
+            }
         });
         Line(socket)
     }
@@ -458,7 +471,9 @@ impl Line {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         match rustix::net::sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags) {
             Ok(_) => true,
-            Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET | Errno::TOOMANYREFS | Errno::MSGSIZE) => false,
+            Err(
+                Errno::AGAIN | Errno::PIPE | Errno::CONNRESET | Errno::TOOMANYREFS | Errno::MSGSIZE,
+            ) => false,
             Err(errno) => panic!("{errno}"),
         }
     }
@@ -470,9 +485,9 @@ impl Line {
         });
     }
 
-    fn poll(&self, events: PollFlags, patience: Duration) -> bool {
-        let patience = patience.try_into().unwrap();
-        poll(&mut [PollFd::new(&self.0, events)], Some(&patience)).unwrap() > 0
+    fn poll(&self, events: PollFlags, timeout: Duration) -> bool {
+        let timeout = timeout.try_into().unwrap();
+        poll(&mut [PollFd::new(&self.0, events)], Some(&timeout)).unwrap() > 0
     }
 
     /// The next message, and a descriptor with it; `None` at the end.
@@ -520,8 +535,12 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 const POOL: u64 = 77;
 
 fn hello(slots: u32, slot_len: u32) -> Vec<u8> {
-    let numbers =
-        [&1u32.to_le_bytes()[..], &POOL.to_le_bytes(), &slots.to_le_bytes(), &slot_len.to_le_bytes()];
+    let numbers = [
+        &1u32.to_le_bytes()[..],
+        &POOL.to_le_bytes(),
+        &slots.to_le_bytes(),
+        &slot_len.to_le_bytes(),
+    ];
     [&[1][..], b"shmferry", &numbers.concat()].concat()
 }
 
@@ -674,7 +693,9 @@ fn stalls(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
         assert!(client.try_ask("100000"));
         wait_until("it was served", || client.memory.word(FILLED).load(SeqCst) == SLOTS);
         // It may still be read from: but no more than a few of these are taken up.
-        while client.generation < 1000 && client.line.try_say(&request(0, client.generation, "9"), &[]) {
+        while client.generation < 1000
+            && client.line.try_say(&request(0, client.generation, "9"), &[])
+        {
             client.generation += 1;
         }
         lasting.push(Box::new(client));
@@ -754,7 +775,10 @@ fn descriptors_of_all_kinds(path: &Path, _: &mut Vec<Box<dyn Send>>) {
         ("a hollow memfd", sealed(memfd(len, MemfdFlags::empty()), SEALS)),
         ("another's segment", proper(1)),
         ("a memfd sealed against writing", sealed(unsealed(0), SEALS | SealFlags::WRITE)),
-        ("a memfd sealed against further writing", sealed(unsealed(0), SEALS | SealFlags::FUTURE_WRITE)),
+        (
+            "a memfd sealed against further writing",
+            sealed(unsealed(0), SEALS | SealFlags::FUTURE_WRITE),
+        ),
         ("a memfd to be read only", read_only),
     ];
     for (what, fd) in &wrong {
@@ -821,7 +845,7 @@ fn descriptors_in_heaps(path: &Path, _: &mut Vec<Box<dyn Send>>) {
 }
 
 /// A socket that lingers, whose last descriptor makes whoever closes it wait, and its other end.
-fn lingering() -> (TcpStream, TcpStream) {
+fn quarantined() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     socket.set_nonblocking(true).unwrap();
@@ -832,14 +856,16 @@ fn lingering() -> (TcpStream, TcpStream) {
 
 fn descriptors_that_do_not_close(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
     for round in 0..16 {
-        let (socket, other) = lingering();
+        let (socket, other) = quarantined();
         let line = Line::to(path);
         line.say(&hello(SLOTS, SLOT_LEN), &[]);
         match round % 3 {
             0 => line.say(&segment(0), &[socket.as_fd()]),
             1 => line.say(&segment(0), &[socket.as_fd(); 30]),
             // It is hung up on before that is read.
-            _ => [&[9][..], &segment(0)].iter().for_each(|message| line.say(message, &[socket.as_fd()])),
+            _ => [&[9][..], &segment(0)]
+                .iter()
+                .for_each(|message| line.say(message, &[socket.as_fd()])),
         }
         thread::spawn(|| drop(socket)); // the last one is the server's, mostly
         lasting.push(Box::new((line, other)));
@@ -879,7 +905,9 @@ fn requests_for_nothing(path: &Path, _: &mut Vec<Box<dyn Send>>) {
         client.line.say(&request(round as u32 + 1, round, "10"), &[]); // no such segment
     }
     client.offer();
-    for generation in [0, client.generation - 1, client.generation + 1, u64::MAX, 1 << 56, (1 << 56) - 1] {
+    for generation in
+        [0, client.generation - 1, client.generation + 1, u64::MAX, 1 << 56, (1 << 56) - 1]
+    {
         client.line.say(&request(0, generation, "10"), &[]); // no such generation
     }
     for phase in [0, ACCEPTED, ANNOUNCED, FINISHED, 7, 8, 255] {
@@ -906,7 +934,8 @@ fn requests_for_nothing(path: &Path, _: &mut Vec<Box<dyn Send>>) {
 
 /// Each word once, with each value that could hurt, in the middle of a transfer.
 fn words_one_by_one(path: &Path, _: &mut Vec<Box<dyn Send>>) {
-    let words = [FREE, FREE + SLEEPERS, FILLED, FILLED + SLEEPERS, CANCELLED, RECEIVER_CPU, STATUS, CHUNKS];
+    let words =
+        [FREE, FREE + SLEEPERS, FILLED, FILLED + SLEEPERS, CANCELLED, RECEIVER_CPU, STATUS, CHUNKS];
     let values = [0, 1, SLOTS + 1, u32::MAX, 1 << 31, (1 << 31) - 1, (1 << 31) + 1];
     for (word, value) in words.iter().flat_map(|word| values.map(|value| (*word, value))) {
         let mut client = Client::of(path);
@@ -1024,7 +1053,7 @@ fn rings_that_lie(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
         memory.put(1 + round as u32, round, 3, b"100");
         client.offer();
         memory.put(0, client.generation, 1, b"0");
-        memory.long(BELL).store(round % 3, SeqCst);
+        memory.long(NEED_WAKEUP).store(round % 3, SeqCst);
         client.line.say(KNOCK, &[]);
         let finished = client.generation << 8 | FINISHED;
         wait_until("it was answered", || client.memory.long(TURN).load(SeqCst) == finished);
@@ -1090,7 +1119,8 @@ fn withstands(uid: Option<u32>) {
     }
     let bystander = Bystander::of(&path);
     bystander.is_served();
-    let (descriptors, mappings, memory) = (server.descriptors(), server.mappings(), server.memory());
+    let (descriptors, mappings, memory) =
+        (server.descriptors(), server.mappings(), server.memory());
 
     let mut hostile = Other::start_as("hostile client", &path, uid);
     for (deed, _) in DEEDS {
@@ -1153,7 +1183,7 @@ fn with_room_for(segments: usize, run: impl FnOnce(&Path)) {
                 // Waits for its client for as long as that is there.
                 scope.spawn(move || {
                     let mut sending = transfer.accept(len as u64).unwrap();
-                    sending.set_patience(Duration::MAX);
+                    sending.set_timeout(Duration::MAX);
                     let _ = sending.write_all(&pattern(len));
                 });
             }
@@ -1188,7 +1218,9 @@ fn memory_that_only_looks_allocated_costs_a_server_no_more_than_its_limit() {
                 let beyond = FallocateFlags::KEEP_SIZE;
                 rustix::fs::fallocate(&fd, beyond, LEN as u64, LEN as u64).unwrap();
                 let numbers = [1, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
-                let header = [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &index.to_ne_bytes()].concat();
+                let header =
+                    [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &index.to_ne_bytes()]
+                        .concat();
                 rustix::io::pwrite(&fd, &header, 0).unwrap();
                 let fd = sealed(fd, SEALS);
                 let before = taken_by(&fd);
@@ -1235,7 +1267,9 @@ fn segments_that_are_retired_while_they_are_held_cost_a_server_no_more_than_its_
             ask_over(&line, &memory, index, 50_000);
             line.say(&retire(index), &[]);
             let is_held = || memory.word(FILLED).load(SeqCst) == SLOTS;
-            wait_until("it was taken or refused", || is_held() || line.poll(PollFlags::IN, Duration::ZERO));
+            wait_until("it was taken or refused", || {
+                is_held() || line.poll(PollFlags::IN, Duration::ZERO)
+            });
             mapped += usize::from(is_held());
         }
         assert_eq!(line.last_words(), Some(TOO_MANY_BYTES));
@@ -1334,14 +1368,17 @@ fn hostile_server(path: &Path) {
                 6 => ring = Some((Memory::map(fd.unwrap(), RING_LEN), 0)),
                 7 => {
                     let (ring, taken) = ring.as_mut().expect("it knocks at a ring");
-                    ring.long(BELL).swap(bells.next().unwrap(), SeqCst);
+                    ring.long(NEED_WAKEUP).swap(bells.next().unwrap(), SeqCst);
                     while *taken < ring.long(POSTED).load(SeqCst) {
                         asked.push(ring.entry(*taken));
                         *taken += 1;
                         ring.long(TAKEN).store(*taken, SeqCst);
                     }
                 }
-                1 => (slots, slot_len) = (u32_at(&message, 21) as usize, u32_at(&message, 25) as usize),
+                1 => {
+                    (slots, slot_len) =
+                        (u32_at(&message, 21) as usize, u32_at(&message, 25) as usize)
+                }
                 2 => {
                     let len = HEADER + slots * slot_len.next_multiple_of(4096);
                     known.insert(u32_at(&message, 1), Memory::map(fd.unwrap(), len));
@@ -1368,7 +1405,7 @@ fn hostile_server(path: &Path) {
                     (0..1000).for_each(|_| ring.spoil_ring(&mut random));
                     ring.long(POSTED).store(0, SeqCst);
                     ring.long(TAKEN).store([1 << 40, *taken][random.below(2)], SeqCst);
-                    ring.long(BELL).swap(bells.next().unwrap(), SeqCst);
+                    ring.long(NEED_WAKEUP).swap(bells.next().unwrap(), SeqCst);
                 }
                 answer(&key, &deal, all, &mut random)
             });
@@ -1420,7 +1457,8 @@ fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> 
             deal.announce(FOUND, UNKNOWN, 0);
             // Slots that were never freed are filled again.
             while deal.memory.word(FREE).load(SeqCst) & LAST == 0 {
-                (0..deal.slots).for_each(|slot| deal.memory.word(CHUNKS + 4 * slot).store(limit, SeqCst));
+                (0..deal.slots)
+                    .for_each(|slot| deal.memory.word(CHUNKS + 4 * slot).store(limit, SeqCst));
                 deal.memory.post(FILLED);
             }
             deal.enter(ABORTED);
@@ -1486,7 +1524,8 @@ fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> 
             }
         }
         "turns of idle segments" => {
-            let idle: Vec<_> = all.iter().filter(|memory| memory.base != deal.memory.base).collect();
+            let idle: Vec<_> =
+                all.iter().filter(|memory| memory.base != deal.memory.base).collect();
             for memory in idle {
                 let generation = memory.long(TURN).load(SeqCst) >> 8;
                 let phase = 1 + random.next() % 9;
@@ -1515,7 +1554,7 @@ fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> 
         }
         "words that do not close, and an end" => {
             for _ in 0..3 {
-                let (socket, other) = lingering();
+                let (socket, other) = quarantined();
                 deal.line.try_say(&[9], &[socket.as_fd(); 20]);
                 thread::spawn(|| drop(socket)); // the last one is the receiver's, mostly
                 std::mem::forget(other);
@@ -1541,16 +1580,22 @@ fn outcome(
 ) -> Result<Vec<u8>, Error> {
     /// More than any body here has.
     const ENOUGH: usize = 1 << 20;
-    let patience = Duration::from_millis(200);
+    let timeout = Duration::from_millis(200);
     let lease = pool.lease(soon()).expect("the pool keeps its capacity");
     let (request, transfer) = lease.request(key)?;
     requester.send(request, soon())?;
-    let Reply::Found(mut body) = transfer.reply(Deadline::after(patience))? else { return Ok(Vec::new()) };
+    let Reply::Found(mut body) = transfer.reply(Deadline::after(timeout))? else {
+        return Ok(Vec::new());
+    };
     let (size, metadata) = (body.size(), body.metadata::<Vec<u8>>().unwrap());
-    body.set_patience(patience);
+    body.set_timeout(timeout);
     let mut bytes = Vec::new();
     let read = (&mut body).take(ENOUGH as u64).read_to_end(&mut bytes);
-    assert_eq!((size, metadata), (body.size(), body.metadata::<Vec<u8>>().unwrap()), "read once, and kept");
+    assert_eq!(
+        (size, metadata),
+        (body.size(), body.metadata::<Vec<u8>>().unwrap()),
+        "read once, and kept"
+    );
     match read {
         Ok(_) => Ok(bytes),
         Err(error) => Err(*error.into_inner().unwrap().downcast::<Error>().unwrap()),
@@ -1577,17 +1622,23 @@ fn a_hostile_server_harms_nobody() {
         drop(leases);
         (0..2).for_each(|_| assert!(get("honest").unwrap() == pattern(10_000)));
         let stats = pool.stats();
-        assert_eq!((stats.segments, stats.idle + stats.lingering), (2, 2));
+        assert_eq!((stats.segments, stats.idle + stats.quarantined), (2, 2));
     };
     whole();
 
     type Check = fn(&Result<Vec<u8>, Error>) -> bool;
     let deeds: [(&str, Check); 22] = [
         ("ring words", |r| matches!(r, Ok(bytes) if *bytes == pattern(10_000))),
-        ("chunk too long", |r| matches!(r, Err(Error::Peer(ChunkTooLong { len: 2049, limit: 2048 })))),
+        ("chunk too long", |r| {
+            matches!(r, Err(Error::Peer(ChunkTooLong { len: 2049, limit: 2048 })))
+        }),
         ("longest chunk", |r| matches!(r, Err(Error::Peer(ChunkTooLong { .. })))),
-        ("sum too long", |r| matches!(r, Err(Error::Peer(TooLong { announced: 2049, received: 2050 })))),
-        ("early end", |r| matches!(r, Err(Error::Peer(WrongEnd { announced: 10_000, received: 4096 })))),
+        ("sum too long", |r| {
+            matches!(r, Err(Error::Peer(TooLong { announced: 2049, received: 2050 })))
+        }),
+        ("early end", |r| {
+            matches!(r, Err(Error::Peer(WrongEnd { announced: 10_000, received: 4096 })))
+        }),
         ("no end", |r| matches!(r, Err(Error::Peer(WrongEnd { announced: 10, received: 10 })))),
         ("empty chunks without end", |r| matches!(r, Err(Error::Peer(EmptyChunk)))),
         ("bytes without end", |r| matches!(r, Ok(bytes) if bytes.len() == 1 << 20)),
@@ -1598,7 +1649,10 @@ fn a_hostile_server_harms_nobody() {
         ("permits and poison", |r| matches!(r, Err(Error::Aborted))),
         ("silence", |r| matches!(r, Err(Error::Timeout(Awaited::Reply)))),
         ("impossible turn", |r| matches!(r, Err(Error::Timeout(Awaited::Reply)))),
-        ("words of the announcement rewritten", |r| matches!(r, Ok(bytes) if *bytes == pattern(50_000))),
+        (
+            "words of the announcement rewritten",
+            |r| matches!(r, Ok(bytes) if *bytes == pattern(50_000)),
+        ),
         ("babble", |r| matches!(r, Ok(bytes) if *bytes == pattern(10_000))),
         ("babble and an end", |r| matches!(r, Err(Error::Disconnected))),
         ("unknown farewell", |r| matches!(r, Err(Error::Rejected(Rejection::Protocol)))),

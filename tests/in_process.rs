@@ -3,7 +3,9 @@
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use shmferry::{Crew, Deadline, Error, InProcess, Memfd, RequestQueue, Requester, SegmentPool};
+use shmferry::{
+    Deadline, Error, InProcess, Memfd, RequestQueue, Requester, SegmentPool, WorkerPool,
+};
 use watchdog::watchdog;
 
 mod watchdog;
@@ -13,11 +15,11 @@ fn soon() -> Deadline {
 }
 
 /// A crew whose jobs are closures.
-fn crew(places: usize) -> (mpsc::Sender<Box<dyn FnOnce() + Send>>, Crew) {
+fn workers(places: usize) -> (mpsc::Sender<Box<dyn FnOnce() + Send>>, WorkerPool) {
     let (jobs, inbox) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
     let inbox = Mutex::new(inbox);
     let next = move || inbox.lock().unwrap().recv().ok();
-    (jobs, Crew::start("test", places, next, |job| job()).unwrap())
+    (jobs, WorkerPool::start("test", places, next, |job| job()).unwrap())
 }
 
 fn pool() -> SegmentPool<Memfd> {
@@ -30,7 +32,7 @@ fn both_ends_in_a_crew_of_one_place_meet() {
     let _watchdog = watchdog();
     for room in [0, 1, 4] {
         let (pool, queue) = (pool(), InProcess::bounded(room));
-        let (jobs, crew) = crew(1);
+        let (jobs, workers) = workers(1);
         let full = (0..room.min(1)).map(|_| {
             let (request, transfer) = pool.lease(soon()).unwrap().request("first").unwrap();
             queue.send(request, soon()).unwrap();
@@ -59,7 +61,7 @@ fn both_ends_in_a_crew_of_one_place_meet() {
         }))
         .unwrap();
         drop(jobs);
-        assert!(crew.join(soon()), "room for {room}");
+        assert!(workers.join(soon()), "room for {room}");
         assert_eq!(*results.lock().unwrap(), vec![true; 1 + requests]);
         drop(full);
     }
@@ -72,7 +74,7 @@ fn a_sender_that_waits_for_its_place_keeps_no_receiver_waiting() {
     let _watchdog = watchdog();
     for room in [0, 1] {
         let (pool, queue) = (pool(), InProcess::bounded(room));
-        let (jobs, crew) = crew(1);
+        let (jobs, workers) = workers(1);
         let mut full = Vec::new();
         for _ in 0..room {
             let (first, transfer) = pool.lease(soon()).unwrap().request("first").unwrap();
@@ -103,6 +105,6 @@ fn a_sender_that_waits_for_its_place_keeps_no_receiver_waiting() {
         assert_eq!(queue.recv(soon()).expect("the request is there").key(), b"second");
         release.send(()).unwrap();
         drop(jobs);
-        assert!(crew.join(soon()));
+        assert!(workers.join(soon()));
     }
 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shmferry::{
-    Deadline, Error, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket, SeqpacketQueue,
+    Deadline, Error, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
+    SeqpacketQueue,
 };
 use watchdog::watchdog;
 
@@ -40,7 +41,8 @@ fn a_queue_that_closes_without_a_descriptor_left_still_answers() {
         let dir = tempfile::tempdir().unwrap();
         let address = Seqpacket::new(dir.path().join("queue.sock"));
         let queue = address.clone().bind().unwrap();
-        let pool = SegmentPool::<Memfd>::builder().segments(2).segment_len(64).slots(1).create().unwrap();
+        let pool =
+            SegmentPool::<Memfd>::builder().segments(2).segment_len(64).slots(1).create().unwrap();
         let requester = address.requester(&pool).unwrap();
         thread::scope(|scope| {
             scope.spawn(|| queue.recv(soon()).unwrap().refuse(Refusal::NotFound).unwrap());

@@ -19,9 +19,9 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use rustix::process::{Pid, Signal, kill_process};
 use shmferry::{
-    Awaited, Backing, Crew, Deadline, Error, Memfd, Named, Peer, PosixMq, PosixMqQueue, PosixMqRequester,
-    Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
-    SeqpacketQueue, SeqpacketRequester, ShmTransfer, Size,
+    Awaited, Backing, Deadline, Error, Memfd, Named, Peer, PosixMq, PosixMqQueue, PosixMqRequester,
+    Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue, Requester, SegmentPool,
+    Seqpacket, SeqpacketQueue, SeqpacketRequester, ShmTransfer, Size, WorkerPool,
 };
 use support::{Place, Transport};
 use watchdog::watchdog;
@@ -44,7 +44,11 @@ trait Carrier: 'static {
     fn requester(address: &str, pool: &Pool<Self>) -> Self::Requester;
     /// One that does not wait for a server.
     fn hasty(address: &str, pool: &Pool<Self>) -> Self::Requester;
-    fn connect(address: &str, pool: &Pool<Self>, deadline: Deadline) -> Result<Self::Requester, Error>;
+    fn connect(
+        address: &str,
+        pool: &Pool<Self>,
+        deadline: Deadline,
+    ) -> Result<Self::Requester, Error>;
     fn clients(queue: &Self::Queue) -> Vec<Peer>;
     fn server(requester: &Self::Requester) -> Option<Peer>;
 }
@@ -75,10 +79,14 @@ impl Carrier for Unix {
     }
 
     fn hasty(address: &str, pool: &SegmentPool<Memfd>) -> SeqpacketRequester {
-        Unix::at(address).absence(Duration::ZERO).requester(pool).unwrap()
+        Unix::at(address).connect_timeout(Duration::ZERO).requester(pool).unwrap()
     }
 
-    fn connect(address: &str, pool: &Pool<Unix>, deadline: Deadline) -> Result<SeqpacketRequester, Error> {
+    fn connect(
+        address: &str,
+        pool: &Pool<Unix>,
+        deadline: Deadline,
+    ) -> Result<SeqpacketRequester, Error> {
         Unix::at(address).connect(pool, deadline)
     }
 
@@ -115,10 +123,14 @@ impl Carrier for Mq {
     }
 
     fn hasty(address: &str, pool: &SegmentPool<Named>) -> PosixMqRequester {
-        Mq::at(address).absence(Duration::ZERO).requester(pool)
+        Mq::at(address).connect_timeout(Duration::ZERO).requester(pool)
     }
 
-    fn connect(address: &str, pool: &Pool<Mq>, deadline: Deadline) -> Result<PosixMqRequester, Error> {
+    fn connect(
+        address: &str,
+        pool: &Pool<Mq>,
+        deadline: Deadline,
+    ) -> Result<PosixMqRequester, Error> {
         Mq::at(address).connect(pool, deadline)
     }
 
@@ -203,7 +215,11 @@ impl Other {
     fn wait_for(&mut self, word: &str) -> String {
         loop {
             let mut line = String::new();
-            assert_ne!(self.says.read_line(&mut line).unwrap(), 0, "it ended before it said {word:?}");
+            assert_ne!(
+                self.says.read_line(&mut line).unwrap(),
+                0,
+                "it ended before it said {word:?}"
+            );
             if let Some(said) = line.split("says ").nth(1).filter(|said| said.starts_with(word)) {
                 return said.trim().to_owned();
             }
@@ -253,7 +269,11 @@ fn linger() -> ! {
 fn other_process() {
     let Ok(role) = env::var(ROLE) else { return };
     let address = env::var(ADDRESS).unwrap();
-    if address.starts_with("mq:") { play::<Mq>(&role, &address) } else { play::<Unix>(&role, &address) }
+    if address.starts_with("mq:") {
+        play::<Mq>(&role, &address)
+    } else {
+        play::<Unix>(&role, &address)
+    }
 }
 
 fn play<C: Carrier>(role: &str, address: &str) {
@@ -321,12 +341,13 @@ fn play<C: Carrier>(role: &str, address: &str) {
             let queue = Arc::new(C::bind(address).unwrap());
             let taking = Arc::clone(&queue);
             let next = move || taking.recv(Deadline::NEVER).ok();
-            let crew =
-                Crew::start("server", 4, next, |transfer| Errand::read(transfer.key()).serve(transfer));
+            let workers = WorkerPool::start("server", 4, next, |transfer| {
+                Errand::read(transfer.key()).serve(transfer)
+            });
             say("ready");
             is_nudged();
             queue.close();
-            assert!(crew.unwrap().join(soon()));
+            assert!(workers.unwrap().join(soon()));
             drop(queue);
             say("ended");
         }
@@ -471,7 +492,9 @@ fn a_request_that_a_killed_server_did_not_take_goes_to_its_successor<C: Carrier>
         server.kill();
         assert!(matches!(taken.reply(Deadline::NEVER), Err(Error::Disconnected)));
         let _successor = Other::start("serve", &place);
-        let Ok(Reply::Found(body)) = untaken.join().unwrap() else { panic!("it was not asked again") };
+        let Ok(Reply::Found(body)) = untaken.join().unwrap() else {
+            panic!("it was not asked again")
+        };
         assert!(read_all(body) == pattern(5));
     });
 }
@@ -529,9 +552,9 @@ fn segments_of_a_killed_server_do_not_linger<C: Carrier>() {
     server.wait_for("sent");
     drop(body);
     server.kill();
-    assert_eq!(pool.stats().lingering, 1);
+    assert_eq!(pool.stats().quarantined, 1);
     let limit = soon();
-    while pool.stats().lingering > 0 && !cfg!(feature = "raw-sync") {
+    while pool.stats().quarantined > 0 && !cfg!(feature = "raw-sync") {
         assert!(!limit.has_passed(), "it lingers, though its sender is dead");
         drop(pool.lease(soon()).unwrap());
         thread::yield_now();
@@ -582,7 +605,10 @@ fn a_receiver_killed_before_its_request_is_taken_up<C: Carrier>() {
     let receiver = Other::start("ask and halt", &place);
     let taken = queue.recv(soon()).unwrap();
     let peer = taken.peer().unwrap();
-    assert_eq!((peer.pid, peer.uid), (Some(receiver.child.id()), rustix::process::getuid().as_raw()));
+    assert_eq!(
+        (peer.pid, peer.uid),
+        (Some(receiver.child.id()), rustix::process::getuid().as_raw())
+    );
     receiver.kill();
     let mut sending = taken.accept(Size::Unknown).unwrap();
     let error = loop {
@@ -622,7 +648,10 @@ fn a_queue_that_is_dropped_hangs_up_and_aborts_nothing<C: Carrier>() {
         drop(queue);
         if round % 2 == 0 {
             let slot = held.next_slot(Deadline::NEVER).map(drop);
-            assert!(matches!(slot, Err(Error::Disconnected)), "told before its client was: {slot:?}");
+            assert!(
+                matches!(slot, Err(Error::Disconnected)),
+                "told before its client was: {slot:?}"
+            );
         }
         let reply = transfer.reply(Deadline::NEVER).map(drop);
         assert!(matches!(reply, Err(Error::Disconnected)), "{reply:?}");
@@ -736,7 +765,8 @@ fn another_user_is_turned_away_unless_allowed() {
     }
     const NOBODY: u32 = 65_534;
     let (dir, path) = socket();
-    let open_up = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    let open_up =
+        |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     let reports = Arc::new(Mutex::new(Vec::new()));
     let queue = Seqpacket::new(&path)
         .on_rejected({
@@ -810,8 +840,12 @@ impl Stranger {
         loop {
             let mut control = rustix::net::RecvAncillaryBuffer::default();
             let flags = rustix::net::RecvFlags::empty();
-            let heard =
-                rustix::net::recvmsg(&self.0, &mut [IoSliceMut::new(&mut buffer)], &mut control, flags);
+            let heard = rustix::net::recvmsg(
+                &self.0,
+                &mut [IoSliceMut::new(&mut buffer)],
+                &mut control,
+                flags,
+            );
             match heard.map(|heard| heard.bytes) {
                 Ok(0) => return code,
                 // Told once, when the server hung up on something unread; its words come after.
@@ -849,13 +883,16 @@ fn nonsense_costs_its_own_connection_only() {
         let closing = Closing(&queue);
         let workers: Vec<_> = (0..2)
             .map(|_| {
-                scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()))
+                scope.spawn(|| {
+                    answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap())
+                })
             })
             .collect();
         let honest_pool = pool::<Unix>(2, 2);
         let honest = Seqpacket::new(&path).requester(&honest_pool).unwrap();
-        let honestly =
-            || assert!(read_all(ask::<Unix>(&honest, &honest_pool, 9000).unwrap()) == pattern(9000));
+        let honestly = || {
+            assert!(read_all(ask::<Unix>(&honest, &honest_pool, 9000).unwrap()) == pattern(9000))
+        };
         honestly();
 
         const PROTOCOL: Option<u32> = Some(6);
@@ -878,9 +915,20 @@ fn nonsense_costs_its_own_connection_only() {
         passed_over.say(&request, None);
         passed_over.say(&[9], None);
         assert_eq!(passed_over.last_words(), PROTOCOL, "the message after it was read");
-        assert_eq!(says(&[(&hello(VERSION, 2, 2048), None), (&segment, None)]), PROTOCOL, "no descriptor");
-        assert_eq!(says(&[(&hello(VERSION, 2, 2048), None), (&segment, Some(&file))]), PROTOCOL, "no memfd");
-        assert_eq!(says(&[(&hello(VERSION, 2, 2048), None), (&hello(VERSION, 2, 2048), None)]), PROTOCOL);
+        assert_eq!(
+            says(&[(&hello(VERSION, 2, 2048), None), (&segment, None)]),
+            PROTOCOL,
+            "no descriptor"
+        );
+        assert_eq!(
+            says(&[(&hello(VERSION, 2, 2048), None), (&segment, Some(&file))]),
+            PROTOCOL,
+            "no memfd"
+        );
+        assert_eq!(
+            says(&[(&hello(VERSION, 2, 2048), None), (&hello(VERSION, 2, 2048), None)]),
+            PROTOCOL
+        );
         assert_eq!(says(&[(&vec![4; 5000], None)]), PROTOCOL, "too long");
         assert_eq!(says(&[(&[3, 0, 0, 0, 0], None)]), PROTOCOL);
 
@@ -911,10 +959,12 @@ fn limits_are_what_works() {
     let _watchdog = watchdog();
     let (_dir, path) = socket();
     let len = |segments: u64| segments * 2 * 4096; // each a page of header, and its slots
-    let queue = Seqpacket::new(&path).max_clients(2).max_segments(3).max_bytes(len(2)).bind().unwrap();
+    let queue =
+        Seqpacket::new(&path).max_clients(2).max_segments(3).max_bytes(len(2)).bind().unwrap();
     thread::scope(|scope| {
         let closing = Closing(&queue);
-        scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
+        scope
+            .spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
         let connected = |segments| {
             let pool = pool::<Unix>(segments, 1);
             let requester = Seqpacket::new(&path).requester(&pool).unwrap();
@@ -935,14 +985,18 @@ fn limits_are_what_works() {
     let queue = Seqpacket::new(&path).max_segments(2).max_bytes(len(2)).bind().unwrap();
     thread::scope(|scope| {
         let closing = Closing(&queue);
-        scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
+        scope
+            .spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
         let pools = [pool::<Unix>(2, 1), pool::<Unix>(3, 1)];
         let [reached, passed] = pools.each_ref().map(|pool| {
             let requester = Seqpacket::new(&path).requester(pool).unwrap();
             ask::<Unix>(&requester, pool, 10).map(read_all)
         });
         assert!(reached.unwrap() == pattern(10));
-        assert!(matches!(passed, Err(Error::Rejected(Rejection::TooManySegments(2)))), "{passed:?}");
+        assert!(
+            matches!(passed, Err(Error::Rejected(Rejection::TooManySegments(2)))),
+            "{passed:?}"
+        );
         drop(closing);
     });
 }
@@ -997,11 +1051,13 @@ fn a_server_of_named_segments_keeps_as_many_mapped_as_told() {
     let queue = Mq::at(address).max_segments(2).bind().unwrap();
     thread::scope(|scope| {
         let closing = Closing(&queue);
-        scope.spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
+        scope
+            .spawn(|| answer(&queue, |mut sending, len| sending.write_all(&pattern(len)).unwrap()));
         let pool = pool::<Mq>(5, 1);
         let requester = Mq::requester(address, &pool);
         for _ in 0..3 {
-            let bodies: Vec<_> = (0..5).map(|_| ask::<Mq>(&requester, &pool, 10).unwrap()).collect();
+            let bodies: Vec<_> =
+                (0..5).map(|_| ask::<Mq>(&requester, &pool, 10).unwrap()).collect();
             bodies.into_iter().for_each(|body| assert!(read_all(body) == pattern(10)));
             // Header and slots in one piece: a server's. A client may not write to its slots.
             let name = format!("shmferry-{}-{}", std::process::id(), pool.id());
@@ -1049,7 +1105,9 @@ fn no_descriptor_outlives_an_exec() {
     let listed = String::from_utf8(listed.stdout).unwrap();
     let ours: Vec<_> = listed
         .lines()
-        .filter(|line| ["shmferry", "socket:", "anon_inode:"].iter().any(|word| line.contains(word)))
+        .filter(|line| {
+            ["shmferry", "socket:", "anon_inode:"].iter().any(|word| line.contains(word))
+        })
         .collect();
     assert!(ours.is_empty(), "{ours:#?}");
 }
@@ -1116,7 +1174,8 @@ impl Errand {
 
     /// Small ones mostly, around the slot's and the segment's length at times.
     fn len(self) -> usize {
-        let [small, large] = [(self.word >> 16) as usize % 3000, (self.word >> 16) as usize % 20_000];
+        let [small, large] =
+            [(self.word >> 16) as usize % 3000, (self.word >> 16) as usize % 20_000];
         match self.word >> 14 & 3 {
             0 => [0, 1, 1023, 1024, 1025, 4095, 4096, 4097][small % 8],
             1 => large,
@@ -1128,7 +1187,9 @@ impl Errand {
         let mut state = self.word | 1;
         (0..self.len())
             .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 (state >> 56) as u8
             })
             .collect()
@@ -1155,7 +1216,8 @@ impl Errand {
 
     /// Takes the transfer and compares all that comes; `true` for one that came whole.
     fn run<C: Carrier>(self, requester: &C::Requester, pool: &Pool<C>) -> bool {
-        let (request, transfer) = pool.lease(soon()).unwrap().request(self.word.to_string()).unwrap();
+        let (request, transfer) =
+            pool.lease(soon()).unwrap().request(self.word.to_string()).unwrap();
         requester.send(request, soon()).unwrap();
         let mut body = match (transfer.reply(soon()), self.refusal()) {
             (Ok(Reply::Refused(why)), Some(expected)) if why == expected => return false,
@@ -1182,8 +1244,14 @@ impl Errand {
                 Ok(read) => got += read,
                 Err(error) => {
                     let cause = error.get_ref().unwrap().downcast_ref();
-                    assert!(self.breaks_off() && matches!(cause, Some(Error::Aborted)), "{self:?}: {error}");
-                    assert!(bytes[..got] == expected[..expected.len() / 2], "{self:?}: wrong bytes");
+                    assert!(
+                        self.breaks_off() && matches!(cause, Some(Error::Aborted)),
+                        "{self:?}: {error}"
+                    );
+                    assert!(
+                        bytes[..got] == expected[..expected.len() / 2],
+                        "{self:?}: wrong bytes"
+                    );
                     return false;
                 }
             }
@@ -1213,7 +1281,9 @@ fn a_hundred_thousand_transfers_at_random<C: Carrier>() {
                         state ^= state << 17;
                         state
                     };
-                    (0..EACH).filter(|_| Errand { word: random() }.run::<C>(requester, pool)).count() as u64
+                    (0..EACH)
+                        .filter(|_| Errand { word: random() }.run::<C>(requester, pool))
+                        .count() as u64
                 })
             })
             .collect();

@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use support::{Answer, Client, Place, Program, Signal, Transport, WATCHDOG, names_in, pattern, wait_until};
+use support::{
+    Answer, Client, Place, Program, Signal, Transport, WATCHDOG, names_in, pattern, wait_until,
+};
 
 over_both! {
     either_starts_first,
@@ -55,7 +57,9 @@ fn a_manifest_names_what_is_served() {
     place.write("lists/manifest", manifest.replace("files/", "../files/"));
 
     let _cache = place.simplecached(["-c", "lists/manifest"]).listening();
-    for args in [vec![], vec!["-n", "1", "-z", "824", "--slots", "1"], vec!["-z", "824", "--slots", "3"]] {
+    for args in
+        [vec![], vec!["-n", "1", "-z", "824", "--slots", "1"], vec!["-z", "824", "--slots", "3"]]
+    {
         let proxy = place.webproxy(args).listening();
         for size in sizes {
             assert_eq!(proxy.get(&format!("/size/{size}")), ok(pattern(size)));
@@ -166,7 +170,13 @@ fn a_directory_is_served_and_nothing_outside() {
     let proxy = place.webproxy(PLAIN).listening();
     assert_only_what_is_beneath(&place, &proxy);
     proxy.terminate().assert_said(&["hits=5", "misses=25", "errors=0", "invalid=0"]);
-    cache.terminate().assert_said(&["requests=30", "hits=5", "misses=25", "errors=0", "bytes=10022"]);
+    cache.terminate().assert_said(&[
+        "requests=30",
+        "hits=5",
+        "misses=25",
+        "errors=0",
+        "bytes=10022",
+    ]);
 }
 
 #[test]
@@ -274,7 +284,8 @@ fn requests_arrive_as_they_like() {
 fn an_unfinished_request_costs_its_own_connection_only() {
     let place = Place::new();
     place.write("root/a", "hello");
-    let proxy = place.bare_webproxy(["--root", "root", "-t", "1", "-n", "1", "--timeout", "3"]).listening();
+    let proxy =
+        place.bare_webproxy(["--root", "root", "-t", "1", "-n", "1", "--timeout", "3"]).listening();
     let mut unfinished: Vec<Client> = (0..20).map(|_| proxy.connect()).collect();
     unfinished.iter_mut().for_each(|client| client.send("GETFILE GET /"));
     assert_eq!(proxy.get("/a"), ok("hello"));
@@ -334,7 +345,11 @@ fn without_a_cache_there_is_an_error_in_the_end(over: Transport) {
     let proxy = place.webproxy(PLAIN).listening();
     assert_eq!(proxy.get("/a"), Answer::Error);
     let exit = proxy.terminate();
-    exit.assert_said(&["WARN", "the cache failed for /a: timed out waiting for a server", "errors=1"]);
+    exit.assert_said(&[
+        "WARN",
+        "the cache failed for /a: timed out waiting for a server",
+        "errors=1",
+    ]);
 }
 
 fn the_cache_may_be_restarted_or_killed(over: Transport) {
@@ -365,7 +380,12 @@ fn a_second_cache_at_the_same_address_is_refused(over: Transport) {
     let cache = place.simplecached(["-c", "files"]).listening();
     let pid = cache.pid().to_string();
     let second = place.simplecached(["-c", "files"]).finish();
-    second.assert_failure(&["cannot listen on ", &place.cache_address(), "is being served by process", &pid]);
+    second.assert_failure(&[
+        "cannot listen on ",
+        &place.cache_address(),
+        "is being served by process",
+        &pid,
+    ]);
     let proxy = place.webproxy(PLAIN).listening();
     assert_eq!(proxy.get("/a"), ok("hello"));
 }
@@ -539,11 +559,17 @@ fn names_in_shared_memory_are_for_this_user_only_and_the_successors_clear_up() {
         wait_until("those of the killed were swept", || place.names_left().len() == 4);
         let (files, names) = (place.queue_files(), place.names_left());
         assert_eq!(files.len(), 2, "{files:?}");
-        let paths = files.into_iter().chain(names.iter().map(|name| Path::new("/dev/shm").join(name)));
+        let paths =
+            files.into_iter().chain(names.iter().map(|name| Path::new("/dev/shm").join(name)));
         for path in paths {
-            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{path:?}");
+            assert_eq!(
+                fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+                0o600,
+                "{path:?}"
+            );
         }
-        let end = |program: Program, kill| if kill { program.kill() } else { drop(program.terminate()) };
+        let end =
+            |program: Program, kill| if kill { program.kill() } else { drop(program.terminate()) };
         end(cache, kill_cache);
         assert_eq!(place.queue_files().len(), if kill_cache { 2 } else { 0 });
         end(proxy, kill_proxy);
@@ -595,7 +621,8 @@ fn answer(request: tiny_http::Request, asked: &Mutex<Vec<String>>) {
         "chunked" => {
             let body = std::io::Cursor::new(pattern(argument.parse().unwrap()));
             request.respond(
-                Response::new(StatusCode(200), Vec::new(), body, None, None).with_chunked_threshold(0),
+                Response::new(StatusCode(200), Vec::new(), body, None, None)
+                    .with_chunked_threshold(0),
             )
         }
         "status" => {
@@ -694,7 +721,8 @@ fn an_origin_that_refuses_connections_is_an_error() {
     let address = SocketAddr::try_from(getsockname(&unheard).unwrap()).unwrap();
     let place = Place::new();
     place.write("root/a", "hello");
-    let proxy = place.bare_webproxy(["--root", "root", "-s", &format!("http://{address}")]).listening();
+    let proxy =
+        place.bare_webproxy(["--root", "root", "-s", &format!("http://{address}")]).listening();
     assert_eq!(proxy.get("/a"), ok("hello"));
     assert_eq!(proxy.get("/b"), Answer::Error);
 }
@@ -772,8 +800,9 @@ fn an_origin_that_stalls_is_cut_and_holds_up_nobody() {
         (b"", Answer::Error),
     ] {
         let url = raw_origin(reply, Then::Stall);
-        let proxy =
-            place.bare_webproxy(["--root", "root", "-t", "1", "--timeout", "3", "-s", &url]).listening();
+        let proxy = place
+            .bare_webproxy(["--root", "root", "-t", "1", "--timeout", "3", "-s", &url])
+            .listening();
         let mut waiting: Vec<Client> = (0..4).map(|_| proxy.connect()).collect();
         waiting.iter_mut().for_each(|client| client.request("/b"));
         assert_eq!(proxy.get("/a"), ok("hello"));

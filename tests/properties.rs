@@ -13,8 +13,9 @@ use std::time::Duration;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use shmferry::{
-    Awaited, Deadline, Error, InProcess, METADATA_LIMIT, Memfd, Misuse, Offered, Receiver, Receiving,
-    Refusal, Reply, RequestQueue, Requester, SegmentPool, Sender, Sending, ShmTransfer, Size, Starting,
+    Awaited, Deadline, Error, InProcess, METADATA_LIMIT, Memfd, Misuse, Offered, Receiver,
+    Receiving, Refusal, Reply, RequestQueue, Requester, SegmentPool, Sender, Sending, ShmTransfer,
+    Size, Starting,
 };
 
 #[path = "../examples/common/getfile.rs"]
@@ -25,14 +26,18 @@ mod getfile;
 mod store;
 
 use getfile::{
-    Dialect, MAX_PATH_LEN, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, ParsedReply, ParsedRequest, check_path,
-    encode_reply, encode_request, parse_reply, parse_request,
+    Dialect, MAX_PATH_LEN, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, ParsedReply, ParsedRequest,
+    check_path, encode_reply, encode_request, parse_reply, parse_request,
 };
 use store::Store;
 
 fn config(cases: u32) -> ProptestConfig {
     let asked = env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
-    ProptestConfig { cases: asked.unwrap_or(cases), failure_persistence: None, ..ProptestConfig::default() }
+    ProptestConfig {
+        cases: asked.unwrap_or(cases),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
 }
 
 // ---------------------------------------------------------------- transfers
@@ -339,7 +344,9 @@ impl Expected {
 
     #[track_caller]
     fn check_io(&self, error: io::Error) {
-        self.check(error.get_ref().and_then(|source| source.downcast_ref()).expect("a source of ours"));
+        self.check(
+            error.get_ref().and_then(|source| source.downcast_ref()).expect("a source of ours"),
+        );
     }
 }
 
@@ -374,14 +381,15 @@ impl Transfer {
                     assert!(matches!(accepted, Err(Error::Stale)));
                 } else {
                     let mut real = accepted.unwrap();
-                    real.set_patience(Duration::ZERO);
+                    real.set_timeout(Duration::ZERO);
                     (model.stand, model.size, model.metadata) = (Stand::Accepted, size, metadata);
                     self.giving = Giving::Sending(real);
                 }
             }
             (Giving::Starting(real), SenderStep::Refuse(code)) => {
-                let why = [Refusal::NotFound, Refusal::Failed, Refusal::Invalid, Refusal::Other(*code)]
-                    [*code as usize % 4];
+                let why =
+                    [Refusal::NotFound, Refusal::Failed, Refusal::Invalid, Refusal::Other(*code)]
+                        [*code as usize % 4];
                 let refused = real.refuse(why);
                 if model.stand == Stand::Withdrawn {
                     assert!(matches!(refused, Err(Error::Stale)));
@@ -429,11 +437,13 @@ impl Transfer {
             (Taking::Offered(real), ReceiverStep::Reply) => {
                 let reply = real.reply(now());
                 match (reply, model.stand) {
-                    (Ok(Reply::Refused(why)), Stand::Refused(expected)) => assert_eq!(why, expected),
+                    (Ok(Reply::Refused(why)), Stand::Refused(expected)) => {
+                        assert_eq!(why, expected)
+                    }
                     (Ok(Reply::Found(mut real)), _) if !model.chunks.is_empty() => {
                         assert_eq!(real.size(), model.size);
                         assert_eq!(real.metadata::<Vec<u8>>().unwrap(), model.metadata);
-                        real.set_patience(Duration::ZERO);
+                        real.set_timeout(Duration::ZERO);
                         self.taking = Taking::Receiving(real);
                         return;
                     }
@@ -491,7 +501,10 @@ fn go_on_sending(real: &mut ShmTransfer<Sender, Sending>, model: &mut Model, ste
                     model.publish(filled, false);
                 }
             }
-            let sent = agree(real.next_slot(now()).and_then(|slot| slot.send_from(source(), at)), expected);
+            let sent = agree(
+                real.next_slot(now()).and_then(|slot| slot.send_from(source(), at)),
+                expected,
+            );
             assert_eq!(sent.unwrap_or(0), filled);
         }
         SenderStep::Write(len) => {
@@ -579,7 +592,7 @@ struct World {
     transfers: Vec<Transfer>,
     idle: usize,
     /// Transfers whose segment was given back with their sender on it.
-    lingering: VecDeque<usize>,
+    quarantined: VecDeque<usize>,
     retired: u64,
 }
 
@@ -587,26 +600,26 @@ impl World {
     fn new(segments: u32, slots: u32, slot_len: u32) -> World {
         let pool = SegmentPool::builder().segments(segments).slots(slots);
         let pool = pool.segment_len(u64::from(slots) * u64::from(slot_len)).create().unwrap();
-        let (queue, transfers, lingering) = (InProcess::bounded(1), Vec::new(), VecDeque::new());
-        World { pool, queue, transfers, idle: segments as usize, lingering, retired: 0 }
+        let (queue, transfers, quarantined) = (InProcess::bounded(1), Vec::new(), VecDeque::new());
+        World { pool, queue, transfers, idle: segments as usize, quarantined, retired: 0 }
     }
 
     fn ask(&mut self, sent: bool) {
         let leased = self.pool.lease(now());
         if self.idle > 0 {
             self.idle -= 1;
-        } else if let Some(oldest) = self.lingering.pop_front() {
+        } else if let Some(oldest) = self.quarantined.pop_front() {
             self.retired += u64::from(!self.transfers[oldest].model.is_off());
         } else {
             assert!(matches!(leased, Err(Error::Timeout(Awaited::Lease))), "{leased:?}");
             return;
         }
         // Each lease looks after one that lingers, too.
-        if let Some(oldest) = self.lingering.pop_front() {
+        if let Some(oldest) = self.quarantined.pop_front() {
             if self.transfers[oldest].model.is_off() {
                 self.idle += 1
             } else {
-                self.lingering.push_back(oldest)
+                self.quarantined.push_back(oldest)
             }
         }
         let (request, offered) = leased.unwrap().request("key").unwrap();
@@ -641,13 +654,17 @@ impl World {
                 let had = !matches!(transfer.taking, Taking::Gone);
                 transfer.receive(step);
                 if had && matches!(transfer.taking, Taking::Gone) {
-                    if transfer.model.is_off() { self.idle += 1 } else { self.lingering.push_back(chosen) }
+                    if transfer.model.is_off() {
+                        self.idle += 1
+                    } else {
+                        self.quarantined.push_back(chosen)
+                    }
                 }
             }
         }
         let stats = self.pool.stats();
-        let real = (stats.idle, stats.lingering, stats.retired);
-        assert_eq!(real, (self.idle, self.lingering.len(), self.retired));
+        let real = (stats.idle, stats.quarantined, stats.retired);
+        assert_eq!(real, (self.idle, self.quarantined.len(), self.retired));
     }
 
     /// Everything is dropped, and nothing is lost.
@@ -710,7 +727,8 @@ fn a_dialect() -> impl Strategy<Value = Dialect> {
     prop_oneof![Just(Dialect::Spec), Just(Dialect::Classic)]
 }
 
-const REQUEST_WORDS: &[&str] = &["GETFILE", " ", "GET", "GETFILE GET ", "/", "/a", "\r\n\r\n", "\r\n", "\n"];
+const REQUEST_WORDS: &[&str] =
+    &["GETFILE", " ", "GET", "GETFILE GET ", "/", "/a", "\r\n\r\n", "\r\n", "\n"];
 const REPLY_WORDS: &[&str] = &[
     "GETFILE",
     " ",

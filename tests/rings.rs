@@ -9,8 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use shmferry::{
-    Deadline, Error, KEY_LIMIT, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
-    SeqpacketQueue,
+    Deadline, Error, KEY_LIMIT, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool,
+    Seqpacket, SeqpacketQueue,
 };
 use watchdog::watchdog;
 
@@ -117,7 +117,9 @@ fn more_requests_than_a_ring_holds_are_all_served() {
         transfer.refuse(Refusal::Other(key.parse().unwrap())).unwrap();
     }
     for (n, transfer) in transfers.into_iter().enumerate() {
-        let Reply::Refused(Refusal::Other(code)) = transfer.reply(soon()).unwrap() else { panic!("{n}") };
+        let Reply::Refused(Refusal::Other(code)) = transfer.reply(soon()).unwrap() else {
+            panic!("{n}")
+        };
         assert_eq!(usize::from(code), n);
     }
     assert!(matches!(queue.recv(Deadline::after(Duration::ZERO)), Err(Error::Timeout(_))));
@@ -153,7 +155,10 @@ fn a_worker_that_is_held_up_holds_up_nobody_else() {
                 transfer.refuse(Refusal::NotFound).unwrap();
             }
             for transfer in others.into_iter().chain([first]) {
-                assert!(matches!(transfer.reply(soon()).unwrap(), Reply::Refused(Refusal::NotFound)));
+                assert!(matches!(
+                    transfer.reply(soon()).unwrap(),
+                    Reply::Refused(Refusal::NotFound)
+                ));
             }
         });
     }

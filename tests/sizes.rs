@@ -61,7 +61,10 @@ fn every_size_arrives(over: Transport, slots: usize) {
             }
         }
         let [proxy, cache] = place.wind_up([proxy, cache]);
-        assert_eq!((proxy.count("errors"), proxy.count("retired"), cache.count("errors")), (0, 0, 0));
+        assert_eq!(
+            (proxy.count("errors"), proxy.count("retired"), cache.count("errors")),
+            (0, 0, 0)
+        );
         assert_eq!(proxy.count("bytes"), cache.count("bytes"));
     }
 }
@@ -79,7 +82,8 @@ fn one_segment_serves_many_workers_and_many_clients(over: Transport) {
     for slots in ["1", "4"] {
         let place = Place::over(over);
         let sizes = [0, 1, 4095, 4096, 4097, segment - 1, segment, segment + 1, 300_000, 2_000_003];
-        let files: Vec<Vec<u8>> = sizes.iter().enumerate().map(|(seed, &size)| noise(seed, size)).collect();
+        let files: Vec<Vec<u8>> =
+            sizes.iter().enumerate().map(|(seed, &size)| noise(seed, size)).collect();
         for (i, file) in files.iter().enumerate() {
             place.write(&format!("files/{i}"), file);
         }
@@ -106,8 +110,9 @@ fn one_segment_serves_many_workers_and_many_clients(over: Transport) {
 #[test]
 fn pictures_decode_after_the_trip() {
     let place = Place::new();
-    let picture =
-        RgbImage::from_fn(640, 480, |x, y| Rgb([(x * y / 64) as u8, (x ^ y) as u8, (x * x / 128 + y) as u8]));
+    let picture = RgbImage::from_fn(640, 480, |x, y| {
+        Rgb([(x * y / 64) as u8, (x ^ y) as u8, (x * x / 128 + y) as u8])
+    });
     let encode = |format| {
         let mut encoded = std::io::Cursor::new(Vec::new());
         picture.write_to(&mut encoded, format).unwrap();
@@ -125,9 +130,11 @@ fn pictures_decode_after_the_trip() {
             let Answer::Ok(fetched) = proxy.get(key) else { panic!("{key} was not served") };
             fetched
         };
-        let fetched = image::load_from_memory_with_format(&fetch("/png"), ImageFormat::Png).unwrap();
+        let fetched =
+            image::load_from_memory_with_format(&fetch("/png"), ImageFormat::Png).unwrap();
         assert_eq!(fetched.to_rgb8(), picture);
-        let fetched = image::load_from_memory_with_format(&fetch("/jpeg"), ImageFormat::Jpeg).unwrap();
+        let fetched =
+            image::load_from_memory_with_format(&fetch("/jpeg"), ImageFormat::Jpeg).unwrap();
         assert_eq!(fetched, jpeg_pixels);
         proxy.terminate();
     }
@@ -199,7 +206,11 @@ fn a_pool_beyond_all_memory_says_how_much_it_asked_for(over: Transport) {
     let exit = place.webproxy(["-n", "60000", "-z", "1073741824"]).finish();
     // The header's page beside each gigabyte.
     let asked = 60_000 * ((1u64 << 30) + 4096);
-    exit.assert_failure(&["webproxy: cannot make the pool", &format!("{asked} bytes"), "available"]);
+    exit.assert_failure(&[
+        "webproxy: cannot make the pool",
+        &format!("{asked} bytes"),
+        "available",
+    ]);
     place.assert_nothing_left();
 }
 
@@ -238,7 +249,8 @@ fn a_cache_without_room_for_a_pool_turns_it_away_and_serves_the_others() {
     let place = Place::new();
     place.write("files/a", "hello");
     let mut limited = place.command_limited("-v 800000", "simplecached");
-    let cache = Program::spawn(limited.args(["--listen", &place.cache_address(), "-c", "files"])).listening();
+    let cache = Program::spawn(limited.args(["--listen", &place.cache_address(), "-c", "files"]))
+        .listening();
     let modest = place.webproxy(PLAIN).listening();
     for _ in 0..3 {
         let greedy = place.webproxy(["-n", "64", "-z", "16777216"]).listening(); // a gigabyte

@@ -102,7 +102,8 @@ fn a_spool_that_is_full_sets_nothing_aside(over: Transport) {
     let cache = place.simplecached(["-c", "files"]).listening();
     // Room for one of them.
     let limit = (LARGE + LARGE / 2).to_string();
-    let proxy = place.webproxy(["-n", "2", "--timeout", "600", "--spool-limit", &limit]).listening();
+    let proxy =
+        place.webproxy(["-n", "2", "--timeout", "600", "--spool-limit", &limit]).listening();
     let held = [proxy.stall("/large"), proxy.stall("/large")];
     let next = proxy.stall("/large"); // in the place of one that was set aside
     let mut waiting = proxy.connect();

@@ -7,8 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use shmferry::{
-    Awaited, Deadline, Error, InProcess, Memfd, Receiver, Receiving, Reply, RequestQueue, Requester,
-    SegmentPool, ShmTransfer, Spool,
+    Awaited, Deadline, Error, InProcess, Memfd, Receiver, Receiving, Reply, RequestQueue,
+    Requester, SegmentPool, ShmTransfer, Spool,
 };
 use watchdog::watchdog;
 
@@ -25,7 +25,11 @@ fn pool(segments: u32) -> SegmentPool<Memfd> {
     SegmentPool::builder().segments(segments).segment_len(1 << 20).slots(16).create().unwrap()
 }
 
-fn ask(pool: &SegmentPool<Memfd>, queue: &InProcess, key: &[u8]) -> ShmTransfer<Receiver, Receiving> {
+fn ask(
+    pool: &SegmentPool<Memfd>,
+    queue: &InProcess,
+    key: &[u8],
+) -> ShmTransfer<Receiver, Receiving> {
     let Ok(Reply::Found(body)) = queue.ask(pool.lease(soon()).unwrap(), key, soon()) else {
         panic!("refused")
     };
@@ -45,7 +49,7 @@ fn a_client_that_stops_is_cut_though_others_wait_and_the_spool_has_no_room() {
             let _ = sending.write_all(&vec![7; LEN]); // cancelled in the midst
         });
         let mut stopped = ask(&pool, &queue, b"key");
-        stopped.set_patience(Duration::from_secs(1));
+        stopped.set_timeout(Duration::from_secs(1));
         let (_silent, socket) = UnixStream::pair().unwrap();
         let cut = scope.spawn(|| stopped.copy_to_or_spool(socket, &spool));
         // Only when it is cut is there a segment.

@@ -24,7 +24,8 @@ fn at_random(proxy: &Program, files: &[Vec<u8>], dice: &mut Dice) {
         }
         60..75 => assert_eq!(proxy.get("/absent"), Answer::NotFound),
         75..90 => {
-            let malformed = ["PULLFILE GET /1\r\n\r\n", "GETFILE GET 1\r\n\r\n", "GETFILE GET /1 2\r\n\r\n"];
+            let malformed =
+                ["PULLFILE GET /1\r\n\r\n", "GETFILE GET 1\r\n\r\n", "GETFILE GET /1 2\r\n\r\n"];
             assert_eq!(Answer::parse(&proxy.ask(malformed[dice.roll(3)])), Answer::Invalid);
         }
         90..95 => {
@@ -60,7 +61,8 @@ fn a_hundred_thousand_requests_at_random_cost_no_byte_no_descriptor_and_no_threa
     let large = noise(1000, LARGE);
     place.write("files/large", &large);
     let cache = place.simplecached(["-c", "files", "-t", "4"]).listening();
-    let proxy = place.webproxy(["-n", "2", "-t", "4", "-z", "16384", "--timeout", "600"]).listening();
+    let proxy =
+        place.webproxy(["-n", "2", "-t", "4", "-z", "16384", "--timeout", "600"]).listening();
     // Whatever is made at first is there: over mq, the cache maps a segment when it is first used.
     proxy.assert_pool_is_whole(2, "/large", &large);
     let descriptors = || (proxy.descriptors(), cache.descriptors());

@@ -10,9 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use shmferry::{
-    Awaited, Backing, Deadline, Error, Fault, InProcess, METADATA_LIMIT, Memfd, Misuse, Named, PosixMq,
-    Receiver, Receiving, Reply, RequestQueue, Requester, SegmentPool, Sender, Seqpacket, ShmTransfer, Size,
-    Starting,
+    Awaited, Backing, Deadline, Error, Fault, InProcess, METADATA_LIMIT, Memfd, Misuse, Named,
+    PosixMq, Receiver, Receiving, Reply, RequestQueue, Requester, SegmentPool, Sender, Seqpacket,
+    ShmTransfer, Size, Starting,
 };
 
 /// Every test, over either backing.
@@ -59,7 +59,12 @@ fn soon() -> Deadline {
 }
 
 fn pool<B: Backing>(segments: u32, segment_len: u64, slots: u32) -> SegmentPool<B> {
-    SegmentPool::builder().segments(segments).segment_len(segment_len).slots(slots).create().unwrap()
+    SegmentPool::builder()
+        .segments(segments)
+        .segment_len(segment_len)
+        .slots(slots)
+        .create()
+        .unwrap()
 }
 
 /// Bytes that differ from slot to slot and from one length to another.
@@ -113,8 +118,11 @@ fn every_size_through_every_geometry<B: Backing>() {
             for size in sizes {
                 let bytes = pattern(size as usize);
                 let file = file_of(&bytes);
-                let (sent, received) =
-                    ferry(&pool, move |t| t.accept(size).unwrap().send_file(&file).unwrap(), read_all);
+                let (sent, received) = ferry(
+                    &pool,
+                    move |t| t.accept(size).unwrap().send_file(&file).unwrap(),
+                    read_all,
+                );
                 assert_eq!(sent, size);
                 assert!(received == bytes, "{size} bytes through {slots} slots of {slot_len}");
 
@@ -125,7 +133,10 @@ fn every_size_through_every_geometry<B: Backing>() {
                     read_all,
                 );
                 assert_eq!(sent, size);
-                assert!(received == bytes, "a stream of {size} through {slots} slots of {slot_len}");
+                assert!(
+                    received == bytes,
+                    "a stream of {size} through {slots} slots of {slot_len}"
+                );
             }
         }
     }
@@ -311,8 +322,12 @@ fn metadata_has_a_limit<B: Backing>() {
     let queue = InProcess::bounded(1);
     let (request, _transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
     queue.send(request, soon()).unwrap();
-    let error = queue.recv(soon()).unwrap().accept_with(0, &pattern(METADATA_LIMIT + 1)).unwrap_err();
-    assert!(matches!(error, Error::Misuse(Misuse::MetadataTooLong { len: 1025, limit: 1024 })), "{error}");
+    let error =
+        queue.recv(soon()).unwrap().accept_with(0, &pattern(METADATA_LIMIT + 1)).unwrap_err();
+    assert!(
+        matches!(error, Error::Misuse(Misuse::MetadataTooLong { len: 1025, limit: 1024 })),
+        "{error}"
+    );
 }
 
 fn a_chunk_can_be_written_on_its_own<B: Backing>() {
@@ -340,7 +355,8 @@ fn the_files_own_position_neither_matters_nor_moves<B: Backing>() {
     let mut file = file_of(&pattern(100));
     file.seek(SeekFrom::Start(42)).unwrap();
     let same = file.try_clone().unwrap();
-    let (_, received) = ferry(&pool, move |t| t.accept(100).unwrap().send_file(&same).unwrap(), read_all);
+    let (_, received) =
+        ferry(&pool, move |t| t.accept(100).unwrap().send_file(&same).unwrap(), read_all);
     assert!(received == pattern(100));
     assert_eq!(file.stream_position().unwrap(), 42);
 }
@@ -352,8 +368,11 @@ fn a_range_past_four_gigabytes_is_read_where_it_is<B: Backing>() {
     let mut file = tempfile::tempfile().unwrap(); // all but its end is a hole
     file.seek(SeekFrom::Start(at)).unwrap();
     file.write_all(&pattern(100)).unwrap();
-    let (_, received) =
-        ferry(&pool, move |t| t.accept(100).unwrap().send_file_range(&file, at..at + 100).unwrap(), read_all);
+    let (_, received) = ferry(
+        &pool,
+        move |t| t.accept(100).unwrap().send_file_range(&file, at..at + 100).unwrap(),
+        read_all,
+    );
     assert!(received == pattern(100));
 }
 
@@ -391,7 +410,9 @@ fn a_source_longer_than_announced_is_an_error_on_both_sides<B: Backing>() {
         },
         |mut body| body.read_to_end(&mut Vec::new()),
     );
-    assert!(sent.unwrap_err().to_string().contains("10 bytes were announced, but the source holds 11"));
+    assert!(
+        sent.unwrap_err().to_string().contains("10 bytes were announced, but the source holds 11")
+    );
     assert!(received.is_err());
 }
 
@@ -473,7 +494,7 @@ fn a_sink_that_takes_nothing_costs_its_deadline_and_cancels<B: Backing>() {
         &pool,
         |t| t.accept(64 << 20).unwrap().send_file(File::open("/dev/zero").unwrap()),
         |mut body| {
-            body.set_patience(Duration::from_millis(50));
+            body.set_timeout(Duration::from_millis(50));
             body.copy_to(&sink)
         },
     );
@@ -508,13 +529,13 @@ fn a_copy_goes_on_where_its_sink_gave_up<B: Backing>() {
             &pool,
             move |t| t.accept(1 << 20).unwrap().send_file(&file).unwrap(),
             |mut body| {
-                body.set_patience(Duration::from_millis(20));
+                body.set_timeout(Duration::from_millis(20));
                 assert!(matches!(body.copy_to(&sink), Err(Error::Timeout(Awaited::Sink))));
                 let reader = thread::spawn(move || {
                     let mut all = Vec::new();
                     File::from(source).read_to_end(&mut all).map(|_| all)
                 });
-                body.set_patience(Duration::from_secs(30));
+                body.set_timeout(Duration::from_secs(30));
                 body.copy_to(&sink).unwrap();
                 drop(sink);
                 reader.join().unwrap().unwrap()
@@ -531,7 +552,7 @@ fn a_receiver_that_stalls_costs_the_sender_its_deadline<B: Backing>() {
         &pool,
         move |t| {
             let mut sending = t.accept(1000).unwrap();
-            sending.set_patience(Duration::from_millis(20));
+            sending.set_timeout(Duration::from_millis(20));
             let error = sending.write_all(&[1; 1000]).unwrap_err();
             told.send(()).unwrap();
             error
@@ -605,7 +626,9 @@ fn wait_asleep(name: &str) {
             let task = task.unwrap().path();
             let comm = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
             let stat = std::fs::read_to_string(task.join("stat")).unwrap_or_default();
-            if comm.trim() == name && stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S")) {
+            if comm.trim() == name
+                && stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"))
+            {
                 return;
             }
         }
@@ -616,22 +639,32 @@ fn wait_asleep(name: &str) {
 
 fn impossible_pools_are_refused_with_the_numbers_that_work<B: Backing>() {
     let refused = |segments, len, slots| {
-        let error = SegmentPool::<B>::builder().segments(segments).segment_len(len).slots(slots).create();
+        let error =
+            SegmentPool::<B>::builder().segments(segments).segment_len(len).slots(slots).create();
         error.map(drop).unwrap_err().to_string()
     };
     assert_eq!(refused(0, 4096, 1), "the number of segments is 0; it must be from 1 to 65536");
     assert_eq!(refused(1, 4096, 0), "the number of slots is 0; it must be from 1 to 512");
     assert_eq!(refused(1, 4096, 513), "the number of slots is 513; it must be from 1 to 512");
-    assert_eq!(refused(1, 3, 4), "the segment's length in bytes is 3; it must be from 4 to 4294967296");
+    assert_eq!(
+        refused(1, 3, 4),
+        "the segment's length in bytes is 3; it must be from 4 to 4294967296"
+    );
     let too_long = refused(1, 1 << 40, 1);
-    assert_eq!(too_long, "the segment's length in bytes is 1099511627776; it must be from 1 to 1073741824");
+    assert_eq!(
+        too_long,
+        "the segment's length in bytes is 1099511627776; it must be from 1 to 1073741824"
+    );
 }
 
 fn a_pool_beyond_the_memory_says_how_much_was_asked_for<B: Backing>() {
     let error = SegmentPool::<B>::builder().segments(65_536).segment_len(1 << 30).slots(1).create();
     let error = error.map(drop).unwrap_err();
     assert_eq!(error.fault(), Fault::System);
-    assert!(error.to_string().starts_with("no memory for a pool of 70369012613120 bytes: only "), "{error}");
+    assert!(
+        error.to_string().starts_with("no memory for a pool of 70369012613120 bytes: only "),
+        "{error}"
+    );
 }
 
 #[test]
@@ -649,7 +682,9 @@ fn a_request_goes_only_where_its_pool_is_known() {
     turns_a_stranger_away(|ours| PosixMq::new("/shmferry-test-nowhere").unwrap().requester(ours));
 }
 
-fn turns_a_stranger_away<B: Backing, R: Requester<B>>(requester: impl FnOnce(&SegmentPool<B>) -> R) {
+fn turns_a_stranger_away<B: Backing, R: Requester<B>>(
+    requester: impl FnOnce(&SegmentPool<B>) -> R,
+) {
     let (ours, other) = (pool(1, 64, 1), pool(1, 64, 1));
     let (request, _transfer) = other.lease(soon()).unwrap().request("a").unwrap();
     let failed = requester(&ours).send(request, soon()).unwrap_err();

@@ -97,7 +97,8 @@ fn main() -> io::Result<()> {
 pub fn run(command: &str, methods: Vec<Method>) -> io::Result<()> {
     if let Ok(name) = env::var("SHMFERRY_BENCH_ROLE") {
         let dir = env::current_dir()?;
-        let method = methods.into_iter().find(|method| method.name == name).expect("a method's name");
+        let method =
+            methods.into_iter().find(|method| method.name == name).expect("a method's name");
         return (method.serve)(&dir);
     }
     let dir = tempfile::tempdir()?;
@@ -120,7 +121,8 @@ pub fn run(command: &str, methods: Vec<Method>) -> io::Result<()> {
             }
         }
     }
-    let finished: io::Result<Vec<report::Result>> = contenders.into_iter().map(Contender::finish).collect();
+    let finished: io::Result<Vec<report::Result>> =
+        contenders.into_iter().map(Contender::finish).collect();
     let results = finished?;
     print!("{}", report::table(&results));
     let mut arguments = env::args().skip_while(|argument| argument != "--write");
@@ -245,4 +247,4 @@ pub fn await_ready(server: &mut Child) -> io::Result<()> {
 }
 
 /// More than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);

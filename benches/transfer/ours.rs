@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::thread;
 
 use shmferry::{
-    Backing, Deadline, InProcess, Memfd, Named, PosixMq, Reply, RequestQueue, Requester, SegmentPool,
-    Seqpacket,
+    Backing, Deadline, InProcess, Memfd, Named, PosixMq, Reply, RequestQueue, Requester,
+    SegmentPool, Seqpacket,
 };
 
-use super::{BUFFER, Bytes, Client, Method, PATIENCE, Sink, await_ready, files_beside, say_ready};
+use super::{BUFFER, Bytes, Client, Method, Sink, TIMEOUT, await_ready, files_beside, say_ready};
 
 /// Bytes of payload in a segment, however many slots it is cut into.
 const SEGMENT: u64 = 2 << 20;
@@ -108,7 +108,7 @@ fn ours<B: Backing>(
 
 impl<B: Backing> Client for Ours<B> {
     fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
-        let deadline = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(TIMEOUT);
         let (request, transfer) = self.pool.lease(deadline)?.request([file as u8])?;
         self.requester.send(request, deadline).map_err(shmferry::Error::from)?;
         let Reply::Found(mut body) = transfer.reply(deadline)? else { panic!("refused") };

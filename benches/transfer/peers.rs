@@ -16,8 +16,8 @@ use raw_sync::Timeout;
 use raw_sync::events::{Event, EventImpl, EventInit, EventState};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
 };
 use shared_memory::{Shmem, ShmemConf};
 
@@ -41,7 +41,8 @@ pub fn methods() -> Vec<Method> {
             serve: |place| serve_socket(&tcp(place)?, place, send_by_sendfile),
             connect: |place, server| {
                 await_ready(server)?;
-                let port: u16 = std::fs::read_to_string(place.join("port"))?.parse().expect("a port");
+                let port: u16 =
+                    std::fs::read_to_string(place.join("port"))?.parse().expect("a port");
                 let stream = TcpStream::connect(("127.0.0.1", port))?;
                 stream.set_nodelay(true)?;
                 Stream::new(stream)
@@ -60,7 +61,9 @@ pub fn methods() -> Vec<Method> {
         Method {
             name: "descriptor, pread",
             serve: serve_descriptors,
-            connect: |place, server| Ok(Box::new(Passed(connect_unix(place, server)?, vec![0; BUFFER]))),
+            connect: |place, server| {
+                Ok(Box::new(Passed(connect_unix(place, server)?, vec![0; BUFFER])))
+            },
         },
         Method {
             name: "starting design, 64 KiB",
@@ -262,7 +265,8 @@ struct Pipe(ChildStdin, ChildStdout, Vec<u8>);
 impl Pipe {
     fn new(server: &mut Child) -> io::Result<Pipe> {
         await_ready(server)?;
-        let (stdin, stdout) = (server.stdin.take().expect("piped"), server.stdout.take().expect("piped"));
+        let (stdin, stdout) =
+            (server.stdin.take().expect("piped"), server.stdout.take().expect("piped"));
         Ok(Pipe(stdin, stdout, vec![0; BUFFER]))
     }
 }

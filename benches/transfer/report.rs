@@ -21,14 +21,19 @@ pub const ANCHORS: [&str; 2] = ["local pread", "Unix socket, sendfile"];
 
 /// All figures, in Markdown.
 pub fn table(results: &[Result]) -> String {
-    let mut text = String::from("\n### Median time of a fetch (µs), and its spread over the rounds\n");
+    let mut text =
+        String::from("\n### Median time of a fetch (µs), and its spread over the rounds\n");
     rows(&mut text, results, |result, file| {
         let (least, middle, most) = spread(&result.rounds[file]);
         format!("{} ({}–{})", micros(middle), micros(least), micros(most))
     });
     for anchor in ANCHORS {
         let Some(anchor) = results.iter().find(|result| result.name == anchor) else { continue };
-        let _ = writeln!(text, "\n### Speed as a multiple of {}, median of the ratios by round", anchor.name);
+        let _ = writeln!(
+            text,
+            "\n### Speed as a multiple of {}, median of the ratios by round",
+            anchor.name
+        );
         rows(&mut text, results, |result, file| {
             let pairs = anchor.rounds[file].iter().zip(&result.rounds[file]);
             let ratios: Vec<f64> = pairs.map(|(anchor, ours)| anchor / ours).collect();
@@ -49,7 +54,9 @@ pub fn table(results: &[Result]) -> String {
 pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<()> {
     let said = |program: &str, argument: &str| {
         let output = Command::new(program).arg(argument).output();
-        output.map_or("unknown".to_owned(), |out| String::from_utf8_lossy(&out.stdout).trim().to_owned())
+        output.map_or("unknown".to_owned(), |out| {
+            String::from_utf8_lossy(&out.stdout).trim().to_owned()
+        })
     };
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or(": unknown");
@@ -87,7 +94,12 @@ pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<
 
 fn rows(text: &mut String, results: &[Result], cell: impl Fn(&Result, usize) -> String) {
     let sizes = FILES.map(|(len, _)| size(len));
-    let _ = write!(text, "\n| method | {} |\n|{}\n", sizes.join(" | "), " --- |".repeat(1 + FILES.len()));
+    let _ = write!(
+        text,
+        "\n| method | {} |\n|{}\n",
+        sizes.join(" | "),
+        " --- |".repeat(1 + FILES.len())
+    );
     for result in results {
         let cells: Vec<String> = (0..FILES.len()).map(|file| cell(result, file)).collect();
         let _ = writeln!(text, "| {} | {} |", result.name, cells.join(" | "));
@@ -121,7 +133,9 @@ fn throughput(results: &[Result]) -> String {
     let x = |file: usize| file as f64 / (FILES.len() - 1) as f64;
     let marks = FILES.iter().enumerate().map(|(file, &(len, _))| (x(file), size(len)));
     let line = |result: &Result| {
-        let speed = |file: usize| FILES[file].0 as f64 / (1u64 << 20) as f64 / spread(&result.rounds[file]).1;
+        let speed = |file: usize| {
+            FILES[file].0 as f64 / (1u64 << 20) as f64 / spread(&result.rounds[file]).1
+        };
         (0..FILES.len()).map(|file| (x(file), speed(file))).collect()
     };
     chart(&marks.collect::<Vec<_>>(), 1..=5, "MiB/s", results, line)
@@ -171,15 +185,20 @@ fn chart(
     }
     for (part, mark) in marks {
         let (at, below) = (x(*part), top + height + 18.0);
-        let _ = writeln!(svg, "<text x=\"{at}\" y=\"{below}\" text-anchor=\"middle\">{mark}</text>");
+        let _ =
+            writeln!(svg, "<text x=\"{at}\" y=\"{below}\" text-anchor=\"middle\">{mark}</text>");
     }
     for (i, result) in results.iter().enumerate() {
         let colour = format!("hsl({}, 70%, 40%)", i * 360 / results.len());
-        let dashes = if result.name.starts_with("shmferry") { "" } else { " stroke-dasharray=\"4 3\"" };
+        let dashes =
+            if result.name.starts_with("shmferry") { "" } else { " stroke-dasharray=\"4 3\"" };
         let points = line(result);
-        let points: Vec<_> =
-            points.iter().map(|(part, value)| format!("{:.1},{:.1}", x(*part), y(*value))).collect();
-        let (from, to, at) = (left + width + 10.0, left + width + 34.0, top + 14.0 * (i as f64 + 1.0));
+        let points: Vec<_> = points
+            .iter()
+            .map(|(part, value)| format!("{:.1},{:.1}", x(*part), y(*value)))
+            .collect();
+        let (from, to, at) =
+            (left + width + 10.0, left + width + 34.0, top + 14.0 * (i as f64 + 1.0));
         let _ = writeln!(
             svg,
             "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dashes}/>\

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use shmferry::{
-    Awaited, Backing, Deadline, Error, Memfd, Named, PosixMq, Refusal, Reply, Requester, Result, SegmentPool,
-    Seqpacket, Size,
+    Awaited, Backing, Deadline, Error, Memfd, Named, PosixMq, Refusal, Reply, Requester, Result,
+    SegmentPool, Seqpacket, Size,
 };
 
 use super::address::Address;
@@ -43,7 +43,7 @@ pub struct Asked {
     pub outcome: Outcome,
     pub took: Duration,
     /// Until its deadline.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
 /// A request that ends so long after its deadline is late.
@@ -51,7 +51,7 @@ const SLACK: Duration = Duration::from_secs(1);
 
 impl Asked {
     pub fn is_late(&self) -> bool {
-        self.took > self.patience + SLACK
+        self.took > self.timeout + SLACK
     }
 }
 
@@ -80,7 +80,7 @@ impl Asker {
             self.way = None; // another process, as it were
         }
         let pause = self.pause(asked, rushes, &mut dice);
-        let patience = dice.pick(&[SHORT, SHORT, LONG]);
+        let timeout = dice.pick(&[SHORT, SHORT, LONG]);
         let wanted = match dice.roll(20) {
             0 => None,
             1 => Some(files.middling(&mut dice)),
@@ -96,7 +96,7 @@ impl Asker {
             Some(file) => files.key(file),
             None => format!("/absent/{}", dice.roll(1000)),
         };
-        let outcome = match way.ask(&key, Deadline::after(patience)) {
+        let outcome = match way.ask(&key, Deadline::after(timeout)) {
             Ok(answer) => answer.judge(files, wanted, start),
             Err(error) => Outcome::Failed {
                 is_timeout: matches!(error, Error::Timeout(_)),
@@ -104,7 +104,7 @@ impl Asker {
                 cause: error.to_string(),
             },
         };
-        (Some(Asked { outcome, took: start.elapsed(), patience }), pause)
+        (Some(Asked { outcome, took: start.elapsed(), timeout }), pause)
     }
 
     /// Some ask without a pause for a while; most think each time, unless all are in a rush.
@@ -201,7 +201,11 @@ impl Answer {
                 if is_right && size == Size::Known(bytes.len() as u64) {
                     Outcome::Answered
                 } else {
-                    Outcome::Wrong(format!("{} bytes of {size:?} for {}", bytes.len(), files.key(file)))
+                    Outcome::Wrong(format!(
+                        "{} bytes of {size:?} for {}",
+                        bytes.len(),
+                        files.key(file)
+                    ))
                 }
             }
         }

@@ -13,7 +13,7 @@ use super::theatre::{POOL_LEN, ROLES, Role, SEGMENTS, Theatre};
 const WARM: u64 = 150;
 
 /// How long what is on its way out may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Threads that either crew keeps, and those that close and watch.
 const THREADS: usize = 12;
@@ -47,11 +47,13 @@ pub fn take(theatre: &mut Theatre) -> Result<()> {
             Some(baseline) => compare(theatre, role, &baseline)?,
         }
     }
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while theatre.names().len() > theatre.names_needed() {
         if Instant::now() > end {
             let names = theatre.names();
-            stage.record.failed("leak", &format!("{} names in shared memory: {names:?}", names.len()));
+            stage
+                .record
+                .failed("leak", &format!("{} names in shared memory: {names:?}", names.len()));
             break;
         }
         thread::sleep(GLANCE);
@@ -63,7 +65,7 @@ pub fn take(theatre: &mut Theatre) -> Result<()> {
 
 /// What a program holds when that has not changed for a while.
 fn settled(theatre: &mut Theatre, role: Role) -> Result<Option<Holdings>> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     let (mut last, mut same) = (None, 0);
     while Instant::now() < end && same < 10 {
         let now = theatre.program(role)?.holdings();
@@ -76,7 +78,7 @@ fn settled(theatre: &mut Theatre, role: Role) -> Result<Option<Holdings>> {
 }
 
 fn compare(theatre: &mut Theatre, role: Role, baseline: &Holdings) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     loop {
         let Some(now) = theatre.program(role)?.holdings() else { return Ok(()) };
         let Some(excess) = excess(&now, baseline) else { break };
@@ -106,7 +108,9 @@ fn excess(now: &Holdings, baseline: &Holdings) -> Option<&'static str> {
         Some("segments")
     } else if now.threads > baseline.threads.max(THREADS) {
         Some("threads")
-    } else if now.mappings > baseline.mappings + 4 * more_threads + 2 * (SEGMENTS + pools::SEGMENTS) + 32 {
+    } else if now.mappings
+        > baseline.mappings + 4 * more_threads + 2 * (SEGMENTS + pools::SEGMENTS) + 32
+    {
         Some("mappings")
     } else if now.resident > baseline.resident + POOL_LEN + (16 << 20) {
         Some("memory")

@@ -90,12 +90,22 @@ impl Plan {
             }
             930..970 => {
                 let pause = Duration::from_millis(1 + dice.roll(100));
-                Plan::Dawdle { file: files.large(dice), step: 1 + dice.roll(100_000), pause, times: 10 }
+                Plan::Dawdle {
+                    file: files.large(dice),
+                    step: 1 + dice.roll(100_000),
+                    pause,
+                    times: 10,
+                }
             }
             // Longer than the proxy waits.
             970..975 => {
                 let pause = timeout + Duration::from_millis(500);
-                Plan::Dawdle { file: files.largest(), step: 1 + dice.roll(100_000), pause, times: 1 }
+                Plan::Dawdle {
+                    file: files.largest(),
+                    step: 1 + dice.roll(100_000),
+                    pause,
+                    times: 1,
+                }
             }
             975..995 => Plan::Unfinished { len: dice.roll(16) as usize, leaves: true },
             _ => Plan::Unfinished { len: dice.roll(16) as usize, leaves: false },
@@ -112,7 +122,9 @@ impl Plan {
             (Plan::Absent(_), ending) => matches!(ending, Ending::Miss),
             (Plan::Malformed(_), ending) => matches!(ending, Ending::Invalid),
             (Plan::Cancel { .. }, ending) => matches!(ending, Ending::Left | Ending::Whole),
-            (Plan::Dawdle { times: 1, .. }, ending) => matches!(ending, Ending::Short | Ending::Whole),
+            (Plan::Dawdle { times: 1, .. }, ending) => {
+                matches!(ending, Ending::Short | Ending::Whole)
+            }
             (Plan::Dawdle { .. }, ending) => matches!(ending, Ending::Whole),
             (Plan::Unfinished { leaves, .. }, ending) => {
                 matches!((leaves, ending), (true, Ending::Left) | (false, Ending::Invalid))
@@ -135,7 +147,9 @@ impl Plan {
                 format!("read {} steadily, {rate} bytes a second", files.key(*file))
             }
             Plan::HalfClosed(file) => format!("ask for {} and half-close", files.key(*file)),
-            Plan::Unfinished { len, leaves } => format!("send {len} bytes of a request, leaves: {leaves}"),
+            Plan::Unfinished { len, leaves } => {
+                format!("send {len} bytes of a request, leaves: {leaves}")
+            }
         }
     }
 
@@ -163,12 +177,14 @@ pub fn private_address() -> Ipv4Addr {
 }
 
 fn connect(address: SocketAddr) -> Result<TcpStream, Ending> {
-    let stream = TcpStream::connect_timeout(&address, WATCHDOG).map_err(|error| match error.kind() {
-        io::ErrorKind::TimedOut => Ending::Hang("in connecting".to_owned()),
-        _ => Ending::Refused,
-    })?;
-    let prepared =
-        stream.set_read_timeout(Some(WATCHDOG)).and_then(|()| stream.set_write_timeout(Some(WATCHDOG)));
+    let stream =
+        TcpStream::connect_timeout(&address, WATCHDOG).map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => Ending::Hang("in connecting".to_owned()),
+            _ => Ending::Refused,
+        })?;
+    let prepared = stream
+        .set_read_timeout(Some(WATCHDOG))
+        .and_then(|()| stream.set_write_timeout(Some(WATCHDOG)));
     prepared.map_err(|_| Ending::Refused)?;
     Ok(stream)
 }
@@ -211,7 +227,8 @@ impl Exchange<'_> {
                 }
                 if resets {
                     // Fails only on what is no socket.
-                    let _ = rustix::net::sockopt::set_socket_linger(&self.stream, Some(Duration::ZERO));
+                    let _ =
+                        rustix::net::sockopt::set_socket_linger(&self.stream, Some(Duration::ZERO));
                 }
                 Ok(Ending::Left)
             }
@@ -230,7 +247,8 @@ impl Exchange<'_> {
             Plan::Steady { file, rate, span } => {
                 // With more, the system takes in 100 KB at a time, and the other side sees no progress
                 // for longer than the time-out.
-                let small = rustix::net::sockopt::set_socket_recv_buffer_size(&self.stream, 16 << 10);
+                let small =
+                    rustix::net::sockopt::set_socket_recv_buffer_size(&self.stream, 16 << 10);
                 small.map_err(|_| Ending::Refused)?;
                 self.request(&self.files.key(file));
                 let mut body = self.body(Some(file))?;
@@ -280,14 +298,16 @@ impl Exchange<'_> {
         let mut filled = 0;
         loop {
             // Byte by byte at its end: what follows is the body's.
-            let read = self
-                .read(&mut header[filled..filled + 1], || format!("in the header, after {filled} bytes"))?;
+            let read = self.read(&mut header[filled..filled + 1], || {
+                format!("in the header, after {filled} bytes")
+            })?;
             if read == 0 {
                 // A program that was killed may have sent a part of its header.
                 return Err(if filled == 0 { Ending::Nothing } else { Ending::Short });
             }
             filled += read;
-            let wrong = |why: &str| Ending::Wrong(format!("{why}: {}", header[..filled].escape_ascii()));
+            let wrong =
+                |why: &str| Ending::Wrong(format!("{why}: {}", header[..filled].escape_ascii()));
             let reply = match parse_reply(&header[..filled], Dialect::Spec) {
                 ParsedReply::Complete { reply, .. } => reply,
                 ParsedReply::Incomplete => continue,
@@ -300,8 +320,9 @@ impl Exchange<'_> {
                 (Reply::Ok { len }, Some(_)) => len,
                 _ => return Err(wrong("the wrong reply")),
             };
-            let candidates =
-                file.map(|file| self.files.candidates(file, announced, self.since)).unwrap_or_default();
+            let candidates = file
+                .map(|file| self.files.candidates(file, announced, self.since))
+                .unwrap_or_default();
             if candidates.is_empty() {
                 return Err(wrong("a length that the file has not had since it was asked for"));
             }
@@ -316,14 +337,23 @@ impl Exchange<'_> {
         while body.received < goal {
             let room = (goal - body.received).min(buffer.len() as u64) as usize;
             let at = body.received;
-            let read = self.read(&mut buffer[..room], || format!("in the body, after {at} bytes"))?;
+            let read =
+                self.read(&mut buffer[..room], || format!("in the body, after {at} bytes"))?;
             let bytes = &buffer[..read];
             if read == 0 {
-                return Ok(if body.received == body.announced { Ending::Whole } else { Ending::Short });
+                return Ok(if body.received == body.announced {
+                    Ending::Whole
+                } else {
+                    Ending::Short
+                });
             }
             body.candidates.retain(|candidate| candidate.has(at, bytes));
             if body.candidates.is_empty() {
-                return Err(Ending::Wrong(format!("bytes {at}..{} of {}", at + read as u64, body.announced)));
+                return Err(Ending::Wrong(format!(
+                    "bytes {at}..{} of {}",
+                    at + read as u64,
+                    body.announced
+                )));
             }
             body.received += read as u64;
         }
@@ -336,7 +366,12 @@ impl Exchange<'_> {
             match self.stream.read(into) {
                 Ok(read) => return Ok(read),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) =>
+                {
                     return Err(Ending::Hang(place()));
                 }
                 Err(_) => return Ok(0),

@@ -83,7 +83,11 @@ pub fn carry_out(stage: &Stage, plan: &Plan) {
     let start = Instant::now();
     let ending = plan.carry_out(stage.address(), &stage.files);
     let told = |what: &str| {
-        format!("{}: {what}, {:.2} s after it began", plan.name(&stage.files), start.elapsed().as_secs_f64())
+        format!(
+            "{}: {what}, {:.2} s after it began",
+            plan.name(&stage.files),
+            start.elapsed().as_secs_f64()
+        )
     };
     let name = match &ending {
         Ending::Whole => {
@@ -108,8 +112,8 @@ pub fn carry_out(stage: &Stage, plan: &Plan) {
     };
     stage.record.count(Group::Transfers, name);
     // Without a fault that could excuse it, everything ends as it should.
-    let excused =
-        matches!(ending, Ending::Hang(_) | Ending::Wrong(_)) || plan.ends_well(&ending, &stage.files);
+    let excused = matches!(ending, Ending::Hang(_) | Ending::Wrong(_))
+        || plan.ends_well(&ending, &stage.files);
     if !excused && stage.record.was_calm_since(start) {
         stage.record.failed("failed in calm", &told(name));
     }

@@ -82,7 +82,9 @@ impl Fault {
 
     /// What it is counted as.
     pub fn kind(&self, timeout: Duration) -> String {
-        let length = |moment: &Duration| if *moment > timeout { "past the time-out" } else { "for a moment" };
+        let length = |moment: &Duration| {
+            if *moment > timeout { "past the time-out" } else { "for a moment" }
+        };
         match self {
             Fault::Kill(role) => format!("kill {role:?}"),
             Fault::KillBoth => "kill both".to_owned(),
@@ -94,7 +96,9 @@ impl Fault {
             Fault::StopBoth(moment) => format!("stop both {}", length(moment)),
             Fault::StopAndKill(role) => format!("kill {role:?}, the other stopped"),
             Fault::Inject(role, failure) => format!("{role:?}: {}", failure.name()),
-            Fault::InjectAtStart(role, failure) => format!("{role:?}, starting: {}", failure.name()),
+            Fault::InjectAtStart(role, failure) => {
+                format!("{role:?}, starting: {}", failure.name())
+            }
             Fault::FillAtStart(role, _) => format!("no memory for a starting {role:?}"),
             Fault::FillWhileStopped(_) => "no memory for replaced segments".to_owned(),
         }
@@ -105,10 +109,14 @@ impl Fault {
         let more = match self {
             Fault::Stop(_, moment) | Fault::StopBoth(moment) => format!("{moment:?}"),
             Fault::NoDescriptors(_, span) => format!("{span:?}"),
-            Fault::Inject(_, failure) | Fault::InjectAtStart(_, failure) | Fault::NoThreads(_, failure) => {
+            Fault::Inject(_, failure)
+            | Fault::InjectAtStart(_, failure)
+            | Fault::NoThreads(_, failure) => {
                 format!("{failure:?}")
             }
-            Fault::FillAtStart(_, left) | Fault::FillWhileStopped(left) => format!("{left} bytes left"),
+            Fault::FillAtStart(_, left) | Fault::FillWhileStopped(left) => {
+                format!("{left} bytes left")
+            }
             _ => return self.kind(timeout),
         };
         format!("{}: {more}", self.kind(timeout))
@@ -173,7 +181,8 @@ impl Fault {
                 // Each that is let in takes a thread for as long as it says nothing.
                 let stage = Arc::clone(&theatre.stage);
                 let mut dice = Dice::of(stage.seed, SILENT, stage.whole());
-                theatre.silent = (0..MANY).filter_map(|_| Silent::connect(&stage, &mut dice)).collect();
+                theatre.silent =
+                    (0..MANY).filter_map(|_| Silent::connect(&stage, &mut dice)).collect();
                 thread::sleep(failure.span);
                 tracer.detach()?;
                 theatre.check_alive(false)
@@ -273,12 +282,19 @@ fn go_on(theatre: &mut Theatre, role: Role) -> Result<()> {
 
 /// A program that could not start says why, and ends with code 1; one without memory may not even
 /// come that far.
-fn judge_refusal(theatre: &Theatre, role: Role, status: std::process::ExitStatus, words: &str, deadly: bool) {
+fn judge_refusal(
+    theatre: &Theatre,
+    role: Role,
+    status: std::process::ExitStatus,
+    words: &str,
+    deadly: bool,
+) {
     let record = &theatre.stage.record;
     record.count(Group::Checks, "starts refused");
     let is_honest = status.code() == Some(1) && !words.is_empty() && !words.contains("panicked");
     // What is not the program yet: the shell that becomes it, or its loader.
-    let is_loader = words.contains("error while loading shared libraries") || words.contains("sh: ");
+    let is_loader =
+        words.contains("error while loading shared libraries") || words.contains("sh: ");
     if !is_honest && !is_loader && !deadly {
         record.failed("bad refusal", &format!("{role:?}: {status}{words}"));
     }

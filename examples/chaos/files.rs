@@ -114,7 +114,11 @@ impl Files {
                 .iter()
                 .any(|(len, until)| *len == announced && until.is_none_or(|until| until >= since))
         };
-        versions.iter().filter(fits).map(|version| Candidate { seed: version.seed, len: announced }).collect()
+        versions
+            .iter()
+            .filter(fits)
+            .map(|version| Candidate { seed: version.seed, len: announced })
+            .collect()
     }
 
     /// Truncates a file, or puts another in its place, as the dice have it; says which.
@@ -197,5 +201,7 @@ fn write(path: &Path, seed: u64, len: u64) -> Result<()> {
     let mut bytes: Vec<u8> =
         (0..len.div_ceil(8)).flat_map(|number| word(seed, number).to_le_bytes()).collect();
     bytes.truncate(len as usize);
-    fs::File::create(path).and_then(|mut file| file.write_all(&bytes)).map_err(told("writing a file"))
+    fs::File::create(path)
+        .and_then(|mut file| file.write_all(&bytes))
+        .map_err(told("writing a file"))
 }

@@ -20,13 +20,14 @@ struct State {
 
 impl Gate {
     /// Lets nobody in, and waits until all are out; whether they are.
-    pub fn hold_back(&self, patience: Duration) -> bool {
-        let end = Instant::now() + patience;
+    pub fn hold_back(&self, timeout: Duration) -> bool {
+        let end = Instant::now() + timeout;
         let mut state = lock(&self.state);
         state.closed = true;
         while state.inside > 0 && Instant::now() < end {
             let left = end.saturating_duration_since(Instant::now());
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         state.inside == 0
     }

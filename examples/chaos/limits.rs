@@ -22,7 +22,8 @@ impl Squeeze {
     /// `None` for a program that has just ended.
     pub fn of(program: &Program) -> Result<Option<Squeeze>> {
         let Some(holdings) = program.holdings() else { return Ok(None) };
-        let pid = i32::try_from(program.pid()).ok().and_then(Pid::from_raw).ok_or("no process id")?;
+        let pid =
+            i32::try_from(program.pid()).ok().and_then(Pid::from_raw).ok_or("no process id")?;
         // Both programs raise their limit as far as they may, and inherit that from here.
         let maximum = getrlimit(Resource::Nofile).maximum;
         let squeeze = Squeeze { pid, before: Rlimit { current: maximum, maximum } };

@@ -116,10 +116,14 @@ fn now_in_seconds() -> u64 {
 fn run(options: &Options, seed: u64, own_memory: bool) -> Result<bool> {
     let here = std::env::current_exe().map_err(told("finding the programs"))?;
     let programs = here.parent().ok_or("no directory of programs")?;
-    let dir = tempfile::Builder::new().prefix("shmferry-chaos-").tempdir().map_err(told("a directory"))?;
+    let dir = tempfile::Builder::new()
+        .prefix("shmferry-chaos-")
+        .tempdir()
+        .map_err(told("a directory"))?;
     let files = Files::make(dir.path().join("files"), seed)?;
     let stage = Arc::new(Stage::new(seed, Duration::from_secs(options.timeout), files));
-    let mut theatre = Theatre::open(Arc::clone(&stage), dir.path(), programs, options.transport, own_memory)?;
+    let mut theatre =
+        Theatre::open(Arc::clone(&stage), dir.path(), programs, options.transport, own_memory)?;
     let traces = strace::Tracer::is_possible();
     if !traces {
         println!("left out: system calls that fail, because strace is not there or may not trace");
@@ -142,7 +146,11 @@ fn run(options: &Options, seed: u64, own_memory: bool) -> Result<bool> {
     if let Err(error) = ended {
         stage.record.failed("the run broke off", &error);
     }
-    let stuck = threads.into_iter().map(thread::JoinHandle::join).filter(std::result::Result::is_err).count();
+    let stuck = threads
+        .into_iter()
+        .map(thread::JoinHandle::join)
+        .filter(std::result::Result::is_err)
+        .count();
     if stuck > 0 {
         stage.record.failed("chaos itself", "one of its threads panicked");
     }
@@ -190,7 +198,9 @@ fn trouble(theatre: &mut Theatre, span: Duration, traces: bool) -> Result<()> {
             continue;
         }
         let fault = Fault::draw(&mut dice, spared, stage.timeout);
-        if (fault.needs_strace() && !traces) || (fault.needs_own_memory() && !theatre.has_own_memory) {
+        if (fault.needs_strace() && !traces)
+            || (fault.needs_own_memory() && !theatre.has_own_memory)
+        {
             continue;
         }
         thread::sleep(lull); // some time without a fault
@@ -254,7 +264,8 @@ fn tell_every_minute(stage: &Arc<Stage>) -> thread::JoinHandle<()> {
 /// An interrupt ends the run early, and properly.
 fn stop_when_asked(stage: &Arc<Stage>) -> Result<()> {
     use signal_hook::consts::{SIGINT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).map_err(told("signals"))?;
+    let mut signals =
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).map_err(told("signals"))?;
     let stage = Arc::clone(stage);
     thread::spawn(move || {
         if signals.forever().next().is_some() {

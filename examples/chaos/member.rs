@@ -27,7 +27,7 @@ pub const HELD: &str = "held";
 const EVERY: Duration = Duration::from_millis(250);
 
 /// No request takes so long.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -62,9 +62,11 @@ impl Told {
 
 /// A request that did not go well, or was late, as a line.
 pub fn line_of(asked: &Asked) -> Option<String> {
-    let (took, patience) = (asked.took.as_millis(), asked.patience.as_millis());
+    let (took, timeout) = (asked.took.as_millis(), asked.timeout.as_millis());
     match &asked.outcome {
-        Outcome::Answered | Outcome::Refused if asked.is_late() => Some(format!("late {took} {patience} -")),
+        Outcome::Answered | Outcome::Refused if asked.is_late() => {
+            Some(format!("late {took} {timeout} -"))
+        }
         Outcome::Answered | Outcome::Refused => None,
         Outcome::Failed { cause, is_timeout, has_no_reply } => {
             let kind = match (is_timeout, has_no_reply) {
@@ -72,9 +74,9 @@ pub fn line_of(asked: &Asked) -> Option<String> {
                 (true, false) => "timeout",
                 (false, false) => "failed",
             };
-            Some(format!("{kind} {took} {patience} {}", one_line(cause)))
+            Some(format!("{kind} {took} {timeout} {}", one_line(cause)))
         }
-        Outcome::Wrong(what) => Some(format!("wrong {took} {patience} {}", one_line(what))),
+        Outcome::Wrong(what) => Some(format!("wrong {took} {timeout} {}", one_line(what))),
     }
 }
 
@@ -83,9 +85,13 @@ pub fn parse(line: &str) -> Option<Asked> {
     let mut parts = line.splitn(4, ' ');
     let kind = parts.next()?;
     let mut millis = || Some(Duration::from_millis(parts.next()?.parse().ok()?));
-    let (took, patience) = (millis()?, millis()?);
+    let (took, timeout) = (millis()?, millis()?);
     let text = parts.next()?.to_owned();
-    let failed = |is_timeout, has_no_reply| Outcome::Failed { cause: text.clone(), is_timeout, has_no_reply };
+    let failed = |is_timeout, has_no_reply| Outcome::Failed {
+        cause: text.clone(),
+        is_timeout,
+        has_no_reply,
+    };
     let outcome = match kind {
         "no-reply" => failed(true, true),
         "timeout" => failed(true, false),
@@ -94,7 +100,7 @@ pub fn parse(line: &str) -> Option<Asked> {
         "late" => Outcome::Answered,
         _ => return None,
     };
-    Some(Asked { outcome, took, patience })
+    Some(Asked { outcome, took, timeout })
 }
 
 fn one_line(text: &str) -> String {
@@ -141,7 +147,7 @@ pub fn run(options: Options) -> ExitCode {
 fn obey(gate: &Gate, over: &AtomicBool, rushes: &AtomicBool) {
     for line in io::stdin().lock().lines().map_while(Result::ok) {
         match line.as_str() {
-            HOLD if gate.hold_back(PATIENCE) => tell(HELD),
+            HOLD if gate.hold_back(TIMEOUT) => tell(HELD),
             GO => gate.let_in(),
             RUSH | WALK => rushes.store(line == RUSH, SeqCst),
             _ => {}

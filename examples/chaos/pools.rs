@@ -14,7 +14,7 @@ use super::address::Address;
 use super::asker::{self, Asked, Asker, LONG, Outcome};
 use super::crowd::Stage;
 use super::member::{self, GO, HELD, HOLD, RUSH, Told, WALK};
-use super::program::PATIENCE;
+use super::program::TIMEOUT;
 use super::record::{Group, lock};
 use super::weather::Weather;
 use super::{Result, told};
@@ -93,7 +93,7 @@ impl Pools {
     /// Holds back those that are processes; the threads are at the stage's gate.
     pub fn hold_back(&mut self) -> bool {
         self.members.iter_mut().for_each(|member| member.say(HOLD));
-        self.members.iter().all(|member| member.held.recv_timeout(PATIENCE).is_ok())
+        self.members.iter().all(|member| member.held.recv_timeout(TIMEOUT).is_ok())
     }
 
     pub fn let_in(&mut self) {
@@ -116,7 +116,7 @@ impl Pools {
     pub fn end(mut self) -> Result<()> {
         let record = &self.stage.record;
         self.members.iter_mut().for_each(|member| member.stdin = None);
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         for thread in self.threads {
             while !thread.is_finished() && Instant::now() < end {
                 thread::sleep(GLANCE);
@@ -128,7 +128,7 @@ impl Pools {
             }
         }
         for member in &mut self.members {
-            let silence = member.held.recv_timeout(PATIENCE);
+            let silence = member.held.recv_timeout(TIMEOUT);
             if silence != Err(RecvTimeoutError::Disconnected) {
                 record.failed("hang", "a process with a pool does not end");
                 let _ = member.process.kill(); // fails only if it has just ended
@@ -152,11 +152,15 @@ impl Pools {
             answered += told.answered;
             refused += told.refused;
             failed_in_all += failed.values().sum::<u64>();
-            failed.iter().for_each(|(cause, n)| record.add(Group::Pools, &format!("failed: {cause}"), *n));
+            failed
+                .iter()
+                .for_each(|(cause, n)| record.add(Group::Pools, &format!("failed: {cause}"), *n));
         }
         let counts = [("asked", asked), ("answered", answered), ("refused", refused)];
         counts.iter().for_each(|(what, n)| record.add(Group::Pools, what, *n));
-        let sum = format!("{asked} asked, {answered} answered + {refused} refused + {failed_in_all} failed");
+        let sum = format!(
+            "{asked} asked, {answered} answered + {refused} refused + {failed_in_all} failed"
+        );
         println!("requests of pools: {sum}");
         record.count(Group::Checks, "requests of pools added up");
         if asked != answered + refused + failed_in_all {
@@ -193,7 +197,9 @@ impl Account {
         let record = &stage.record;
         let now = Instant::now();
         let start = now.checked_sub(asked.took + ago).unwrap_or(now);
-        let shown = || format!("a pool's request, {:.2} s of {:?}", asked.took.as_secs_f64(), asked.patience);
+        let shown = || {
+            format!("a pool's request, {:.2} s of {:?}", asked.took.as_secs_f64(), asked.timeout)
+        };
         let is_late = record.is_machine_late();
         if asked.is_late() && !is_late {
             record.failed("past its deadline", &shown());
@@ -210,7 +216,7 @@ impl Account {
                     _ if is_late => return,
                     Weather::Trouble => return,
                     // It had no time to wait for the successor.
-                    Weather::Orderly if *is_timeout && asked.patience < LONG => return,
+                    Weather::Orderly if *is_timeout && asked.timeout < LONG => return,
                     Weather::Orderly => "failed in an orderly restart",
                     Weather::Calm if *has_no_reply => "vanished",
                     Weather::Calm => "failed in calm",
@@ -237,7 +243,12 @@ impl Account {
 }
 
 impl Member {
-    fn start(stage: &Arc<Stage>, address: &str, number: u64, account: Arc<Account>) -> Result<Member> {
+    fn start(
+        stage: &Arc<Stage>,
+        address: &str,
+        number: u64,
+        account: Arc<Account>,
+    ) -> Result<Member> {
         let this = std::env::current_exe().map_err(told("finding chaos"))?;
         let mut process = Command::new(this)
             .args(["member", "--address", address, "--seed", &stage.seed.to_string()])

@@ -17,7 +17,7 @@ use super::record::lock;
 use super::{Result, told};
 
 /// What no start and no end may take.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How soon to look again at what nobody announces.
 const GLANCE: Duration = Duration::from_millis(2);
@@ -88,7 +88,11 @@ impl Recipe {
     }
 
     fn spawn(&self, mut command: Command) -> Result<Program> {
-        command.current_dir(&self.dir).env_clear().env("RUST_LOG", "info").env("XDG_RUNTIME_DIR", &self.dir);
+        command
+            .current_dir(&self.dir)
+            .env_clear()
+            .env("RUST_LOG", "info")
+            .env("XDG_RUNTIME_DIR", &self.dir);
         // An interrupt at the terminal is not for it.
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(told(self.name))?;
@@ -113,7 +117,7 @@ impl Program {
 
     /// Waits until it listens, and returns what it says of that; or until it has ended instead.
     pub fn listening(&mut self) -> Result<std::result::Result<String, ExitStatus>> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         let mut log = lock(&self.said.log);
         while log.listening.is_none() && !log.ended && Instant::now() < end {
             let left = end.saturating_duration_since(Instant::now());
@@ -123,15 +127,17 @@ impl Program {
             (Some(line), _) => Ok(Ok(line.clone())),
             (None, true) => {
                 drop(log);
-                self.wait(PATIENCE)?.map(Err).ok_or("it closed its standard error, and lives".to_owned())
+                self.wait(TIMEOUT)?
+                    .map(Err)
+                    .ok_or("it closed its standard error, and lives".to_owned())
             }
             (None, false) => Err(format!("it neither listens nor ends: {:?}", log.last)),
         }
     }
 
     /// Waits for its end; `None` if it does not come in time.
-    pub fn wait(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
-        let end = Instant::now() + patience;
+    pub fn wait(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
+        let end = Instant::now() + timeout;
         loop {
             match self.child.try_wait().map_err(told("waiting"))? {
                 None if Instant::now() < end => thread::sleep(GLANCE),
@@ -174,8 +180,9 @@ impl Program {
         for fd in fs::read_dir(of("fd")).ok()?.flatten() {
             let kind = fs::read_link(fd.path()).unwrap_or_default().to_string_lossy().into_owned();
             let kind = kind.split(['[', '(']).next().unwrap_or_default();
-            let is_segment =
-                ["/dev/shm/shmferry-", "/memfd:shmferry-"].iter().any(|start| kind.starts_with(start));
+            let is_segment = ["/dev/shm/shmferry-", "/memfd:shmferry-"]
+                .iter()
+                .any(|start| kind.starts_with(start));
             let kind = if is_segment { SEGMENT } else { kind };
             *kinds.entry(kind.to_owned()).or_default() += 1;
         }
@@ -244,7 +251,7 @@ pub fn tracer(pid: u32) -> Option<u32> {
 
 /// Waits for what nobody announces.
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while !holds() {
         if Instant::now() > end {
             return Err(format!("waited in vain until {what}"));
@@ -258,6 +265,7 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) -> Result<()> {
 pub fn living_in(dir: &Path) -> Vec<String> {
     let Ok(here) = dir.canonicalize() else { return Vec::new() };
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let at_home = processes.filter(|p| fs::read_link(p.path().join("cwd")).is_ok_and(|at| at == here));
+    let at_home =
+        processes.filter(|p| fs::read_link(p.path().join("cwd")).is_ok_and(|at| at == here));
     at_home.map(|process| process.path().display().to_string()).collect()
 }

@@ -168,7 +168,8 @@ impl Record {
     /// One line of counts.
     pub fn line(&self) -> String {
         let counts = lock(&self.counts);
-        let sum = |group| counts.iter().filter(|((of, _), _)| *of == group).map(|(_, n)| n).sum::<u64>();
+        let sum =
+            |group| counts.iter().filter(|((of, _), _)| *of == group).map(|(_, n)| n).sum::<u64>();
         let transfers = counts.iter().filter(|((of, _), _)| *of == Group::Transfers);
         let transfers: String = transfers.map(|((_, what), n)| format!(" {what}={n}")).collect();
         let worst = lock(&self.worst_return);
@@ -204,7 +205,8 @@ impl Record {
             self.worst_hiccup.load(SeqCst),
         );
         for kind in ["wrong bytes", "vanished", "hang", "leak", "left behind"] {
-            let n = lock(&self.counts).get(&(Group::Failures, kind.to_owned())).copied().unwrap_or(0);
+            let n =
+                lock(&self.counts).get(&(Group::Failures, kind.to_owned())).copied().unwrap_or(0);
             text += &format!("{kind}: {n}\n");
         }
         text

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::chance::Dice;
-use super::program::{PATIENCE, tracer};
+use super::program::{TIMEOUT, tracer};
 use super::theatre::Role;
 use super::{Result, told};
 
@@ -68,13 +68,19 @@ impl Failure {
     }
 
     pub fn draw(dice: &mut Dice, role: Role) -> Failure {
-        let of_role: Vec<_> =
-            FAILURES.into_iter().filter(|(.., whose)| whose.is_none_or(|whose| whose == role)).collect();
+        let of_role: Vec<_> = FAILURES
+            .into_iter()
+            .filter(|(.., whose)| whose.is_none_or(|whose| whose == role))
+            .collect();
         let (call, errnos, _) = dice.pick(&of_role);
         let errno = dice.pick(errnos);
         let first = 1 + dice.roll(20);
         let (more, length, apart) = (dice.roll(3) > 0, dice.roll(60), 1 + dice.roll(8));
-        let when = if more { When::Some { first, last: first + length, apart } } else { When::Once(first) };
+        let when = if more {
+            When::Some { first, last: first + length, apart }
+        } else {
+            When::Once(first)
+        };
         Failure { call, errno, when, span: Duration::from_millis(200 + dice.roll(1500)) }
     }
 
@@ -110,7 +116,8 @@ impl Tracer {
             Ok(sleeper) => sleeper,
             Err(_) => return false,
         };
-        let probe = Failure { call: "futex", errno: "EINTR", when: When::Once(1), span: Duration::ZERO };
+        let probe =
+            Failure { call: "futex", errno: "EINTR", when: When::Once(1), span: Duration::ZERO };
         let works = Tracer::attach(sleeper.id(), &probe).is_ok();
         // Fails only if it has ended.
         let _ = sleeper.kill();
@@ -128,7 +135,7 @@ impl Tracer {
             .spawn()
             .map_err(told("strace"))?;
         let mut tracer_of = Tracer { strace, of: pid };
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while tracer(pid) == Some(0) {
             let ended = tracer_of.strace.try_wait().map_err(told("strace"))?;
             if let Some(status) = ended {
@@ -148,7 +155,7 @@ impl Tracer {
     }
 
     fn end(&mut self) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         // Fails only on one that has ended.
         let _ = kill_process(Pid::from_child(&self.strace), Signal::TERM);
         while self.strace.try_wait().map_err(told("strace"))?.is_none() {

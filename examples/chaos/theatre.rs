@@ -13,7 +13,7 @@ use super::client::{Ending, WATCHDOG, private_address, probe};
 use super::crowd::Stage;
 use super::memory;
 use super::pools::{self, Pools};
-use super::program::{PATIENCE, Program, Recipe, living_in};
+use super::program::{Program, Recipe, TIMEOUT, living_in};
 use super::record::Group;
 use super::users::Silent;
 use super::{Result, Transport};
@@ -113,7 +113,10 @@ impl Theatre {
         let recipes = [recipe("webproxy", &proxy), recipe("simplecached", &cache)];
         for recipe in &recipes {
             if !recipe.path.exists() {
-                return Err(format!("build the examples first: there is no {}", recipe.path.display()));
+                return Err(format!(
+                    "build the examples first: there is no {}",
+                    recipe.path.display()
+                ));
             }
         }
         Ok(Theatre {
@@ -181,7 +184,10 @@ impl Theatre {
         self.recipes[role as usize].start_stopped()
     }
 
-    pub fn start_unsure(&mut self, role: Role) -> Result<std::result::Result<(), (ExitStatus, String)>> {
+    pub fn start_unsure(
+        &mut self,
+        role: Role,
+    ) -> Result<std::result::Result<(), (ExitStatus, String)>> {
         let program = self.recipes[role as usize].start()?;
         self.take_on(role, program)
     }
@@ -216,7 +222,7 @@ impl Theatre {
     pub fn succeed(&mut self) -> Result<()> {
         let Some(old) = self.actors[Role::Cache as usize].take() else { return Ok(()) };
         old.program.signal(Signal::TERM);
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         loop {
             match self.start_unsure(Role::Cache)? {
                 Ok(()) => break,
@@ -246,12 +252,16 @@ impl Theatre {
     /// Waits for the end of one that was asked to.
     fn see_off(&self, role: Role, mut actor: Actor) -> Result<()> {
         let record = &self.stage.record;
-        match actor.program.wait(PATIENCE)? {
+        match actor.program.wait(TIMEOUT)? {
             Some(status) if status.success() => {}
             Some(status) => {
-                record.failed("bad end", &format!("{role:?}: {status}{}", actor.program.last_words()));
+                record.failed(
+                    "bad end",
+                    &format!("{role:?}: {status}{}", actor.program.last_words()),
+                );
             }
-            None => record.failed("hang", &format!("{role:?} does not end{}", actor.program.last_words())),
+            None => record
+                .failed("hang", &format!("{role:?} does not end{}", actor.program.last_words())),
         }
         Ok(())
     }
@@ -317,7 +327,12 @@ impl Theatre {
                         |error| error,
                         |p| {
                             let holdings = p.holdings().map(|holdings| holdings.to_string());
-                            format!("{:?}, {}{}", p.state(), holdings.unwrap_or_default(), p.last_words())
+                            format!(
+                                "{:?}, {}{}",
+                                p.state(),
+                                holdings.unwrap_or_default(),
+                                p.last_words()
+                            )
                         },
                     )
                 });
@@ -389,6 +404,7 @@ impl Theatre {
 /// The port in a line such as `listening on 127.0.0.1:25362: …`.
 fn port_of(line: &str) -> Result<u16> {
     let address = line.split("listening on ").nth(1).and_then(|rest| rest.split(": ").next());
-    let port = address.and_then(|address| address.rsplit(':').next()).and_then(|port| port.parse().ok());
+    let port =
+        address.and_then(|address| address.rsplit(':').next()).and_then(|port| port.parse().ok());
     port.ok_or_else(|| format!("no port in {line:?}"))
 }

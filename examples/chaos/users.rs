@@ -72,12 +72,14 @@ impl Users {
         match self {
             Users::SlowReaders { rates, span } => thread::scope(|scope| {
                 for rate in rates {
-                    let plan = Plan::Steady { file: stage.files.largest(), rate: *rate, span: *span };
+                    let plan =
+                        Plan::Steady { file: stage.files.largest(), rate: *rate, span: *span };
                     scope.spawn(move || carry_out(stage, &plan));
                 }
             }),
             Users::Silent { count, stay } => {
-                let silent: Vec<_> = (0..*count).filter_map(|_| Silent::connect(stage, dice)).collect();
+                let silent: Vec<_> =
+                    (0..*count).filter_map(|_| Silent::connect(stage, dice)).collect();
                 stage.record.add(Group::Transfers, "silent", silent.len() as u64);
                 let files: Vec<_> = (0..HALF_CLOSED).map(|_| stage.files.small(dice)).collect();
                 thread::scope(|scope| {

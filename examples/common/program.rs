@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, getrlimit, setrlimit};
-use shmferry::{Crew, Deadline};
+use shmferry::{Deadline, WorkerPool};
 use signal_hook::consts::SIGXFSZ;
 use signal_hook::iterator::Signals;
 use tracing::level_filters::LevelFilter;
@@ -144,9 +144,9 @@ impl Stop {
 
     /// Lets a crew that takes no more jobs finish those it has: within the grace time, and unless a
     /// second signal comes. Returns whether it has.
-    pub fn wind_down(&mut self, crew: &Crew) -> bool {
+    pub fn wind_down(&mut self, workers: &WorkerPool) -> bool {
         let grace = Deadline::after(GRACE);
-        while !crew.join(grace.min(Deadline::after(GLANCE))) {
+        while !workers.join(grace.min(Deadline::after(GLANCE))) {
             if grace.has_passed() || self.0.pending().next().is_some() {
                 warn!("leaving with transfers under way");
                 return false;

@@ -6,7 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use shmferry::{
-    Crew, Deadline, Error, Fault, Refusal, RequestQueue, Result, Sender, ShmTransfer, Starting, lend,
+    Deadline, Error, Fault, Refusal, RequestQueue, Result, Sender, ShmTransfer, Starting,
+    WorkerPool, blocking,
 };
 use tracing::{debug, warn};
 
@@ -20,7 +21,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Service {
     store: Store,
     delay: Duration,
-    patience: Duration,
+    timeout: Duration,
     tally: Tally,
 }
 
@@ -35,14 +36,14 @@ struct Tally {
 }
 
 impl Service {
-    /// Serves a store, waiting `delay` before each look-up, and up to `patience` for a receiver
+    /// Serves a store, waiting `delay` before each look-up, and up to `timeout` for a receiver
     /// that makes no progress.
-    pub fn new(store: Store, delay: Duration, patience: Duration) -> Service {
-        Service { store, delay, patience, tally: Tally::default() }
+    pub fn new(store: Store, delay: Duration, timeout: Duration) -> Service {
+        Service { store, delay, timeout, tally: Tally::default() }
     }
 
     /// Starts workers on a queue, until it is closed or dropped. They do not keep it alive.
-    pub fn start<Q>(self: &Arc<Self>, queue: &Arc<Q>, workers: usize) -> io::Result<Crew>
+    pub fn start<Q>(self: &Arc<Self>, queue: &Arc<Q>, workers: usize) -> io::Result<WorkerPool>
     where
         Q: RequestQueue + ?Sized + 'static,
     {
@@ -60,7 +61,7 @@ impl Service {
             }
             thread::sleep(PAUSE);
         };
-        Crew::start("cache", workers, next, move |transfer| service.answer(transfer))
+        WorkerPool::start("cache", workers, next, move |transfer| service.answer(transfer))
     }
 
     fn answer(&self, transfer: ShmTransfer<Sender, Starting>) {
@@ -81,13 +82,13 @@ impl Service {
 
     fn try_answer(&self, transfer: ShmTransfer<Sender, Starting>) -> Result<u64> {
         if !self.delay.is_zero() {
-            lend(|| thread::sleep(self.delay));
+            blocking(|| thread::sleep(self.delay));
         }
         match self.store.look_up(transfer.key()) {
             Ok(Some((file, size))) => {
                 self.tally.hits.add(1);
                 let mut sending = transfer.accept(size)?;
-                sending.set_patience(self.patience);
+                sending.set_timeout(self.timeout);
                 sending.send_file(&file)
             }
             Ok(None) => {

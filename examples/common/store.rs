@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
 use rustix::io::{Errno, pread};
-use shmferry::{Size, lend};
+use shmferry::{Size, blocking};
 
 use super::getfile::check_path;
 
 /// Non-blocking, so that a FIFO cannot hold us up before we see that it is one.
-const READ: OFlags = OFlags::RDONLY.union(OFlags::CLOEXEC).union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
+const READ: OFlags =
+    OFlags::RDONLY.union(OFlags::CLOEXEC).union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
 
 /// Names a file without opening it: no lease is broken, no FIFO waited for.
 const NAME_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
@@ -53,7 +54,8 @@ impl Store {
     }
 
     fn manifest(manifest: &Path) -> Result<Store, String> {
-        let text = fs::read(manifest).map_err(|error| format!("{}: {error}", manifest.display()))?;
+        let text =
+            fs::read(manifest).map_err(|error| format!("{}: {error}", manifest.display()))?;
         let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
         let directory = manifest.parent().unwrap_or(Path::new(""));
         let mut files = HashMap::new();
@@ -143,7 +145,7 @@ where
     }
     // The same inode, whatever its name stands for by now.
     let itself = format!("/proc/self/fd/{}", named.as_raw_fd());
-    lend(|| {
+    blocking(|| {
         loop {
             match open(&itself, READ.difference(OFlags::NONBLOCK), Mode::empty()) {
                 Err(Errno::INTR) => {}

@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{self, Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-use super::{PATIENCE, Result, signals};
+use super::{Result, TIMEOUT, signals};
 
 /// How soon a signal is noticed.
 pub const GLANCE: Duration = Duration::from_millis(20);
@@ -69,7 +69,8 @@ pub fn command(program: &Path) -> Result<Command> {
 
 /// Becomes `program`, to get `SIGTERM` when the parent ends. Returns only when it cannot.
 pub fn become_child(parent: u32, program: &[OsString]) -> Result<Infallible> {
-    process::set_parent_process_death_signal(Some(Signal::TERM)).map_err(|error| error.to_string())?;
+    process::set_parent_process_death_signal(Some(Signal::TERM))
+        .map_err(|error| error.to_string())?;
     if parent_id() != parent {
         return Err("the demo ended while it started a program".to_owned());
     }
@@ -119,7 +120,7 @@ fn glance(pid: Pid) -> io::Result<()> {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         // Fails only if it has ended already, as does `kill` below.
         let _ = kill_process(self.pid(), Signal::TERM);
         while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < end {

@@ -65,7 +65,8 @@ fn main() -> ExitCode {
 
 /// Runs the demo. A signal has it clear up, and then ends it as if it had not been caught.
 fn interruptible(options: &Options) -> Result<()> {
-    let interrupt = Interrupt::install().map_err(|error| format!("cannot catch signals: {error}"))?;
+    let interrupt =
+        Interrupt::install().map_err(|error| format!("cannot catch signals: {error}"))?;
     let outcome = run(options, &interrupt);
     if let (Err(_), Some(signal)) = (&outcome, interrupt.signal()) {
         let ended = signal_hook::low_level::emulate_default_handler(signal);
@@ -76,7 +77,8 @@ fn interruptible(options: &Options) -> Result<()> {
 
 fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
     let programs = build(interrupt)?;
-    let dir = tempfile::Builder::new().prefix("shmferry-demo-").tempdir().map_err(|e| e.to_string())?;
+    let dir =
+        tempfile::Builder::new().prefix("shmferry-demo-").tempdir().map_err(|e| e.to_string())?;
     let samples = samples::make(&dir.path().join("files"), interrupt)?;
     let manifest = manifest(dir.path(), &samples)?;
     let socket = dir.path().join("run/cache.sock");
@@ -122,7 +124,12 @@ fn build(interrupt: &Interrupt) -> Result<PathBuf> {
     let programs = here.parent().ok_or("the demo has no directory")?.to_owned();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = child::command(cargo.as_ref())?;
-    build.args(["build", "--quiet", "--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]);
+    build.args([
+        "build",
+        "--quiet",
+        "--manifest-path",
+        concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"),
+    ]);
     build.args(["--example", "simplecached", "--example", "webproxy", "--example", "getfile"]);
     if programs.components().any(|part| part.as_os_str() == "release") {
         build.arg("--release");
@@ -133,21 +140,23 @@ fn build(interrupt: &Interrupt) -> Result<PathBuf> {
             build.env_remove(name);
         }
     }
-    let mut built =
-        Child::spawn(&mut build, interrupt).map_err(|error| format!("cannot run cargo: {error}"))?;
+    let mut built = Child::spawn(&mut build, interrupt)
+        .map_err(|error| format!("cannot run cargo: {error}"))?;
     if built.wait()?.success() { Ok(programs) } else { Err("the programs do not build".to_owned()) }
 }
 
 fn manifest(dir: &Path, samples: &[Sample]) -> Result<PathBuf> {
     let path = dir.join("locals.txt");
-    let lines: String = samples.iter().map(|s| format!("{} {}\n", s.key, s.path.display())).collect();
+    let lines: String =
+        samples.iter().map(|s| format!("{} {}\n", s.key, s.path.display())).collect();
     fs::write(&path, lines).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(path)
 }
 
 /// The port in a line such as `listening on [::]:25362: …`.
 fn port_of(line: &str) -> Result<u16> {
-    let address = line.split("listening on ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let address =
+        line.split("listening on ").nth(1).and_then(|rest| rest.split_whitespace().next());
     let port = address.map(|a| a.trim_end_matches([':', ','])).and_then(|a| a.rsplit(':').next());
     port.and_then(|port| port.parse().ok()).ok_or_else(|| format!("no port in {line:?}"))
 }
@@ -210,4 +219,4 @@ impl GetFile<'_> {
 const HOST: &str = "127.0.0.1";
 
 /// How long a program may take to come up or to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);

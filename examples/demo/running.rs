@@ -12,7 +12,7 @@ use std::time::Instant;
 use rustix::process::{Signal, kill_process};
 
 use super::child::{self, Child, GLANCE, Interrupt};
-use super::{PATIENCE, Result};
+use super::{Result, TIMEOUT};
 
 /// Ended when dropped, so that a failing demo leaves no process behind.
 pub struct Running {
@@ -64,12 +64,16 @@ impl Running {
         kill_process(self.child.pid(), Signal::TERM).map_err(|error| error.to_string())?;
         let summary = self.line_with("requests=")?;
         let status = self.child.wait()?;
-        if status.success() { Ok(summary) } else { Err(format!("{} ended with {status}", self.name)) }
+        if status.success() {
+            Ok(summary)
+        } else {
+            Err(format!("{} ended with {status}", self.name))
+        }
     }
 
     /// The next line that has `word` in it, from that word on.
     fn line_with(&mut self, word: &str) -> Result<String> {
-        let limit = Instant::now() + PATIENCE;
+        let limit = Instant::now() + TIMEOUT;
         let mut last = String::new();
         loop {
             self.interrupt.check()?;
@@ -80,7 +84,10 @@ impl Running {
                 },
                 Err(RecvTimeoutError::Timeout) if Instant::now() < limit => {}
                 Err(_) => {
-                    return Err(format!("{} did not come to say {word:?}; last: {last}", self.name));
+                    return Err(format!(
+                        "{} did not come to say {word:?}; last: {last}",
+                        self.name
+                    ));
                 }
             }
         }

@@ -58,16 +58,20 @@ impl Sample {
             return Ok("the same bytes".to_owned());
         }
         let reader = ImageReader::new(std::io::Cursor::new(found)).with_guessed_format();
-        let picture =
-            reader.map_err(|e| e.to_string())?.decode().map_err(|e| format!("{}: {e}", self.key))?;
+        let picture = reader
+            .map_err(|e| e.to_string())?
+            .decode()
+            .map_err(|e| format!("{}: {e}", self.key))?;
         Ok(format!("the same bytes, a picture of {} x {}", picture.width(), picture.height()))
     }
 }
 
 fn mandelbrot(width: u32, height: u32) -> RgbImage {
     RgbImage::from_fn(width, height, |x, y| {
-        let (cx, cy) =
-            (f64::from(x) / f64::from(width) * 3.5 - 2.5, f64::from(y) / f64::from(height) * 2.4 - 1.2);
+        let (cx, cy) = (
+            f64::from(x) / f64::from(width) * 3.5 - 2.5,
+            f64::from(y) / f64::from(height) * 2.4 - 1.2,
+        );
         let (mut zx, mut zy, mut n) = (0.0, 0.0, 0u8);
         while zx * zx + zy * zy <= 4.0 && n < 255 {
             (zx, zy) = (zx * zx - zy * zy + cx, 2.0 * zx * zy + cy);

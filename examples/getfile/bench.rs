@@ -74,7 +74,8 @@ pub fn run(options: &Options) -> Result<bool, String> {
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let plain = options.against_unix.as_deref();
-    let plain = plain.map(|root| PlainServer::start(root, options.connection.dialect)).transpose()?;
+    let plain =
+        plain.map(|root| PlainServer::start(root, options.connection.dialect)).transpose()?;
     if let Some(plain) = &plain {
         let address = Address::Unix(plain.socket.clone());
         sides.push(Side::new("unix", Client { connection: &options.connection, address }));
@@ -225,7 +226,8 @@ impl<'a> Side<'a> {
             bytes / f64::from(1 << 20),
         );
         if self.rounds.len() > 1 {
-            let rounds: Vec<_> = self.rounds.iter().map(|round| format!("{:.1}", round[0])).collect();
+            let rounds: Vec<_> =
+                self.rounds.iter().map(|round| format!("{:.1}", round[0])).collect();
             report += &format!("  medians of rounds with {} requests/s\n", rounds.join(", "));
         }
         for (failure, times) in failures.iter().take(5) {
@@ -308,7 +310,8 @@ impl PlainServer {
             let said = BufReader::new(stdout).read_until(b'\n', &mut socket);
             said.map_err(because("hear from the server for", root))?;
         }
-        let socket = socket.strip_suffix(b"\n").ok_or("the server to compare with did not start")?;
+        let socket =
+            socket.strip_suffix(b"\n").ok_or("the server to compare with did not start")?;
         server.socket = PathBuf::from(OsStr::from_bytes(socket));
         Ok(server)
     }

@@ -49,8 +49,8 @@ pub fn run(options: &Options) -> Result<bool, String> {
     let mut taken = HashSet::new();
     let mut all_arrived = true;
     for path in paths {
-        let outcome =
-            Target::choose(path.as_bytes(), options.output.as_deref(), &mut taken).and_then(|target| {
+        let outcome = Target::choose(path.as_bytes(), options.output.as_deref(), &mut taken)
+            .and_then(|target| {
                 download(&client, path.as_bytes(), &target, &mut buffer)
                     .map_err(|failure| failure.to_string())
             });
@@ -62,7 +62,12 @@ pub fn run(options: &Options) -> Result<bool, String> {
     Ok(all_arrived)
 }
 
-fn download(client: &Client, path: &[u8], target: &Target, buffer: &mut [u8]) -> Result<(), Failure> {
+fn download(
+    client: &Client,
+    path: &[u8],
+    target: &Target,
+    buffer: &mut [u8],
+) -> Result<(), Failure> {
     let failed = |error| Failure::io(format!("write {target}"), error);
     let body = client.request(path, buffer)?;
     let mut output = Output::create(target).map_err(failed)?;
@@ -84,7 +89,8 @@ fn progress_bar(len: u64, target: &Target) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let template = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style =
+        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(len).with_style(style).with_message(target.to_string())
 }
 
@@ -96,7 +102,11 @@ enum Target {
 
 impl Target {
     /// Takes what the user chose, or else the last component of `path` unless that is `taken`.
-    fn choose(path: &[u8], chosen: Option<&Path>, taken: &mut HashSet<PathBuf>) -> Result<Self, String> {
+    fn choose(
+        path: &[u8],
+        chosen: Option<&Path>,
+        taken: &mut HashSet<PathBuf>,
+    ) -> Result<Self, String> {
         check_path(path).map_err(|why| why.to_string())?;
         match chosen {
             Some(name) if name == "-" => Ok(Self::StandardOutput),

@@ -142,7 +142,7 @@ impl<'a> Client<'a> {
     /// Connects to the first address that answers. The stream serves either family: nothing but
     /// `connect` depends on it.
     fn connect(&self) -> Result<TcpStream, Failure> {
-        let patience = self.connection.timeout;
+        let timeout = self.connection.timeout;
         let mut refusals = Vec::new();
         let stream = match &self.address {
             Address::Unix(path) => UnixStream::connect(path)
@@ -150,15 +150,15 @@ impl<'a> Client<'a> {
                 .map_err(|error| refusals.push(format!("{}: {error}", path.display())))
                 .ok(),
             Address::Tcp(addresses) => addresses.iter().find_map(|address| {
-                TcpStream::connect_timeout(address, patience)
+                TcpStream::connect_timeout(address, timeout)
                     .map_err(|error| refusals.push(format!("{address}: {error}")))
                     .ok()
             }),
         };
         let stream = stream.ok_or_else(|| Failure::Connect(refusals.join("; ")))?;
         stream
-            .set_read_timeout(Some(patience))
-            .and_then(|()| stream.set_write_timeout(Some(patience)))
+            .set_read_timeout(Some(timeout))
+            .and_then(|()| stream.set_write_timeout(Some(timeout)))
             .map_err(|error| Failure::io("set the timeout", error))?;
         Ok(stream)
     }
@@ -179,7 +179,10 @@ impl Body<'_> {
     ///
     /// The end of the stream is not waited for: some servers leave closing to the client. Bytes past
     /// the announced length are ignored, as curl ignores those past `Content-Length`.
-    fn copy_to(mut self, mut sink: impl FnMut(&[u8]) -> Result<(), Failure>) -> Result<u64, Failure> {
+    fn copy_to(
+        mut self,
+        mut sink: impl FnMut(&[u8]) -> Result<(), Failure>,
+    ) -> Result<u64, Failure> {
         let announced = self.len;
         let mut received = 0;
         let mut fresh = self.early;

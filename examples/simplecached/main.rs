@@ -81,10 +81,12 @@ fn serve(options: &Options, mut stop: Stop) -> Result<(), Quit> {
     };
     let address = options.listen.clone().map_or_else(Address::default_of_user, Ok);
     let address = address.map_err(|error| format!("there is no default address: {error}"))?;
-    let queue = bind(&address, options).map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    let queue =
+        bind(&address, options).map_err(|error| format!("cannot listen on {address}: {error}"))?;
     stop.check()?;
-    let service = Arc::new(Service::new(store, Duration::from_micros(options.delay), options.timeout));
-    let crew = service
+    let service =
+        Arc::new(Service::new(store, Duration::from_micros(options.delay), options.timeout));
+    let workers = service
         .start(&queue, options.nthreads.into())
         .map_err(|error| format!("cannot start a worker: {error}"))?;
     info!(
@@ -95,7 +97,7 @@ fn serve(options: &Options, mut stop: Stop) -> Result<(), Quit> {
 
     stop.wait();
     queue.close();
-    stop.wind_down(&crew);
+    stop.wind_down(&workers);
     drop(queue); // removes its names
     info!("stopped: {}", service.summary());
     Ok(())
@@ -103,12 +105,12 @@ fn serve(options: &Options, mut stop: Stop) -> Result<(), Quit> {
 
 fn bind(address: &Address, options: &Options) -> shmferry::Result<Arc<dyn RequestQueue>> {
     Ok(match address {
-        Address::Unix(path) => {
-            Arc::new(Seqpacket::new(path).max_segments(options.max_segments).on_rejected(report).bind()?)
-        }
-        Address::Mq(name) => {
-            Arc::new(PosixMq::new(name)?.max_segments(options.max_segments).on_rejected(report).bind()?)
-        }
+        Address::Unix(path) => Arc::new(
+            Seqpacket::new(path).max_segments(options.max_segments).on_rejected(report).bind()?,
+        ),
+        Address::Mq(name) => Arc::new(
+            PosixMq::new(name)?.max_segments(options.max_segments).on_rejected(report).bind()?,
+        ),
     })
 }
 

@@ -3,7 +3,9 @@
 use std::io;
 use std::time::Duration;
 
-use shmferry::{Awaited, Backing, Deadline, Error, Refusal, Reply, Requester, Result, SegmentPool, Size};
+use shmferry::{
+    Awaited, Backing, Deadline, Error, Refusal, Reply, Requester, Result, SegmentPool, Size,
+};
 use tracing::{debug, warn};
 
 use super::client::{Body, Found};
@@ -17,20 +19,20 @@ const TURNS: u32 = 4;
 /// A pool of segments, and the queue to the cache that fills them.
 pub struct Cache {
     way: Box<dyn Way>,
-    patience: Duration,
+    timeout: Duration,
     /// Somebody else can be asked when the cache fails.
     has_stand_in: bool,
 }
 
 impl Cache {
-    /// Asks over `queue`, waiting up to `patience` for each step of the cache.
+    /// Asks over `queue`, waiting up to `timeout` for each step of the cache.
     pub fn new<B: Backing>(
         pool: SegmentPool<B>,
         queue: impl Requester<B> + 'static,
-        patience: Duration,
+        timeout: Duration,
         has_stand_in: bool,
     ) -> Cache {
-        Cache { way: Box::new((pool, queue)), patience, has_stand_in }
+        Cache { way: Box::new((pool, queue)), timeout, has_stand_in }
     }
 
     /// Asks for a path. A stream is spooled.
@@ -52,13 +54,13 @@ impl Cache {
 
     fn try_find(&self, path: &[u8], spool: &Spooler<'_>) -> Result<Result<Found, Miss>> {
         let turns = if self.has_stand_in { 1 } else { TURNS };
-        let lease_patience = self.patience.saturating_mul(turns);
-        let mut body = match self.way.ask(path, lease_patience, self.patience)? {
+        let lease_timeout = self.timeout.saturating_mul(turns);
+        let mut body = match self.way.ask(path, lease_timeout, self.timeout)? {
             Reply::Found(body) => body,
             Reply::Refused(Refusal::NotFound | Refusal::Invalid) => return Ok(Err(Miss::NotFound)),
             Reply::Refused(_) => return Ok(Err(Miss::Failed)),
         };
-        body.set_patience(self.patience);
+        body.set_timeout(self.timeout);
         match body.size() {
             Size::Known(len) => Ok(Ok(Found { len, body: Body::Segment(Box::new(body)) })),
             Size::Unknown => match spool.fill(body) {
@@ -85,16 +87,16 @@ fn hint(error: &Error) -> &'static str {
 /// A pool and its queue, whatever the segments are made of.
 trait Way: Send + Sync {
     /// Asks for a path, waiting for a segment, for the queue and for the reply.
-    fn ask(&self, path: &[u8], lease_patience: Duration, patience: Duration) -> Result<Reply>;
+    fn ask(&self, path: &[u8], lease_timeout: Duration, timeout: Duration) -> Result<Reply>;
 
     fn retired(&self) -> u64;
 }
 
 impl<B: Backing, Q: Requester<B>> Way for (SegmentPool<B>, Q) {
-    fn ask(&self, path: &[u8], lease_patience: Duration, patience: Duration) -> Result<Reply> {
+    fn ask(&self, path: &[u8], lease_timeout: Duration, timeout: Duration) -> Result<Reply> {
         let (pool, queue) = self;
-        let lease = pool.lease(Deadline::after(lease_patience))?;
-        queue.ask(lease, path, Deadline::after(patience))
+        let lease = pool.lease(Deadline::after(lease_timeout))?;
+        queue.ask(lease, path, Deadline::after(timeout))
     }
 
     fn retired(&self) -> u64 {

@@ -9,7 +9,9 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
-use shmferry::{Deadline, Error, Receiver, Receiving, Result, ShmTransfer, Spool, lend, send_all};
+use shmferry::{
+    Deadline, Error, Receiver, Receiving, Result, ShmTransfer, Spool, blocking, send_all,
+};
 
 use super::getfile::{Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request};
 use super::waiting::{Entry, GRACE, Waiting};
@@ -41,22 +43,22 @@ pub enum Body {
 pub struct Client {
     stream: Arc<TcpStream>,
     dialect: Dialect,
-    patience: Duration,
+    timeout: Duration,
     /// Bytes of its reply's header that it has been sent, to see whether it is there.
     begun: Cell<usize>,
 }
 
 impl Client {
-    /// A client that may take `patience` for its request, and in its reply as long without
+    /// A client that may take `timeout` for its request, and in its reply as long without
     /// progress.
-    pub fn new(stream: TcpStream, dialect: Dialect, patience: Duration) -> Client {
-        Client { stream: Arc::new(stream), dialect, patience, begun: Cell::new(0) }
+    pub fn new(stream: TcpStream, dialect: Dialect, timeout: Duration) -> Client {
+        Client { stream: Arc::new(stream), dialect, timeout, begun: Cell::new(0) }
     }
 
     /// Reads the request; returns the path, or `None` for one that is malformed, not finished in
     /// time, or cut because too many are `waiting`.
     pub fn request(&self, waiting: &Waiting) -> io::Result<Option<Vec<u8>>> {
-        let deadline = Deadline::after(self.patience);
+        let deadline = Deadline::after(self.timeout);
         let grace = deadline.min(Deadline::after(GRACE));
         let mut slow = None;
         let mut buffer = [0; MAX_REQUEST_LEN];
@@ -122,7 +124,7 @@ impl Client {
         self.send_header(Reply::Ok { len: found.len }, flags).map_err(Error::Sink)?;
         match found.body {
             Body::Segment(mut body) => {
-                body.set_patience(self.patience);
+                body.set_timeout(self.timeout);
                 body.copy_to_or_spool(&*self.stream, aside)
             }
             Body::Stream(source) => self.copy_from(source, found.len),
@@ -139,9 +141,9 @@ impl Client {
             return; // the client is gone
         }
         while surplus < LINGER_BYTES {
-            let patience =
+            let timeout =
                 if interrupted || surplus > 0 { deadline } else { Deadline::after(Duration::ZERO) };
-            match self.read(&mut scratch, patience) {
+            match self.read(&mut scratch, timeout) {
                 Ok(Some(read)) if read > 0 => surplus += read,
                 _ => return,
             }
@@ -169,7 +171,7 @@ impl Client {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(Error::Source(error)),
             };
-            send_all(&*self.stream, &buffer[..read], self.patience)?;
+            send_all(&*self.stream, &buffer[..read], self.timeout)?;
             sent += read as u64;
         }
         // Seeing the end is what lets an origin's connection serve again.
@@ -184,7 +186,7 @@ impl Client {
                 Ok((read, _)) => return Ok(Some(read)),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if deadline.has_passed() => return Ok(None),
-                Err(Errno::AGAIN) => lend(|| {
+                Err(Errno::AGAIN) => blocking(|| {
                     let left = deadline.remaining().and_then(|left| left.try_into().ok());
                     let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
                     match poll(&mut fds, left.as_ref()) {

@@ -36,7 +36,7 @@ use origin::{BaseUrl, BaseUrlParser, Origin};
 use program::{Quit, Stop};
 use proxy::Proxy;
 use serve::Service;
-use shmferry::{Backing, Crew, InProcess, Memfd, Named, PosixMq, RequestQueue};
+use shmferry::{Backing, InProcess, Memfd, Named, PosixMq, RequestQueue, WorkerPool};
 use shmferry::{SegmentPool, SegmentPoolBuilder, Seqpacket};
 use store::Store;
 use tracing::info;
@@ -117,15 +117,23 @@ fn main() -> ExitCode {
 fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
     let source = Source::open(&options, &mut stop)?;
     stop.check()?;
-    let origin = options.server.as_ref().map(|url| Origin::new(url, options.timeout, options.thread_count));
+    let origin =
+        options.server.as_ref().map(|url| Origin::new(url, options.timeout, options.thread_count));
     let listener = Arc::new(Listener::bind(options.listen, options.listen_port)?);
-    let proxy =
-        Arc::new(Proxy::new(source.cache, origin, options.dialect, options.timeout, options.spool_limit));
-    let crew = {
+    let proxy = Arc::new(Proxy::new(
+        source.cache,
+        origin,
+        options.dialect,
+        options.timeout,
+        options.spool_limit,
+    ));
+    let workers = {
         let (listener, proxy) = (Arc::clone(&listener), Arc::clone(&proxy));
         let next = move || listener.accept();
-        Crew::start("proxy", options.thread_count.into(), next, move |stream| proxy.serve(stream))
-            .map_err(cannot_start_a_worker)?
+        WorkerPool::start("proxy", options.thread_count.into(), next, move |stream| {
+            proxy.serve(stream)
+        })
+        .map_err(cannot_start_a_worker)?
     };
     info!(
         "listening on {}: {}{}, {}, {} workers, dialect {}, timeout {:?}, spool limit {} bytes",
@@ -141,11 +149,11 @@ fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
 
     stop.wait();
     listener.close();
-    if stop.wind_down(&crew)
-        && let Some((queue, crew)) = &source.embedded
+    if stop.wind_down(&workers)
+        && let Some((queue, workers)) = &source.embedded
     {
         queue.close();
-        stop.wind_down(crew);
+        stop.wind_down(workers);
     }
     info!("stopped: {}", proxy.summary());
     Ok(())
@@ -158,7 +166,7 @@ const LOOPBACK_ONLY: &str = "this machine only (--listen 0.0.0.0 or --listen :: 
 struct Source {
     cache: Option<Cache>,
     /// The queue and the workers of a cache within this process.
-    embedded: Option<(Arc<InProcess>, Crew)>,
+    embedded: Option<(Arc<InProcess>, WorkerPool)>,
     description: String,
 }
 
@@ -174,14 +182,21 @@ impl Source {
         );
 
         if let Some(root) = &options.root {
-            let service = Arc::new(Service::new(Store::directory(root)?, Duration::ZERO, options.timeout));
+            let service =
+                Arc::new(Service::new(Store::directory(root)?, Duration::ZERO, options.timeout));
             let pool = memfd_pool(options, stop)?;
             // No request is sent without a segment: there is always room.
             let queue = Arc::new(InProcess::bounded(options.segment_count as usize));
-            let crew = service.start(&queue, options.thread_count.into()).map_err(cannot_start_a_worker)?;
+            let workers = service
+                .start(&queue, options.thread_count.into())
+                .map_err(cannot_start_a_worker)?;
             let cache = Cache::new(pool, InProcess::clone(&queue), options.timeout, has_origin);
             let description = format!("all beneath {}, {segments}", root.display());
-            return Ok(Source { cache: Some(cache), embedded: Some((queue, crew)), description });
+            return Ok(Source {
+                cache: Some(cache),
+                embedded: Some((queue, workers)),
+                description,
+            });
         }
 
         let address = options.cache.clone().map_or_else(Address::default_of_user, Ok);
@@ -192,8 +207,8 @@ impl Source {
                 let pool = memfd_pool(options, stop)?;
                 let queue = Seqpacket::new(path);
                 let queue = match has_origin {
-                    true => queue.absence(NO_ABSENCE),
-                    false => queue.absence_after_loss(ABSENCE),
+                    true => queue.connect_timeout(NO_ABSENCE),
+                    false => queue.connect_timeout_after_loss(ABSENCE),
                 };
                 let requester = queue.requester(&pool).map_err(unusable)?;
                 Cache::new(pool, requester, options.timeout, has_origin)
@@ -204,14 +219,18 @@ impl Source {
                 stop.check()?;
                 let queue = PosixMq::new(name).map_err(unusable)?;
                 let queue = match has_origin {
-                    true => queue.absence(NO_ABSENCE),
-                    false => queue.absence_after_loss(ABSENCE),
+                    true => queue.connect_timeout(NO_ABSENCE),
+                    false => queue.connect_timeout_after_loss(ABSENCE),
                 };
                 let requester = queue.requester(&pool);
                 Cache::new(pool, requester, options.timeout, has_origin)
             }
         };
-        Ok(Source { cache: Some(cache), embedded: None, description: format!("cache {address}, {segments}") })
+        Ok(Source {
+            cache: Some(cache),
+            embedded: None,
+            description: format!("cache {address}, {segments}"),
+        })
     }
 }
 

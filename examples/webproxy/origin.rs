@@ -10,7 +10,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
-use shmferry::lend;
+use shmferry::blocking;
 use tracing::warn;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::header::{AUTHORIZATION, CONTENT_ENCODING, TRANSFER_ENCODING};
@@ -137,19 +137,19 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Asks beneath `base`, waiting up to `patience` for each step; keeps as many idle connections
+    /// Asks beneath `base`, waiting up to `timeout` for each step; keeps as many idle connections
     /// as there are workers. Redirects are followed, with credentials to the same host only, and
     /// the environment's HTTP proxy is used, as ureq does.
-    pub fn new(base: &BaseUrl, patience: Duration, workers: u16) -> Origin {
+    pub fn new(base: &BaseUrl, timeout: Duration, workers: u16) -> Origin {
         let keeping = |idle: u16| {
             let config = Agent::config_builder()
                 .http_status_as_error(false)
                 .accept_encoding("identity")
                 .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-                .timeout_connect(Some(patience.min(CONNECT)))
-                .timeout_recv_response(Some(patience))
-                .timeout_per_read(Some(patience))
-                .timeout_per_write(Some(patience))
+                .timeout_connect(Some(timeout.min(CONNECT)))
+                .timeout_recv_response(Some(timeout))
+                .timeout_per_read(Some(timeout))
+                .timeout_per_write(Some(timeout))
                 .max_idle_connections(idle.into())
                 .max_idle_connections_per_host(idle.into());
             Agent::new_with_config(config.build())
@@ -168,7 +168,7 @@ impl Origin {
             Miss::Failed
         };
         let url = format!("{}{}", self.base.url, encode(path));
-        let response = lend(|| match self.ask(&self.agent, &url) {
+        let response = blocking(|| match self.ask(&self.agent, &url) {
             // Perhaps it closed an idle connection just when we took that up again.
             Err(ureq::Error::Io(_)) => self.ask(&self.fresh, &url),
             response => response,
@@ -212,7 +212,8 @@ fn foreign_encoding(headers: &HeaderMap) -> Option<String> {
             let value = value.as_bytes();
             let mut encodings = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
             let harmless = harmless.as_bytes();
-            let is_harmless = |coding: &[u8]| coding.is_empty() || coding.eq_ignore_ascii_case(harmless);
+            let is_harmless =
+                |coding: &[u8]| coding.is_empty() || coding.eq_ignore_ascii_case(harmless);
             let foreign = !encodings.all(is_harmless);
             foreign.then(|| format!("{name}: {}", value.escape_ascii()))
         })
@@ -272,6 +273,6 @@ struct Lending<R>(R);
 
 impl<R: Read> Read for Lending<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        lend(|| self.0.read(into))
+        blocking(|| self.0.read(into))
     }
 }

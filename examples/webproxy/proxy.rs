@@ -30,7 +30,7 @@ pub struct Proxy {
     cache: Option<Cache>,
     origin: Option<Origin>,
     dialect: Dialect,
-    patience: Duration,
+    timeout: Duration,
     /// The longest body of unknown length, in bytes.
     spool_limit: u64,
     /// Where bodies of slow clients are set aside.
@@ -58,17 +58,17 @@ impl Proxy {
         cache: Option<Cache>,
         origin: Option<Origin>,
         dialect: Dialect,
-        patience: Duration,
+        timeout: Duration,
         spool_limit: u64,
     ) -> Proxy {
         let (aside, waiting) = (Spool::new(spool_limit), Waiting::new());
         let tally = Tally::default();
-        Proxy { cache, origin, dialect, patience, spool_limit, aside, waiting, tally }
+        Proxy { cache, origin, dialect, timeout, spool_limit, aside, waiting, tally }
     }
 
     /// Serves one client, from its request to its end. A client that leaves is nobody's error.
     pub fn serve(&self, stream: TcpStream) {
-        let client = Client::new(stream, self.dialect, self.patience);
+        let client = Client::new(stream, self.dialect, self.timeout);
         let path = match client.request(&self.waiting) {
             Ok(path) => path,
             Err(error) => return debug!("a client left before it asked: {error}"),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
-use shmferry::Crew;
+use shmferry::WorkerPool;
 use tracing::debug;
 
 /// How long a connection may take over its request before it is counted: one that has just come is
@@ -40,7 +40,7 @@ impl Waiting {
     pub fn new() -> Waiting {
         let allowed = getrlimit(Resource::Nofile).current.map(usize::try_from);
         let descriptors = allowed.and_then(Result::ok).unwrap_or(usize::MAX);
-        Waiting { limit: Crew::THREAD_LIMIT.min(descriptors) / 2, inner: Mutex::default() }
+        Waiting { limit: WorkerPool::THREAD_LIMIT.min(descriptors) / 2, inner: Mutex::default() }
     }
 
     /// Counts a connection until what is returned is dropped. Cuts an older one if they are too

@@ -95,7 +95,7 @@ fn receive(script: &mut Script<'_>) {
     for _ in 0..3 {
         if pool.stats().idle == 0 {
             // Replaced in the end, but that takes its time.
-            assert_eq!(pool.stats().lingering, 1, "the segment is lost");
+            assert_eq!(pool.stats().quarantined, 1, "the segment is lost");
             return;
         }
         let (transfer, memory) = offered(&pool).expect("idle, and not spoilt");
@@ -104,7 +104,7 @@ fn receive(script: &mut Script<'_>) {
         }
         match transfer.reply(now()) {
             Ok(Reply::Found(mut body)) => {
-                body.set_patience(Duration::ZERO);
+                body.set_timeout(Duration::ZERO);
                 take(script, &mut body, memory, slot_len);
             }
             Ok(Reply::Refused(_)) => {}
@@ -184,7 +184,7 @@ fn send(script: &mut Script<'_>) {
         if choice.is_multiple_of(2) { Size::Unknown } else { Size::Known(u64::from(script.byte()) * 4) };
     match transfer.accept_with(size, &vec![7u8; usize::from(choice)]) {
         Ok(mut sending) => {
-            sending.set_patience(Duration::ZERO);
+            sending.set_timeout(Duration::ZERO);
             give(script, sending, memory);
         }
         Err(error) => expected(&error),

@@ -7,13 +7,13 @@ use crossbeam_channel::{
     Receiver as Outlet, Select, SelectedOperation, Sender as Inlet, TrySendError, bounded,
 };
 
-use crate::crew;
 use crate::error::{Awaited, Error, Result};
 use crate::peer::Link;
 use crate::process::Own;
 use crate::protocol::{Sender, ShmTransfer, Starting};
 use crate::segment::Backing;
 use crate::sync::{Deadline, lock};
+use crate::workers;
 
 use super::{Request, RequestQueue, Requester, SendError};
 
@@ -119,7 +119,9 @@ impl<B: Backing> Requester<B> for InProcess {
             Err(TrySendError::Disconnected(transfer)) => Some((transfer, Error::Closed)),
             // The loan of the place ends after the send: to wait for a place with a slot of the channel
             // reserved would have every receiver spin on that slot.
-            Err(TrySendError::Full(transfer)) => crew::lend(|| self.send_slowly(transfer, deadline)),
+            Err(TrySendError::Full(transfer)) => {
+                workers::blocking(|| self.send_slowly(transfer, deadline))
+            }
         };
         match unsent {
             Some((transfer, error)) => {
@@ -147,7 +149,9 @@ impl RequestQueue for InProcess {
             return Err(Error::Closed);
         }
         match wait_for(&mut select, deadline) {
-            Some(ready) if ready.index() == request => ready.recv(&self.outlet).map_err(|_| Error::Closed),
+            Some(ready) if ready.index() == request => {
+                ready.recv(&self.outlet).map_err(|_| Error::Closed)
+            }
             Some(ready) => {
                 let _ = ready.recv(&self.closed);
                 Err(Error::Closed)

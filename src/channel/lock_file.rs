@@ -148,7 +148,8 @@ mod tests {
         }
         if us.is_root() {
             fs::write(&path, "1\n").unwrap();
-            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+                .unwrap();
             refused("a regular file", users[0]);
             assert_eq!(fs::read_to_string(&path).unwrap(), "1\n", "left as it was");
         }

@@ -28,23 +28,30 @@ pub(super) struct Poller {
     closer: OwnedFd,
     closed: AtomicBool,
     /// Wakes one worker each time that it is written to; never read.
-    nudge: OwnedFd,
+    wake_one: OwnedFd,
     /// A child of `fork` shares the epoll and both eventfds with its parent, and leaves them alone.
     origin: Origin,
 }
 
 impl Poller {
     pub(super) fn new() -> Result<Poller> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
+        let epoll =
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let closer = eventfd(0, flags).map_err(Error::os("eventfd"))?;
         epoll::add(&epoll, &closer, epoll::EventData::new_u64(CLOSER), epoll::EventFlags::IN)
             .map_err(Error::os("epoll_ctl"))?;
-        let nudge = eventfd(0, flags).map_err(Error::os("eventfd"))?;
+        let wake_one = eventfd(0, flags).map_err(Error::os("eventfd"))?;
         let each_write = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&epoll, &nudge, epoll::EventData::new_u64(NUDGE), each_write)
+        epoll::add(&epoll, &wake_one, epoll::EventData::new_u64(NUDGE), each_write)
             .map_err(Error::os("epoll_ctl"))?;
-        Ok(Poller { epoll, closer, closed: AtomicBool::new(false), nudge, origin: Origin::here() })
+        Ok(Poller {
+            epoll,
+            closer,
+            closed: AtomicBool::new(false),
+            wake_one,
+            origin: Origin::here(),
+        })
     }
 
     /// Adds a descriptor, armed.
@@ -60,7 +67,9 @@ impl Poller {
         loop {
             match epoll::modify(&self.epoll, &fd, epoll::EventData::new_u64(token), ONE_EVENT) {
                 Ok(()) => return Ok(()),
-                Err(gone @ (Errno::NOENT | Errno::BADF)) => return Err(Error::os("epoll_ctl")(gone)),
+                Err(gone @ (Errno::NOENT | Errno::BADF)) => {
+                    return Err(Error::os("epoll_ctl")(gone));
+                }
                 Err(_) => {
                     self.check_open()?;
                     thread::sleep(PAUSE);
@@ -101,9 +110,9 @@ impl Poller {
     }
 
     /// Ends the wait of one worker, or the next one's if nobody waits now.
-    pub(super) fn nudge(&self) {
+    pub(super) fn wake_one(&self) {
         // Cannot fail but by overflow, after more nudges than there is time for.
-        let _ = rustix::io::write(&self.nudge, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.wake_one, &1u64.to_ne_bytes());
     }
 
     /// Ends every wait, now and later.

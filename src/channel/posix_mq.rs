@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::channel::line::Absence;
+use crate::channel::reconnect::ConnectTimeout;
 use crate::error::{Error, Result};
 use crate::peer::Peer;
 use crate::segment::{Named, SegmentPool};
@@ -69,7 +69,7 @@ pub struct PosixMq {
 struct Policy {
     capacity: u32,
     max_segments: u32,
-    absence: Absence,
+    connect_timeout: ConnectTimeout,
     on_rejected: Option<Arc<OnRejected>>,
 }
 
@@ -81,8 +81,12 @@ impl PosixMq {
     /// # Errors
     /// [`Error::Misuse`] for any other name.
     pub fn new(name: impl Into<String>) -> Result<PosixMq> {
-        let policy =
-            Policy { capacity: 10, max_segments: 1024, absence: Absence::default(), on_rejected: None };
+        let policy = Policy {
+            capacity: 10,
+            max_segments: 1024,
+            connect_timeout: ConnectTimeout::default(),
+            on_rejected: None,
+        };
         Ok(PosixMq { name: Name::parse(name.into())?, policy })
     }
 
@@ -107,22 +111,25 @@ impl PosixMq {
 
     /// How long a client waits for a server that is not there before its `send` fails; as long
     /// as the deadline unless told otherwise. Zero means one look.
-    pub fn absence(mut self, patience: Duration) -> Self {
-        self.policy.absence.always = Some(patience);
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.policy.connect_timeout.always = Some(timeout);
         self
     }
 
-    /// As [`absence`](Self::absence), but only once the client has found a server: how long it waits
+    /// As [`connect_timeout`](Self::absence), but only once the client has found a server: how long it waits
     /// for the successor of one that is gone. As long as the server has said that it ends and still
     /// lives, the time does not count.
-    pub fn absence_after_loss(mut self, patience: Duration) -> Self {
-        self.policy.absence.after_loss = Some(patience);
+    pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {
+        self.policy.connect_timeout.after_loss = Some(timeout);
         self
     }
 
     /// Has a server report each request that it cannot use, and why. Those whose client is gone are
     /// dropped in silence.
-    pub fn on_rejected(mut self, report: impl Fn(Option<Peer>, &Error) + Send + Sync + 'static) -> Self {
+    pub fn on_rejected(
+        mut self,
+        report: impl Fn(Option<Peer>, &Error) + Send + Sync + 'static,
+    ) -> Self {
         self.policy.on_rejected = Some(Arc::new(report));
         self
     }
@@ -142,14 +149,18 @@ impl PosixMq {
     /// A client of the server at this name, for requests with segments of `pool`. Looks for the server
     /// when it first has something to send.
     pub fn requester(self, pool: &SegmentPool<Named>) -> PosixMqRequester {
-        PosixMqRequester::new(self.name, self.policy.absence, pool)
+        PosixMqRequester::new(self.name, self.policy.connect_timeout, pool)
     }
 
     /// As [`requester`](Self::requester), but waits until the server is there.
     ///
     /// # Errors
     /// [`Error::Timeout`] when it is not there in time, [`Error::Os`] for what the system refuses.
-    pub fn connect(self, pool: &SegmentPool<Named>, deadline: Deadline) -> Result<PosixMqRequester> {
+    pub fn connect(
+        self,
+        pool: &SegmentPool<Named>,
+        deadline: Deadline,
+    ) -> Result<PosixMqRequester> {
         let requester = self.requester(pool);
         requester.connect(deadline)?;
         Ok(requester)

@@ -12,22 +12,22 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::getuid;
 
-use crate::channel::line::Absence;
 use crate::channel::pause;
-use crate::crew;
+use crate::channel::reconnect::ConnectTimeout;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::{Peer, Socket};
 use crate::segment::{Memfd, SegmentPool};
 use crate::sync::{Deadline, wait_ready};
+use crate::workers;
 
 mod address;
 mod client;
-mod lookout;
 #[cfg(all(test, loom))]
 mod model;
 mod queue;
 mod requester;
 pub(crate) mod ring;
+mod wake_policy;
 pub(crate) mod wire;
 
 pub use queue::SeqpacketQueue;
@@ -79,7 +79,7 @@ struct Policy {
     max_clients: u32,
     max_segments: u32,
     max_bytes: u64,
-    absence: Absence,
+    connect_timeout: ConnectTimeout,
     on_rejected: Option<Arc<OnRejected>>,
 }
 
@@ -93,7 +93,7 @@ impl Seqpacket {
             max_clients: 256,
             max_segments: 1024,
             max_bytes: 4 << 30,
-            absence: Absence::default(),
+            connect_timeout: ConnectTimeout::default(),
             on_rejected: None,
         };
         Seqpacket { path: path.into(), policy }
@@ -152,21 +152,24 @@ impl Seqpacket {
 
     /// How long a client's `send` waits for a server that is not there, within its deadline; as long
     /// as the deadline unless told otherwise. Zero means one look.
-    pub fn absence(mut self, patience: Duration) -> Self {
-        self.policy.absence.always = Some(patience);
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.policy.connect_timeout.always = Some(timeout);
         self
     }
 
-    /// As [`absence`](Self::absence), but only once the client has found a server: how long it waits
+    /// As [`connect_timeout`](Self::absence), but only once the client has found a server: how long it waits
     /// for the successor of one that is gone. As long as the server has said that it ends and still
     /// lives, the time does not count.
-    pub fn absence_after_loss(mut self, patience: Duration) -> Self {
-        self.policy.absence.after_loss = Some(patience);
+    pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {
+        self.policy.connect_timeout.after_loss = Some(timeout);
         self
     }
 
     /// Has a server report each client that it turns away, and why.
-    pub fn on_rejected(mut self, report: impl Fn(Option<Peer>, &Error) + Send + Sync + 'static) -> Self {
+    pub fn on_rejected(
+        mut self,
+        report: impl Fn(Option<Peer>, &Error) + Send + Sync + 'static,
+    ) -> Self {
         self.policy.on_rejected = Some(Arc::new(report));
         self
     }
@@ -196,7 +199,11 @@ impl Seqpacket {
     ///
     /// # Errors
     /// Also [`Error::Timeout`] when it is not there in time.
-    pub fn connect(self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<SeqpacketRequester> {
+    pub fn connect(
+        self,
+        pool: &SegmentPool<Memfd>,
+        deadline: Deadline,
+    ) -> Result<SeqpacketRequester> {
         let requester = self.requester(pool)?;
         requester.connect(deadline)?;
         Ok(requester)
@@ -231,7 +238,12 @@ fn socket_address(path: &Path) -> Result<SocketAddrUnix> {
 }
 
 /// Sends one message, and a descriptor with it, waiting for room until the deadline.
-fn send(socket: &Socket, message: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Deadline) -> Result<()> {
+fn send(
+    socket: &Socket,
+    message: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+    deadline: Deadline,
+) -> Result<()> {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     loop {
         let fds = fd.as_slice();
@@ -244,14 +256,20 @@ fn send(socket: &Socket, message: &[u8], fd: Option<BorrowedFd<'_>>, deadline: D
         match sendmsg(socket, &[io::IoSlice::new(message)], &mut control, flags) {
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => match crew::lend(|| wait_ready(socket, PollFlags::OUT, deadline)) {
-                Ok(true) => {}
-                Ok(false) => return Err(Error::Timeout(Awaited::QueueRoom)),
-                Err(errno) => return Err(Error::os("poll")(errno)),
-            },
+            Err(Errno::AGAIN) => {
+                match workers::blocking(|| wait_ready(socket, PollFlags::OUT, deadline)) {
+                    Ok(true) => {}
+                    Ok(false) => return Err(Error::Timeout(Awaited::QueueRoom)),
+                    Err(errno) => return Err(Error::os("poll")(errno)),
+                }
+            }
             // The system has too many descriptors on their way; it says nothing when that ends.
-            Err(Errno::TOOMANYREFS) if !deadline.has_passed() => crew::lend(|| pause(0, deadline)),
-            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Err(Error::Disconnected),
+            Err(Errno::TOOMANYREFS) if !deadline.has_passed() => {
+                workers::blocking(|| pause(0, deadline))
+            }
+            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => {
+                return Err(Error::Disconnected);
+            }
             Err(errno) => return Err(Error::os("sendmsg")(errno)),
         }
     }

@@ -49,7 +49,8 @@ impl Lifeline {
             }
             // Open at both ends: opening only the one to write waits for somebody who reads.
             let Some(fifo) = open_fifo(&path, OFlags::RDWR)? else { continue };
-            if lock_now(&fifo).map_err(Error::os("locking a lifeline"))? && stands_at(&path, &fifo) {
+            if lock_now(&fifo).map_err(Error::os("locking a lifeline"))? && stands_at(&path, &fifo)
+            {
                 return Ok(Lifeline::of(path, fifo));
             }
         }
@@ -100,7 +101,9 @@ pub(crate) fn is_held(fifo: impl AsFd) -> bool {
 /// Whether a process, as we number it, is the owner of a lifeline that is followed, or has it open like us:
 /// a pid that its owner told may mean another process here, where the two see different numbers.
 pub(crate) fn has_open(pid: u32, fifo: impl AsFd) -> bool {
-    let (Ok(fifo), Ok(open)) = (fstat(fifo), fs::read_dir(format!("/proc/{pid}/fd"))) else { return false };
+    let (Ok(fifo), Ok(open)) = (fstat(fifo), fs::read_dir(format!("/proc/{pid}/fd"))) else {
+        return false;
+    };
     open.flatten()
         .filter_map(|fd| fs::metadata(fd.path()).ok())
         .any(|found| (found.dev(), found.ino()) == (fifo.st_dev, fifo.st_ino))
@@ -201,7 +204,9 @@ mod tests {
         std::fs::write(&path, "a file").unwrap();
         let us = rustix::process::geteuid().as_raw();
         let told = |result: Result<()>| match result {
-            Err(Error::NameTaken { path: named, kind, uid }) => (named == path).then_some((kind, uid)),
+            Err(Error::NameTaken { path: named, kind, uid }) => {
+                (named == path).then_some((kind, uid))
+            }
             other => panic!("{other:?}"),
         };
         let a_file = Some(("a regular file", us));

@@ -86,7 +86,8 @@ impl Watcher {
         if let Some(watcher) = cell.get() {
             return Ok(watcher);
         }
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
+        let epoll =
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
         let watching = epoll.try_clone().map_err(Error::os("dup"))?;
         // The thread finds the watcher in its cell: whoever can register with it has put it there.
         thread::Builder::new()
@@ -134,15 +135,15 @@ mod tests {
 
     #[test]
     fn each_hang_up_is_told_to_those_whom_it_concerns() {
-        let patience = Duration::from_secs(30);
+        let timeout = Duration::from_secs(30);
         let (_first, one, first_said) = watched();
         let (_second, other, second_said) = watched();
         // One that only stops sending has hung up as well.
         shutdown(&other, Shutdown::Write).unwrap();
-        second_said.recv_timeout(patience).unwrap();
+        second_said.recv_timeout(timeout).unwrap();
         assert_eq!(first_said.try_recv(), Err(TryRecvError::Empty));
         drop(one);
-        first_said.recv_timeout(patience).unwrap();
+        first_said.recv_timeout(timeout).unwrap();
     }
 
     #[test]

@@ -58,14 +58,14 @@ type Asking = ShmTransfer<Sender, Starting>;
 
 std::thread_local! {
     /// Sleepers look all the time whether their link is severed. Each model is run by one thread.
-    pub(super) static GLANCES: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    pub(super) static RECHECKS: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 /// As [`model`], with sleepers that look all the time.
 fn model_with_glances(body: impl Fn() + Sync + Send + 'static) {
-    GLANCES.set(true);
+    RECHECKS.set(true);
     model(body);
-    GLANCES.set(false);
+    RECHECKS.set(false);
 }
 
 /// As long as a late sender takes, or no time at all.
@@ -255,19 +255,20 @@ fn a_sender_that_acts_on_the_turn_word_alone_sees_the_offer() {
     model(|| {
         let pool = pool(1, PATIENT);
         let lease = pool.lease(Deadline::NEVER).unwrap();
-        let (stock, holding) = lease.into_parts();
-        let segment = stock.writable().unwrap();
+        let (pooled, guard) = lease.into_parts();
+        let segment = pooled.writable().unwrap();
         // It has been told of the first generation too early, and asks until there is one.
         let sender = thread::spawn(move || {
             loop {
-                let asking = ShmTransfer::begin(Arc::clone(&segment), 1, b"key"[..].into(), &link());
+                let asking =
+                    ShmTransfer::begin(Arc::clone(&segment), 1, b"key"[..].into(), &link());
                 match send(asking, &[1]) {
                     Err(Error::Stale) => thread::yield_now(),
                     sent => return assert_eq!(sent.unwrap(), 1),
                 }
             }
         });
-        let (asked, _offer, _) = ShmTransfer::offer(holding).unwrap();
+        let (asked, _offer, _) = ShmTransfer::offer(guard).unwrap();
         assert_eq!(receive(asked).unwrap(), [1]);
         sender.join().unwrap();
     });

@@ -13,25 +13,27 @@ use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::peer::Link;
 #[cfg(not(loom))]
 use crate::segment::SharedByte;
-use crate::segment::{ChunkLen, Header, Holding, MAX_METADATA, NO_GENERATION, Phase, ReadSlots, Segment};
+use crate::segment::{
+    ChunkLen, Header, MAX_METADATA, NO_GENERATION, Phase, ReadSlots, Segment, SegmentGuard,
+};
 use crate::sync::atomic::{AtomicU32, Relaxed};
 use crate::sync::{Deadline, Interrupted, Permit, Presence, Spinner};
 
 #[cfg(unix)]
 use super::sink::SinkWait;
 use super::{
-    DEFAULT_PATIENCE, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit, can_put_off,
-    publish_cpu,
+    DEFAULT_TIMEOUT, Metadata, Offer, Refusal, ShmTransfer, Size, Status, await_permit,
+    can_put_off, publish_cpu,
 };
 
 /// The side that owns the segment and takes the bytes out of it.
 pub struct Receiver {
-    holding: Holding,
+    guard: SegmentGuard,
     generation: u64,
     offer: Arc<Offer>,
     spinner: Spinner,
     presence: Presence,
-    pub(super) patience: Duration,
+    pub(super) timeout: Duration,
     /// The segment goes back to its pool by another way than by our drop.
     is_kept: bool,
 }
@@ -85,12 +87,14 @@ pub enum Reply {
 impl ShmTransfer<Receiver, Offered> {
     /// Opens the next generation of a leased segment. Whatever a late sender of an older one does
     /// from now on fails at its first step (rule P1).
-    pub(crate) fn offer(holding: Holding) -> Result<(ShmTransfer<Receiver, Offered>, Arc<Offer>, u64)> {
-        match Self::open(&holding.segment) {
-            Ok(generation) => Ok(Self::offered(holding, generation)),
+    pub(crate) fn offer(
+        guard: SegmentGuard,
+    ) -> Result<(ShmTransfer<Receiver, Offered>, Arc<Offer>, u64)> {
+        match Self::open(&guard.segment) {
+            Ok(generation) => Ok(Self::offered(guard, generation)),
             Err(fault) => {
                 // Spoilt while it was leased. It goes back nevertheless, as one to be replaced.
-                holding.give_back(NO_GENERATION, None);
+                guard.give_back(NO_GENERATION, None);
                 Err(fault.into())
             }
         }
@@ -110,15 +114,18 @@ impl ShmTransfer<Receiver, Offered> {
         header.turn.open_next(generation)
     }
 
-    fn offered(holding: Holding, generation: u64) -> (ShmTransfer<Receiver, Offered>, Arc<Offer>, u64) {
-        let offer = Arc::new(Offer::new(Arc::clone(&holding.segment), generation));
+    fn offered(
+        guard: SegmentGuard,
+        generation: u64,
+    ) -> (ShmTransfer<Receiver, Offered>, Arc<Offer>, u64) {
+        let offer = Arc::new(Offer::new(Arc::clone(&guard.segment), generation));
         let side = Receiver {
-            holding,
+            guard,
             generation,
             offer: Arc::clone(&offer),
             spinner: Spinner::new(),
             presence: Presence::among(&RECEIVERS),
-            patience: DEFAULT_PATIENCE,
+            timeout: DEFAULT_TIMEOUT,
             is_kept: false,
         };
         (ShmTransfer { side, state: Offered(()) }, offer, generation)
@@ -167,7 +174,15 @@ impl ShmTransfer<Receiver, Offered> {
     pub(crate) fn receiving(self, found: Announced) -> ShmTransfer<Receiver, Receiving> {
         let Announced { size, metadata, permit } = found;
         let (size, permit) = (Size::from_word(size), Some(permit));
-        let state = Receiving { size, metadata, received: 0, cursor: 0, permit, open: None, end: End::Ahead };
+        let state = Receiving {
+            size,
+            metadata,
+            received: 0,
+            cursor: 0,
+            permit,
+            open: None,
+            end: End::Ahead,
+        };
         ShmTransfer { side: self.side, state }
     }
 
@@ -228,8 +243,8 @@ impl ShmTransfer<Receiver, Receiving> {
     /// How long `copy_to` and `io::Read` wait for one step of the sender, and `copy_to` and
     /// [`Chunk::write_to`] without progress of the sink: without its other end's taking a single byte,
     /// as far as the kernel tells: of sockets and pipes it does, of TCP in steps of the receiver's window.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.side.patience = patience;
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.side.timeout = timeout;
     }
 
     /// Waits for the next chunk, or what is unread of the current one; `None` at the end. Its slot
@@ -265,7 +280,7 @@ impl ShmTransfer<Receiver, Receiving> {
     ) -> Result<(u64, bool)> {
         let mut copied = 0;
         // A chunk that the sink did not take whole stays open: a second call goes on where this ended.
-        while self.open_chunk(Deadline::after(self.side.patience))? {
+        while self.open_chunk(Deadline::after(self.side.timeout))? {
             let before = self.unread();
             let is_written = self.write_open(sink, wait, &is_ended)?;
             copied += (before - self.unread()) as u64;
@@ -291,7 +306,12 @@ impl ShmTransfer<Receiver, Receiving> {
         let Some(open) = &mut state.open else { return Ok(true) };
         let len = open.chunk.len as usize;
         while open.read < len {
-            match side.holding.segment.readable().send_slot(state.cursor, open.read, len - open.read, sink) {
+            match side.guard.segment.readable().send_slot(
+                state.cursor,
+                open.read,
+                len - open.read,
+                sink,
+            ) {
                 Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
                 Ok(sent) => {
                     open.read += sent;
@@ -301,7 +321,7 @@ impl ShmTransfer<Receiver, Receiving> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let side = &*side;
-                    let wait = wait.get_or_insert_with(|| SinkWait::new(sink, side.patience));
+                    let wait = wait.get_or_insert_with(|| SinkWait::new(sink, side.timeout));
                     if !wait.go_on(sink, || side.tell_progress(), || is_ended(side))? {
                         return Ok(false);
                     }
@@ -323,14 +343,17 @@ impl ShmTransfer<Receiver, Receiving> {
             }
             let permit = match self.state.permit.take() {
                 Some(permit) => permit,
-                None => self.side.await_filled(deadline, Awaited::FilledSlot).inspect_err(|error| {
-                    if !matches!(error, Error::Timeout(_)) {
-                        self.state.end = End::Failed;
-                    }
-                })?,
+                None => {
+                    self.side.await_filled(deadline, Awaited::FilledSlot).inspect_err(|error| {
+                        if !matches!(error, Error::Timeout(_)) {
+                            self.state.end = End::Failed;
+                        }
+                    })?
+                }
             };
             let word = &self.side.header().chunks[self.state.cursor as usize];
-            let chunk = self.check_chunk(word.load()).inspect_err(|_| self.state.end = End::Failed)?;
+            let chunk =
+                self.check_chunk(word.load()).inspect_err(|_| self.state.end = End::Failed)?;
             self.state.received += u64::from(chunk.len);
             self.state.open = Some(OpenChunk { permit, chunk, read: 0 });
             if chunk.len == 0 {
@@ -342,7 +365,7 @@ impl ShmTransfer<Receiver, Receiving> {
 
     /// Checks a chunk's length against the slot, the announced size, and the end (rule P3).
     fn check_chunk(&self, chunk: ChunkLen) -> Result<ChunkLen, PeerFault> {
-        let limit = self.side.holding.segment.geometry().slot_len();
+        let limit = self.side.guard.segment.geometry().slot_len();
         if chunk.len > limit {
             return Err(PeerFault::ChunkTooLong { len: chunk.len, limit });
         }
@@ -352,7 +375,9 @@ impl ShmTransfer<Receiver, Receiving> {
         // Cannot overflow: `received` is below an announced size, or a count of bytes really seen.
         let received = self.state.received + u64::from(chunk.len);
         match self.state.size {
-            Size::Known(announced) if received > announced => Err(PeerFault::TooLong { announced, received }),
+            Size::Known(announced) if received > announced => {
+                Err(PeerFault::TooLong { announced, received })
+            }
             Size::Known(announced) if chunk.last != (received == announced) => {
                 Err(PeerFault::WrongEnd { announced, received })
             }
@@ -369,7 +394,7 @@ impl ShmTransfer<Receiver, Receiving> {
     fn consume(&mut self, into: &mut [u8]) -> usize {
         let len = self.unread().min(into.len());
         if let Some(open) = &mut self.state.open {
-            let memory = self.side.holding.segment.readable();
+            let memory = self.side.guard.segment.readable();
             memory.read_slot(self.state.cursor, open.read, &mut into[..len]);
             open.read += len;
             if open.read < open.chunk.len as usize {
@@ -385,7 +410,7 @@ impl ShmTransfer<Receiver, Receiving> {
             return; // the slot is for the parent to give back
         }
         let Some(OpenChunk { permit, chunk, .. }) = self.state.open.take() else { return };
-        let slots = self.side.holding.segment.geometry().slot_count();
+        let slots = self.side.guard.segment.geometry().slot_count();
         self.state.cursor = (self.state.cursor + 1) % slots;
         if chunk.last {
             self.state.end = End::Reached; // the sender is off the segment: it waits for no slot
@@ -404,7 +429,7 @@ impl io::Read for ShmTransfer<Receiver, Receiving> {
     /// Blocks until there are bytes. `Ok(0)` only at the true end: a transfer that breaks off is an
     /// error, whose source is an [`Error`].
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if into.is_empty() || !self.open_chunk(Deadline::after(self.side.patience))? {
+        if into.is_empty() || !self.open_chunk(Deadline::after(self.side.timeout))? {
             return Ok(0);
         }
         let read = self.consume(into);
@@ -442,7 +467,7 @@ impl Chunk<'_> {
     pub fn bytes(&self) -> &[SharedByte] {
         let ShmTransfer { side, state } = &*self.transfer;
         let read = state.open.as_ref().map_or(0, |open| open.read);
-        side.holding.segment.readable().slot_bytes(state.cursor, read, self.len())
+        side.guard.segment.readable().slot_bytes(state.cursor, read, self.len())
     }
 
     /// Consumes as many bytes as fit into `into`; returns how many.
@@ -478,7 +503,7 @@ impl fmt::Debug for Chunk<'_> {
 
 impl Receiver {
     fn header(&self) -> &Header {
-        self.holding.segment.header()
+        self.guard.segment.header()
     }
 
     /// The metadata, so many bytes of it (rule P3).
@@ -507,20 +532,26 @@ impl Receiver {
     /// Whether others stand in line for a segment of the pool.
     #[cfg(target_os = "linux")]
     pub(super) fn is_segment_wanted(&self) -> bool {
-        self.holding.is_wanted()
+        self.guard.is_wanted()
     }
 
     /// Fails in a child of `fork`: the transfer is its parent's.
     #[inline(always)]
     fn check_origin(&self) -> Result<(), Misuse> {
-        self.holding.segment.origin().check()
+        self.guard.segment.origin().check()
     }
 
     fn await_filled(&mut self, deadline: Deadline, awaited: Awaited) -> Result<Permit> {
-        let header = self.holding.segment.header();
+        let header = self.guard.segment.header();
         let is_severed = || self.offer.is_severed();
         let cpus: (&AtomicU32, &AtomicU32) = (&header.receiver.cpu, &header.announcement.cpu);
-        match await_permit(&header.filled, (&mut self.spinner, &self.presence), cpus, deadline, is_severed) {
+        match await_permit(
+            &header.filled,
+            (&mut self.spinner, &self.presence),
+            cpus,
+            deadline,
+            is_severed,
+        ) {
             Ok(permit) => Ok(permit),
             Err(interrupted) => Err(self.why_interrupted(interrupted, awaited)),
         }
@@ -540,7 +571,7 @@ impl Receiver {
         match (self.header().turn.phase_of(self.generation), self.offer.link()) {
             (Some(Phase::Aborted), _) => Error::Aborted,
             (Some(Phase::Withdrawn), None) => Misuse::NeverSent.into(),
-            (_, Some(link)) if link.is_severed() => link.obituary(),
+            (_, Some(link)) if link.is_severed() => link.disconnect_reason(),
             // An aborting sender poisons just before its last act, which sets the phase.
             (Some(Phase::Accepted | Phase::Announced), _) => Error::Aborted,
             _ => PeerFault::BaselessPoison.into(),
@@ -568,14 +599,14 @@ impl Drop for Receiver {
     fn drop(&mut self) {
         if !self.is_kept && self.check_origin().is_ok() {
             let link = self.end();
-            self.holding.give_back(self.generation, link);
+            self.guard.give_back(self.generation, link);
         }
     }
 }
 
 impl fmt::Debug for Receiver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let id = self.holding.segment.id();
+        let id = self.guard.segment.id();
         f.debug_struct("Receiver")
             .field("segment", &id)
             .field("generation", &self.generation)

@@ -11,14 +11,14 @@ use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
-use crate::peer::{Enrolment, Link, Peer};
+use crate::peer::{Link, Peer, Registration};
 use crate::segment::{ChunkLen, Header, Phase, Segment, WriteSlots};
 use crate::sync::atomic::Relaxed;
 use crate::sync::{BUDGET, Deadline, Interrupted, Permit, Presence, Spinner};
 
 use super::{
-    DEFAULT_PATIENCE, Idle, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status, await_permit,
-    can_put_off, publish_cpu,
+    DEFAULT_TIMEOUT, Idle, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size, Status,
+    await_permit, can_put_off, publish_cpu,
 };
 
 /// The side that answers a request and puts the bytes in.
@@ -29,14 +29,14 @@ pub struct Sender {
     phase: Phase,
     link: Arc<Link>,
     /// Given up before the last write: the link must not poison what may be in other hands by then.
-    enrolment: Option<Enrolment>,
+    registration: Option<Registration>,
     spinner: Spinner,
     presence: Presence,
     /// When a slot was last handed over.
     posted: Option<Instant>,
     /// The receiver's wake-up has been put off.
     is_unwoken: bool,
-    patience: Duration,
+    timeout: Duration,
 }
 
 /// How many of them there are in this process.
@@ -70,18 +70,18 @@ impl ShmTransfer<Sender, Starting> {
         key: Arc<[u8]>,
         link: &Arc<Link>,
     ) -> ShmTransfer<Sender, Starting> {
-        let enrolment = link.count();
+        let registration = link.count();
         let side = Sender {
             segment,
             generation,
             phase: Phase::Offered,
             link: Arc::clone(link),
-            enrolment: Some(enrolment),
+            registration: Some(registration),
             spinner: Spinner::new(),
             presence: Presence::among(&SENDERS),
             posted: None,
             is_unwoken: false,
-            patience: DEFAULT_PATIENCE,
+            timeout: DEFAULT_TIMEOUT,
         };
         ShmTransfer { side, state: Starting { key } }
     }
@@ -125,7 +125,9 @@ impl ShmTransfer<Sender, Starting> {
         }
         let metadata = metadata.encode();
         if metadata.len() > METADATA_LIMIT {
-            return Err(Misuse::MetadataTooLong { len: metadata.len(), limit: METADATA_LIMIT }.into());
+            return Err(
+                Misuse::MetadataTooLong { len: metadata.len(), limit: METADATA_LIMIT }.into()
+            );
         }
         self.side.take_up()?;
         let announcement = &self.side.header().announcement;
@@ -135,7 +137,8 @@ impl ShmTransfer<Sender, Starting> {
         for (to, byte) in announcement.metadata.iter().zip(metadata) {
             to.store(byte, Relaxed);
         }
-        let state = Sending { size, sent: 0, cursor: 0, permit: None, pending: 0, in_batches: false };
+        let state =
+            Sending { size, sent: 0, cursor: 0, permit: None, pending: 0, in_batches: false };
         Ok(ShmTransfer { side: self.side, state })
     }
 
@@ -173,8 +176,8 @@ impl ShmTransfer<Sender, Sending> {
 
     /// How long `send_file`, `finish` and `io::Write` wait without progress: without the receiver's
     /// taking a single byte. One that reads slowly but steadily is waited for as long as it reads.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.side.patience = patience;
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.side.timeout = timeout;
     }
 
     /// Waits for a free slot. What `io::Write` has put in so far goes out first.
@@ -204,7 +207,8 @@ impl ShmTransfer<Sender, Sending> {
     /// when it cannot be read, and those of [`next_slot`](Self::next_slot). All of them abort.
     #[cfg(unix)]
     pub fn send_file(self, file: impl AsFd) -> Result<u64> {
-        let len = self.state.size.known().map(|size| size - self.state.sent - self.state.pending as u64);
+        let len =
+            self.state.size.known().map(|size| size - self.state.sent - self.state.pending as u64);
         self.send_from(file, 0, len)
     }
 
@@ -247,7 +251,8 @@ impl ShmTransfer<Sender, Sending> {
         self.state.in_batches = true;
         let mut done = 0;
         while Some(done) != len {
-            let left = len.map_or(usize::MAX, |len| usize::try_from(len - done).unwrap_or(usize::MAX));
+            let left =
+                len.map_or(usize::MAX, |len| usize::try_from(len - done).unwrap_or(usize::MAX));
             let slot = self.free_slot(None)?;
             done += match (slot.fill_from(&file, start + done, left)?, len) {
                 (0, Some(_)) if self.state.size != Size::Unknown => {
@@ -302,7 +307,9 @@ impl ShmTransfer<Sender, Sending> {
 
     fn publish_chunk(&mut self, chunk: ChunkLen) -> Result<()> {
         self.side.is_on()?; // a permit from before the end is none for the segment's next transfer
-        let Some(permit) = self.state.permit.take() else { return Err(Misuse::TransferOver.into()) };
+        let Some(permit) = self.state.permit.take() else {
+            return Err(Misuse::TransferOver.into());
+        };
         let header = self.side.segment.header();
         header.chunks[self.state.cursor as usize].store(chunk);
         self.state.cursor = (self.state.cursor + 1) % self.side.segment.geometry().slot_count();
@@ -339,7 +346,11 @@ impl io::Write for ShmTransfer<Sender, Sending> {
         self.take_slot(None)?;
         let space = self.slot_len() - self.state.pending;
         let len = bytes.len().min(space);
-        self.side.segment.writable().write_slot(self.state.cursor, self.state.pending, &bytes[..len]);
+        self.side.segment.writable().write_slot(
+            self.state.cursor,
+            self.state.pending,
+            &bytes[..len],
+        );
         self.state.pending += len;
         if len == space || len as u64 == room {
             self.publish(self.state.pending)?;
@@ -448,8 +459,8 @@ impl Sender {
         }
         self.phase = Phase::Accepted;
         // Only now is the segment ours to poison: before, it may be in other hands (P1).
-        if let Some(enrolment) = &self.enrolment {
-            enrolment.cover(Arc::clone(&self.segment) as _);
+        if let Some(registration) = &self.registration {
+            registration.cover(Arc::clone(&self.segment) as _);
         }
         header.announcement.pid.store(self.segment.origin().pid(), Relaxed);
         publish_cpu(&header.announcement.cpu);
@@ -469,7 +480,8 @@ impl Sender {
     /// Waits for a free slot as long as the receiver makes progress: until it has taken no byte for as
     /// long as the patience.
     fn await_progress(&mut self) -> Result<Permit> {
-        let mut idle = Idle::new(self.patience, self.segment.header().receiver.progress.load(Relaxed));
+        let mut idle =
+            Idle::new(self.timeout, self.segment.header().receiver.progress.load(Relaxed));
         loop {
             match self.await_free(idle.look_again()) {
                 Err(Error::Timeout(_)) => {
@@ -491,7 +503,13 @@ impl Sender {
         }
         let cpus = (&header.announcement.cpu, &header.receiver.cpu);
         let is_severed = || self.link.is_severed();
-        match await_permit(&header.free, (&mut self.spinner, &self.presence), cpus, deadline, is_severed) {
+        match await_permit(
+            &header.free,
+            (&mut self.spinner, &self.presence),
+            cpus,
+            deadline,
+            is_severed,
+        ) {
             Ok(permit) => Ok(permit),
             Err(Interrupted::TimedOut) => Err(Error::Timeout(Awaited::FreeSlot)),
             Err(Interrupted::Poisoned) => Err(self.why_poisoned()),
@@ -519,7 +537,7 @@ impl Sender {
         if self.header().receiver.cancelled.load(Relaxed) != 0 {
             Error::Cancelled
         } else if self.link.is_severed() {
-            self.link.obituary()
+            self.link.disconnect_reason()
         } else {
             PeerFault::BaselessPoison.into()
         }
@@ -530,7 +548,7 @@ impl Sender {
     fn end(&mut self, phase: Phase, permit: Permit) -> Result<()> {
         let header = self.segment.header();
         header.filled.add(permit);
-        self.enrolment = None;
+        self.registration = None;
         self.segment.disclaim(); // before the turn: whoever takes the next one finds it free
         let left = header.turn.advance(self.generation, self.phase, phase);
         self.phase = phase;
@@ -549,7 +567,7 @@ impl Sender {
         if matches!(self.phase, Phase::Accepted | Phase::Announced) {
             let header = self.segment.header();
             header.filled.set_poison();
-            self.enrolment = None;
+            self.registration = None;
             self.segment.disclaim();
             // Fails only if the peer spoilt the word, and then nobody can be told any more.
             let _ = header.turn.advance(self.generation, self.phase, Phase::Aborted);
@@ -588,7 +606,8 @@ mod tests {
 
     /// Both sides of a transfer of unknown size, in a crowd.
     fn crowded(in_batches: bool) -> (ShmTransfer<Sender, Sending>, impl Sized) {
-        let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(8).slots(8).create().unwrap();
+        let pool =
+            SegmentPool::<Memfd>::builder().segments(1).segment_len(8).slots(8).create().unwrap();
         let queue = InProcess::bounded(1);
         let (request, asking) = pool.lease(soon()).unwrap().request("key").unwrap();
         queue.send(request, soon()).unwrap();

@@ -8,10 +8,10 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 
-use crate::crew;
 use crate::error::{Awaited, Error, Result};
 use crate::peer::untaken;
 use crate::sync::{Deadline, wait_ready};
+use crate::workers;
 
 use super::Idle;
 
@@ -28,23 +28,23 @@ const NO_SIGNAL: SendFlags = {
 };
 
 /// Sends bytes to a socket. Waits for it as long as its other end makes progress: until that has taken
-/// no byte for `patience`. One that reads slowly but steadily is waited for as long as it reads, as far
+/// no byte for `timeout`. One that reads slowly but steadily is waited for as long as it reads, as far
 /// as the kernel tells: of TCP it learns in steps of the receiver's window, 64 KiB or so on loopback, so
-/// that `patience` should be longer than one of those takes. While it waits, this thread lends its
-/// place, as [`lend`](crate::lend) does.
+/// that `timeout` should be longer than one of those takes. While it waits, this thread lends its
+/// place, as [`blocking`](crate::lend) does.
 ///
 /// # Errors
-/// [`Error::Timeout`] when the other end has taken nothing for `patience`, [`Error::Sink`] when the
+/// [`Error::Timeout`] when the other end has taken nothing for `timeout`, [`Error::Sink`] when the
 /// socket fails, or for what is no socket.
-pub fn send_all(socket: impl AsFd, bytes: &[u8], patience: Duration) -> Result<()> {
-    send_all_telling(socket.as_fd(), bytes, patience, || {})
+pub fn send_all(socket: impl AsFd, bytes: &[u8], timeout: Duration) -> Result<()> {
+    send_all_telling(socket.as_fd(), bytes, timeout, || {})
 }
 
 /// As [`send_all`]; calls `moved` whenever the other end has taken bytes.
 pub(super) fn send_all_telling(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
-    patience: Duration,
+    timeout: Duration,
     moved: impl Fn(),
 ) -> Result<()> {
     let flags = SendFlags::DONTWAIT | NO_SIGNAL;
@@ -58,7 +58,7 @@ pub(super) fn send_all_telling(
             }
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
-                let mut wait = SinkWait::new(socket, patience);
+                let mut wait = SinkWait::new(socket, timeout);
                 wait.go_on(socket, &moved, || false).map(drop)?;
             }
             Err(errno) => return Err(Error::Sink(errno.into())),
@@ -71,8 +71,8 @@ pub(super) fn send_all_telling(
 pub(super) struct SinkWait(Idle<Option<u64>>);
 
 impl SinkWait {
-    pub(super) fn new(sink: BorrowedFd<'_>, patience: Duration) -> SinkWait {
-        SinkWait(Idle::new(patience, untaken(sink)))
+    pub(super) fn new(sink: BorrowedFd<'_>, timeout: Duration) -> SinkWait {
+        SinkWait(Idle::new(timeout, untaken(sink)))
     }
 
     /// Waits until the sink takes bytes again; `false` if `is_ended` says before that to wait no more,
@@ -85,7 +85,7 @@ impl SinkWait {
         is_ended: impl Fn() -> bool,
     ) -> Result<bool> {
         let SinkWait(idle) = self;
-        crew::lend(|| {
+        workers::blocking(|| {
             loop {
                 let look = idle.look_again().min(Deadline::after(LOOK));
                 match wait_ready(sink, PollFlags::OUT, look) {

@@ -110,16 +110,18 @@ impl ShmTransfer<Receiver, Receiving> {
     /// Those of [`copy_to`](Self::copy_to).
     pub fn copy_to_or_spool(mut self, socket: impl AsFd, spool: &Spool) -> Result<u64> {
         let socket = socket.as_fd();
-        let patience = self.side.patience;
+        let timeout = self.side.timeout;
         let (mut copied, mut wait) = (0, None);
         // Each time that it is told to stop, which is ten times a second at most.
         loop {
-            let (more, is_done) = self.copy_until(socket, &mut wait, Receiver::is_segment_wanted)?;
+            let (more, is_done) =
+                self.copy_until(socket, &mut wait, Receiver::is_segment_wanted)?;
             copied += more;
             if is_done {
                 return Ok(copied);
             }
-            let Some((left, mut room)) = self.left().and_then(|left| Some((left, spool.reserve(left)?)))
+            let Some((left, mut room)) =
+                self.left().and_then(|left| Some((left, spool.reserve(left)?)))
             else {
                 continue;
             };
@@ -130,10 +132,10 @@ impl ShmTransfer<Receiver, Receiving> {
             if let Ok(true) = moved {
                 spool.bodies.fetch_add(1, Relaxed);
                 drop(self); // the segment is free
-                return Ok(copied + send_file(&file, socket, patience, || {})?);
+                return Ok(copied + send_file(&file, socket, timeout, || {})?);
             }
             // What came, first; then what is still to come, or the reason why not.
-            let sent = send_file(&file, socket, patience, || self.side.tell_progress())?;
+            let sent = send_file(&file, socket, timeout, || self.side.tell_progress())?;
             copied += sent;
             if sent > 0 {
                 wait = None;
@@ -159,7 +161,9 @@ impl ShmTransfer<Receiver, Receiving> {
             self.write_open(file.as_fd(), &mut None, |_| false)?;
             self.close_chunk();
             let at_once = Deadline::after(Duration::ZERO);
-            if start.elapsed() > LONGEST && wait_ready(socket, PollFlags::OUT, at_once).unwrap_or(true) {
+            if start.elapsed() > LONGEST
+                && wait_ready(socket, PollFlags::OUT, at_once).unwrap_or(true)
+            {
                 return Ok(false);
             }
         }
@@ -175,14 +179,19 @@ impl ShmTransfer<Receiver, Receiving> {
 }
 
 /// Sends all of a file; returns how many bytes that were. Calls `moved` as it goes on.
-fn send_file(file: &File, socket: BorrowedFd<'_>, patience: Duration, moved: impl Fn()) -> Result<u64> {
+fn send_file(
+    file: &File,
+    socket: BorrowedFd<'_>,
+    timeout: Duration,
+    moved: impl Fn(),
+) -> Result<u64> {
     let mut buffer = vec![0; BUFFER];
     let mut sent = 0;
     loop {
         match file.read_at(&mut buffer, sent) {
             Ok(0) => return Ok(sent),
             Ok(read) => {
-                send_all_telling(socket, &buffer[..read], patience, &moved)?;
+                send_all_telling(socket, &buffer[..read], timeout, &moved)?;
                 sent += read as u64;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -25,7 +25,8 @@ struct Stage {
 }
 
 fn stage() -> Stage {
-    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
+    let pool =
+        SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
     let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
     let segment = pool.live().1[0].writable().unwrap();
     let (generation, _) = segment.header().turn.load().unwrap();
@@ -61,7 +62,10 @@ impl Stage {
             Ok(Reply::Found(mut body)) => {
                 let error = body.read_to_end(&mut Vec::new()).unwrap_err();
                 // Nothing more is taken from a peer that was caught.
-                assert!(matches!(body.next_chunk(soon()), Err(Error::Misuse(Misuse::TransferOver))));
+                assert!(matches!(
+                    body.next_chunk(soon()),
+                    Err(Error::Misuse(Misuse::TransferOver))
+                ));
                 *error.into_inner().unwrap().downcast::<Error>().unwrap()
             }
             Ok(reply) => panic!("{reply:?}"),
@@ -182,7 +186,9 @@ fn a_death_frees_a_segment_only_if_it_was_its_senders_own() {
         /// It came no further than to accept.
         None,
     }
-    for (tells, is_freed) in [(Tells::ItsOwnPid, true), (Tells::Another, false), (Tells::None, false)] {
+    for (tells, is_freed) in
+        [(Tells::ItsOwnPid, true), (Tells::Another, false), (Tells::None, false)]
+    {
         let mut server = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
         let pool = one_segment();
         // As the transfer before left it.
@@ -213,7 +219,8 @@ fn a_death_frees_a_segment_only_if_it_was_its_senders_own() {
 #[test]
 fn a_stale_sender_poisons_nobody() {
     // Its request is withdrawn and the segment offered anew, to another; then its connection ends.
-    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
+    let pool =
+        SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
     let (old, withdrawn) = pool.lease(soon()).unwrap().request("old").unwrap();
     let ended = Arc::new(Link::to_receiver(crate::peer::Peer { pid: None, uid: 0 }));
     let stale = old.begin_here(&ended).unwrap();
@@ -266,7 +273,8 @@ fn a_spoilt_turn_word_costs_the_segment_and_no_more() {
 
 #[test]
 fn a_receiver_that_poisons_or_flips_phases_is_caught_by_the_sender() {
-    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
+    let pool =
+        SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
     let queue = InProcess::bounded(1);
     let request = || {
         let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
@@ -316,16 +324,23 @@ fn a_hang_up_of_a_process_without_a_name_here_is_not_taken_for_its_death() {
 #[test]
 fn a_small_file_costs_one_post_each_way() {
     // Rule P2: by the first permit, announcement, bytes and end are all there.
-    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
+    let pool =
+        SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
     let queue = InProcess::bounded(1);
     let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
     queue.send(request, soon()).unwrap();
     let mut sending = queue.recv(soon()).unwrap().accept(5).unwrap();
-    assert!(only(&pool).header().filled.try_wait().is_err(), "nothing is posted with the acceptance");
+    assert!(
+        only(&pool).header().filled.try_wait().is_err(),
+        "nothing is posted with the acceptance"
+    );
     sending.next_slot(soon()).unwrap().send(b"small").unwrap();
     assert_eq!(only(&pool).header().turn.load(), Ok((1, Phase::Finished)));
     let Reply::Found(mut body) = transfer.reply(soon()).unwrap() else { panic!() };
-    assert!(only(&pool).header().filled.try_wait().is_err(), "one post, and the reply has taken it");
+    assert!(
+        only(&pool).header().filled.try_wait().is_err(),
+        "one post, and the reply has taken it"
+    );
     let mut bytes = String::new();
     body.read_to_string(&mut bytes).unwrap();
     assert_eq!(bytes, "small");
@@ -333,12 +348,18 @@ fn a_small_file_costs_one_post_each_way() {
 
 #[test]
 fn a_segment_spoilt_while_it_is_leased_is_replaced_and_not_lost() {
-    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
-    for (round, word) in [7, 0x1ff, u64::MAX, 5 << 8 | Phase::Offered as u64].into_iter().enumerate() {
+    let pool =
+        SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
+    for (round, word) in
+        [7, 0x1ff, u64::MAX, 5 << 8 | Phase::Offered as u64].into_iter().enumerate()
+    {
         let lease = pool.lease(soon()).unwrap();
         lease.segment().header().turn.spoil(word);
         let error = lease.request("key").map(drop).unwrap_err();
-        assert!(matches!(error, Error::Peer(PeerFault::ImpossibleTurn(found)) if found == word), "{error}");
+        assert!(
+            matches!(error, Error::Peer(PeerFault::ImpossibleTurn(found)) if found == word),
+            "{error}"
+        );
         drop(pool.lease(soon()).expect("the pool keeps its capacity"));
         assert_eq!(pool.stats().retired, round as u64 + 1);
     }
@@ -350,7 +371,8 @@ fn a_segment_spoilt_while_it_is_leased_is_replaced_and_not_lost() {
 fn a_sender_that_has_given_up_touches_nothing_any_more() {
     // Too many bytes abort; whoever goes on all the same must not reach the segment's next transfer.
     use std::io::Write;
-    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(2).create().unwrap();
+    let pool =
+        SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(2).create().unwrap();
     let queue = InProcess::bounded(1);
     for announced in [0, 10] {
         let request = || {
@@ -369,14 +391,21 @@ fn a_sender_that_has_given_up_touches_nothing_any_more() {
         let mut new = starting.accept(Size::Unknown).unwrap();
         let untouched = |result: Result<()>| {
             assert!(
-                matches!(result, Err(Error::Misuse(Misuse::TransferOver) | Error::SizeMismatch { .. })),
+                matches!(
+                    result,
+                    Err(Error::Misuse(Misuse::TransferOver) | Error::SizeMismatch { .. })
+                ),
                 "{result:?}"
             );
-            assert!(only(&pool).header().filled.try_wait().is_err(), "a permit from an older transfer");
+            assert!(
+                only(&pool).header().filled.try_wait().is_err(),
+                "a permit from an older transfer"
+            );
         };
         if announced > 0 {
             untouched(
-                old.flush().map_err(|error| error.into_inner().unwrap().downcast().map(|e| *e).unwrap()),
+                old.flush()
+                    .map_err(|error| error.into_inner().unwrap().downcast().map(|e| *e).unwrap()),
             );
         }
         untouched(old.next_slot(soon()).map(drop));
@@ -392,7 +421,9 @@ fn a_sender_that_has_given_up_touches_nothing_any_more() {
 }
 
 /// A request on its way to a sender in this process, and its transfer.
-fn asked(pool: &SegmentPool<Memfd>) -> (ShmTransfer<Sender, Starting>, ShmTransfer<Receiver, Offered>) {
+fn asked(
+    pool: &SegmentPool<Memfd>,
+) -> (ShmTransfer<Sender, Starting>, ShmTransfer<Receiver, Offered>) {
     let queue = InProcess::bounded(1);
     let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
     queue.send(request, soon()).unwrap();
@@ -445,9 +476,15 @@ fn wake_ups_wait_only_where_it_is_crowded_and_half_of_the_slots_are_left() {
     let pool = one_segment();
     let segment = only(&pool);
     let free = &segment.header().free;
-    for (slots, left, put_off) in
-        [(1, 0, false), (2, 0, false), (2, 1, true), (3, 1, false), (3, 2, true), (8, 3, false), (8, 4, true)]
-    {
+    for (slots, left, put_off) in [
+        (1, 0, false),
+        (2, 0, false),
+        (2, 1, true),
+        (3, 1, false),
+        (3, 2, true),
+        (8, 3, false),
+        (8, 4, true),
+    ] {
         free.reset(left);
         assert_eq!(can_put_off(free, slots, &crowd[0]), put_off, "{left} of {slots} left");
         assert!(!can_put_off(free, slots, &alone));
@@ -475,7 +512,13 @@ fn what_was_filled_just_before_a_death_is_not_lost() {
         true
     };
     let wait = |is_severed: &dyn Fn() -> bool| {
-        await_permit(&header.filled, (&mut Spinner::new(), &presence), (&cpu, &cpu), soon(), is_severed)
+        await_permit(
+            &header.filled,
+            (&mut Spinner::new(), &presence),
+            (&cpu, &cpu),
+            soon(),
+            is_severed,
+        )
     };
     assert!(wait(&is_severed).is_ok(), "the slot that was filled");
     assert!(matches!(wait(&|| true), Err(Interrupted::Poisoned)));
@@ -483,7 +526,8 @@ fn what_was_filled_just_before_a_death_is_not_lost() {
 
 #[test]
 fn a_client_that_puts_the_turn_word_back_has_no_second_worker_in_its_slot() {
-    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
+    let pool =
+        SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(1).create().unwrap();
     let (request, _asked) = pool.lease(soon()).unwrap().request("key").unwrap();
     let link = Arc::new(Link::to_receiver(crate::peer::Peer { pid: None, uid: 0 }));
     let begin = || request.begin_here(&link).unwrap();

@@ -134,10 +134,13 @@ impl Header {
         let slot_count = group.slot_count.load(Relaxed);
         let slot_len = group.slot_len.load(Relaxed);
         let header_len = group.header_len.load(Relaxed);
-        if (header_len, slot_count, slot_len) != (HEADER_LEN, geometry.slot_count, geometry.slot_len) {
+        if (header_len, slot_count, slot_len)
+            != (HEADER_LEN, geometry.slot_count, geometry.slot_len)
+        {
             return Err(LayoutMismatch::Geometry { slot_count, slot_len });
         }
-        let found = SegmentId { pool: PoolId(group.pool.load(Relaxed)), index: group.index.load(Relaxed) };
+        let found =
+            SegmentId { pool: PoolId(group.pool.load(Relaxed)), index: group.index.load(Relaxed) };
         if found != id {
             return Err(LayoutMismatch::Identity { found, expected: id });
         }

@@ -105,13 +105,21 @@ impl Mapping {
     }
 
     /// Takes over a mapping of named memory. Fails with `InvalidInput` for one that is not long enough.
-    pub(crate) fn named(memory: Shmem, geometry: Geometry, slots_writable: bool) -> io::Result<Mapping> {
+    pub(crate) fn named(
+        memory: Shmem,
+        geometry: Geometry,
+        slots_writable: bool,
+    ) -> io::Result<Mapping> {
         let base = NonNull::new(memory.as_ptr()).filter(|base| base.addr().get() % PAGE == 0);
         let Some(base) = base.filter(|_| memory.len() >= geometry.mapped_len()) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let mapping =
-            Mapping { base, geometry, slots_writable, keeper: Keeper::Crate(memory, Origin::here()) };
+        let mapping = Mapping {
+            base,
+            geometry,
+            slots_writable,
+            keeper: Keeper::Crate(memory, Origin::here()),
+        };
         #[cfg(target_os = "linux")]
         mapping.populate()?;
         #[cfg(unix)]

@@ -95,7 +95,13 @@ impl Mapping {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    pub(crate) fn send_slot(&self, _: u32, _: usize, _: usize, _: BorrowedFd<'_>) -> io::Result<usize> {
+    pub(crate) fn send_slot(
+        &self,
+        _: u32,
+        _: usize,
+        _: usize,
+        _: BorrowedFd<'_>,
+    ) -> io::Result<usize> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }

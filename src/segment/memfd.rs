@@ -4,15 +4,17 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs,
-    memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat,
+    fstatfs, memfd_create,
 };
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, LayoutMismatch, Result};
 
 use super::mapping::{Mapping, Words};
-use super::{Backing, Geometry, PoolId, ReadSlots, Segment, SegmentId, WriteSlots, available_memory};
+use super::{
+    Backing, Geometry, PoolId, ReadSlots, Segment, SegmentId, WriteSlots, available_memory,
+};
 
 /// Segments in sealed memfds; they reach the peer as descriptors, over a Unix socket.
 #[derive(Debug)]
@@ -68,7 +70,11 @@ pub(crate) fn attach_words(fd: impl AsFd, len: usize) -> Result<Words> {
 }
 
 /// Maps a segment that a peer handed over, checking all that it claims first (rules L1, L2).
-pub(crate) fn attach(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>> {
+pub(crate) fn attach(
+    fd: impl AsFd,
+    id: SegmentId,
+    geometry: Geometry,
+) -> Result<Segment<WriteSlots>> {
     check(&fd, geometry.mapped_len() as u64)?;
     let mapping = Mapping::sealed(&fd, geometry, true).map_err(Error::os("mmap"))?;
     mapping.header().verify(id, geometry)?;
@@ -83,7 +89,8 @@ fn allocate(name: &str, len: u64) -> Result<OwnedFd> {
         .or_else(|errno| if errno == Errno::INVAL { memfd_create(name, flags) } else { Err(errno) })
         .map_err(Error::os("memfd_create"))?;
     // Allocated now, so that a lack of memory is an error here and not a SIGBUS later (L2).
-    retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len)).map_err(Error::os("fallocate"))?;
+    retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len))
+        .map_err(Error::os("fallocate"))?;
     fcntl_add_seals(&fd, SEALS).map_err(Error::os("sealing a memfd"))?;
     Ok(fd)
 }
@@ -188,7 +195,10 @@ mod tests {
         let sizes = LayoutMismatch::Size { found: len - 1, expected: len };
         assert_eq!(refusal(&short, ID, geometry()), sizes);
         let hollow = memfd(len, false, SEALS);
-        assert_eq!(refusal(&hollow, ID, geometry()), LayoutMismatch::Sparse { present: 0, expected: len });
+        assert_eq!(
+            refusal(&hollow, ID, geometry()),
+            LayoutMismatch::Sparse { present: 0, expected: len }
+        );
         let blank = memfd(len, true, SEALS);
         assert_eq!(refusal(&blank, ID, geometry()), LayoutMismatch::NotASegment);
     }
@@ -255,7 +265,11 @@ mod tests {
     /// `PROPTEST_CASES` in the environment says how many cases to try.
     fn config(cases: u32) -> ProptestConfig {
         let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
-        ProptestConfig { cases: asked.unwrap_or(cases), failure_persistence: None, ..Default::default() }
+        ProptestConfig {
+            cases: asked.unwrap_or(cases),
+            failure_persistence: None,
+            ..Default::default()
+        }
     }
 
     /// A header: an honest one with a few words of it overwritten, or any bytes.
@@ -269,7 +283,8 @@ mod tests {
         };
         let word = prop_oneof![any::<u32>(), 0u32..9, Just(u32::MAX), Just(1 << 31)];
         // The geometry mostly, then the words that both sides use.
-        let place = prop_oneof![4 => 0usize..11, 4 => 32usize..80, 2 => 352usize..430, 1 => 0usize..1024];
+        let place =
+            prop_oneof![4 => 0usize..11, 4 => 32usize..80, 2 => 352usize..430, 1 => 0usize..1024];
         let edited = vec((place, word), 0..4).prop_map(move |edits| {
             let mut bytes = honest.clone();
             for (place, word) in edits {

@@ -102,7 +102,11 @@ impl super::sealed::Backing for Named {
         None
     }
 
-    fn create(own: &Ownership, id: SegmentId, geometry: Geometry) -> Result<(Segment<ReadSlots>, Named)> {
+    fn create(
+        own: &Ownership,
+        id: SegmentId,
+        geometry: Geometry,
+    ) -> Result<(Segment<ReadSlots>, Named)> {
         let name = own.owner.segment(id.index);
         let made = ShmemConf::new().os_id(&name).size(geometry.mapped_len()).create();
         #[cfg(target_os = "linux")]
@@ -114,7 +118,8 @@ impl super::sealed::Backing for Named {
         let memory: Shmem = made.map_err(failed("creating shared memory"))?;
         #[cfg(target_os = "linux")]
         names::allocate(&name, geometry)?;
-        let mapping = Mapping::named(memory, geometry, false).map_err(Error::os("mapping a segment"))?;
+        let mapping =
+            Mapping::named(memory, geometry, false).map_err(Error::os("mapping a segment"))?;
         mapping.header().initialise(id, geometry);
         Ok((Segment::new(id, mapping), Named(own.owner)))
     }
@@ -125,7 +130,11 @@ impl super::sealed::Backing for Named {
 }
 
 /// Opens and maps a segment that a peer named, checking all that is claimed of it first (rules L1, L2).
-pub(crate) fn attach(owner: Owner, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>> {
+pub(crate) fn attach(
+    owner: Owner,
+    id: SegmentId,
+    geometry: Geometry,
+) -> Result<Segment<WriteSlots>> {
     let mapping = open(&owner.segment(id.index), geometry)?;
     mapping.header().verify(id, geometry)?;
     Ok(Segment::new(id, mapping))
@@ -216,7 +225,11 @@ mod tests {
         let (owned, memory) = Named::create(&own, id, geometry).unwrap();
         let found = std::fs::metadata(&path).unwrap();
         assert_eq!(found.mode() & 0o777, 0o600);
-        assert_eq!((found.len(), found.blocks() * 512), (20_480, 20_480), "allocated when it is made");
+        assert_eq!(
+            (found.len(), found.blocks() * 512),
+            (20_480, 20_480),
+            "allocated when it is made"
+        );
         let attached = memory.attach(id, geometry).unwrap();
         attached.writable().write_slot(1, 4990, b"0123456789");
         let mut seen = [0; 10];
@@ -306,7 +319,9 @@ mod tests {
                 scope.spawn(|| {
                     together.wait();
                     // Not over what stands there: in a sticky directory that is not theirs to do.
-                    while renameat_with(CWD, &*theirs, CWD, &*path, RenameFlags::NOREPLACE).is_err() {}
+                    while renameat_with(CWD, &*theirs, CWD, &*path, RenameFlags::NOREPLACE).is_err()
+                    {
+                    }
                 });
                 together.wait();
                 loop {
@@ -319,7 +334,8 @@ mod tests {
                         }
                         Err(Error::Layout(LayoutMismatch::Foreign(NOBODY))) => break,
                         // Nothing stands there for a moment.
-                        Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                        Err(Error::Os { source, .. })
+                            if source.kind() == io::ErrorKind::NotFound => {}
                         Err(error) => panic!("{error}"),
                     }
                 }
@@ -379,9 +395,17 @@ mod tests {
         let [dead, ending, bare, foreign] = [1, 2, 3, 4].map(owner);
         for owner in [dead, bare] {
             let fifo = rustix::fs::FileType::Fifo;
-            rustix::fs::mknodat(rustix::fs::CWD, owner.lifeline(), fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+            rustix::fs::mknodat(
+                rustix::fs::CWD,
+                owner.lifeline(),
+                fifo,
+                Mode::RUSR | Mode::WUSR,
+                0,
+            )
+            .unwrap();
         }
-        let _left = [dead, ending, foreign].map(|owner| Impostor::new(owner.segment(7), 4096, false));
+        let _left =
+            [dead, ending, foreign].map(|owner| Impostor::new(owner.segment(7), 4096, false));
         let is_root = rustix::process::geteuid().is_root();
         if is_root {
             let path = format!("/dev/shm{}", foreign.segment(7));

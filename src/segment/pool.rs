@@ -6,14 +6,14 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Link;
 use crate::process::Origin;
 use crate::protocol::Ended;
 use crate::sync::atomic::Relaxed;
 use crate::sync::modelled::{Mutex, lock, yield_now};
-use crate::sync::{Deadline, Interrupted, Semaphore, Turnstile};
+use crate::sync::{Deadline, FairSemaphore, Interrupted, Semaphore};
+use crate::workers;
 
 #[cfg(all(test, not(loom), target_os = "linux"))]
 mod tests;
@@ -26,7 +26,7 @@ const GRACE: Duration = Duration::from_millis(20);
 
 /// How often, during the grace, a sender that hung up is asked whether it left or died, and the turn
 /// word is looked at. loom knows no time: there, as often as there is anything new.
-const GLANCE: Duration = Duration::from_millis(if cfg!(loom) { 0 } else { 1 });
+const RECHECK: Duration = Duration::from_millis(if cfg!(loom) { 0 } else { 1 });
 
 /// A generation that no turn word can name.
 pub(crate) const NO_GENERATION: u64 = u64::MAX;
@@ -74,7 +74,7 @@ pub struct PoolStats {
     pub idle: usize,
     /// Segments given back while their sender was still on them: leased again once it is off, or
     /// replaced.
-    pub lingering: usize,
+    pub quarantined: usize,
     /// Segments replaced so far, because a late sender might still have written to them (rule P6).
     pub retired: u64,
 }
@@ -103,11 +103,11 @@ impl<B: Backing> SegmentPool<B> {
     pub fn lease(&self, deadline: Deadline) -> Result<Lease<B>> {
         let pool = &self.shared;
         pool.origin.check()?;
-        if !pool.available.try_enter() && !crew::lend(|| pool.available.enter(deadline)) {
+        if !pool.available.try_enter() && !workers::blocking(|| pool.available.enter(deadline)) {
             return Err(Error::Timeout(Awaited::Lease));
         }
-        let stock = pool.take()?;
-        Ok(Lease { stock: Some(stock), pool: Arc::clone(pool) })
+        let pooled = pool.take()?;
+        Ok(Lease { pooled: Some(pooled), pool: Arc::clone(pool) })
     }
 
     /// Which pool this is.
@@ -124,14 +124,14 @@ impl<B: Backing> SegmentPool<B> {
     /// the child's.
     pub fn stats(&self) -> PoolStats {
         if !self.shared.origin.is_here() {
-            return PoolStats { segments: 0, idle: 0, lingering: 0, retired: 0 };
+            return PoolStats { segments: 0, idle: 0, quarantined: 0, retired: 0 };
         }
         let state = lock(&self.shared.state);
         PoolStats {
             segments: state.live.len(),
             idle: state.idle.len(),
-            lingering: state.lingering.len(),
-            retired: state.edition,
+            quarantined: state.quarantined.len(),
+            retired: state.version,
         }
     }
 
@@ -142,14 +142,14 @@ impl<B: Backing> SegmentPool<B> {
     }
 
     /// Changes whenever a segment is replaced.
-    pub(crate) fn edition(&self) -> u64 {
-        lock(&self.shared.state).edition
+    pub(crate) fn version(&self) -> u64 {
+        lock(&self.shared.state).version
     }
 
     /// The segments of this moment, with the edition that they make up.
-    pub(crate) fn live(&self) -> (u64, Vec<Arc<Stock<B>>>) {
+    pub(crate) fn live(&self) -> (u64, Vec<Arc<PooledSegment<B>>>) {
         let state = lock(&self.shared.state);
-        (state.edition, state.live.values().cloned().collect())
+        (state.version, state.live.values().cloned().collect())
     }
 }
 
@@ -207,14 +207,23 @@ impl<B: Backing> SegmentPoolBuilder<B> {
         const MOST: u32 = 1 << 16;
         if !(1..=MOST).contains(&self.segments) {
             let (given, most) = (self.segments.into(), MOST.into());
-            return Err(Misuse::OutOfRange { what: "the number of segments", given, least: 1, most }.into());
+            return Err(Misuse::OutOfRange {
+                what: "the number of segments",
+                given,
+                least: 1,
+                most,
+            }
+            .into());
         }
         let geometry = Geometry::divide(self.segment_len, self.slots)?;
         let asked = geometry.mapped_len() as u64 * u64::from(self.segments);
         // Asking the kernel for more than there is gets this process killed, not an error.
         if let Some(available) = B::available().filter(|available| *available < asked) {
             let source = format!("only {available} bytes are available");
-            return Err(Error::Memory { asked, source: io::Error::new(io::ErrorKind::OutOfMemory, source) });
+            return Err(Error::Memory {
+                asked,
+                source: io::Error::new(io::ErrorKind::OutOfMemory, source),
+            });
         }
 
         let mut random = [0; 8];
@@ -225,25 +234,27 @@ impl<B: Backing> SegmentPoolBuilder<B> {
             geometry,
             grace: self.grace,
             origin: Origin::here(),
-            available: Turnstile::new(self.segments as usize),
+            available: FairSemaphore::new(self.segments as usize),
             state: Mutex::new(State {
                 idle: Vec::new(),
-                lingering: VecDeque::new(),
+                quarantined: VecDeque::new(),
                 live: BTreeMap::new(),
-                edition: 0,
+                version: 0,
                 next_index: 0,
                 unused: Vec::new(),
             }),
             ownership: B::own(id)?,
         };
         for _ in 0..self.segments {
-            let stock = shared.make().map_err(|error| match error {
-                Error::Os { source, .. } if is_lack_of_memory(&source) => Error::Memory { asked, source },
+            let pooled = shared.make().map_err(|error| match error {
+                Error::Os { source, .. } if is_lack_of_memory(&source) => {
+                    Error::Memory { asked, source }
+                }
                 other => other,
             })?;
             let mut state = lock(&shared.state);
-            state.live.insert(stock.segment.id().index, Arc::clone(&stock));
-            state.idle.push(stock);
+            state.live.insert(pooled.segment.id().index, Arc::clone(&pooled));
+            state.idle.push(pooled);
         }
         Ok(SegmentPool { shared: Arc::new(shared) })
     }
@@ -254,42 +265,42 @@ impl<B: Backing> SegmentPoolBuilder<B> {
 /// [`request`](Self::request) turns it into a transfer.
 pub struct Lease<B: Backing> {
     /// `None` once the lease has become a transfer.
-    stock: Option<Arc<Stock<B>>>,
+    pooled: Option<Arc<PooledSegment<B>>>,
     pool: Arc<Shared<B>>,
 }
 
 impl<B: Backing> Lease<B> {
     /// The segment that was leased.
     pub fn segment(&self) -> &Segment<ReadSlots> {
-        &self.stock().segment
+        &self.pooled().segment
     }
 
-    fn stock(&self) -> &Arc<Stock<B>> {
-        match &self.stock {
-            Some(stock) => stock,
+    fn pooled(&self) -> &Arc<PooledSegment<B>> {
+        match &self.pooled {
+            Some(pooled) => pooled,
             None => unreachable!("only `into_parts` takes it, and the lease with it"),
         }
     }
 
     /// What it takes to lease the same segment again once its transfer is over.
     pub(crate) fn again(&self) -> LeaseAgain<B> {
-        LeaseAgain { stock: Arc::clone(self.stock()), pool: Arc::clone(&self.pool) }
+        LeaseAgain { pooled: Arc::clone(self.pooled()), pool: Arc::clone(&self.pool) }
     }
 
     /// Splits the lease into what the request needs and what the transfer holds.
-    pub(crate) fn into_parts(mut self) -> (Arc<Stock<B>>, Holding) {
-        let stock = Arc::clone(self.stock());
-        self.stock = None;
-        let segment = Arc::clone(&stock.segment);
+    pub(crate) fn into_parts(mut self) -> (Arc<PooledSegment<B>>, SegmentGuard) {
+        let pooled = Arc::clone(self.pooled());
+        self.pooled = None;
+        let segment = Arc::clone(&pooled.segment);
         let pool = Arc::clone(&self.pool) as Arc<dyn TakeBack>;
-        (stock, Holding { segment, pool })
+        (pooled, SegmentGuard { segment, pool })
     }
 }
 
 impl<B: Backing> Drop for Lease<B> {
     fn drop(&mut self) {
-        if let Some(stock) = self.stock.take().filter(|_| self.pool.origin.is_here()) {
-            self.pool.put_idle(stock);
+        if let Some(pooled) = self.pooled.take().filter(|_| self.pool.origin.is_here()) {
+            self.pool.put_idle(pooled);
         }
     }
 }
@@ -302,7 +313,7 @@ impl<B: Backing> fmt::Debug for Lease<B> {
 
 /// A segment that goes from one transfer to the next, past the line of those who wait for one.
 pub(crate) struct LeaseAgain<B: Backing> {
-    stock: Arc<Stock<B>>,
+    pooled: Arc<PooledSegment<B>>,
     pool: Arc<Shared<B>>,
 }
 
@@ -310,11 +321,11 @@ impl<B: Backing> LeaseAgain<B> {
     /// Leases the segment again, or its replacement.
     pub(crate) fn lease(self, ended: Ended) -> Result<Lease<B>> {
         let Ended { generation, link } = ended;
-        let LeaseAgain { stock, pool } = self;
-        match pool.recover(Lingering { stock, generation, link }, pool.grace) {
-            Ok(stock) => Ok(Lease { stock: Some(stock), pool }),
-            Err((lingering, error)) => {
-                pool.put_lingering(lingering);
+        let LeaseAgain { pooled, pool } = self;
+        match pool.recover(Quarantined { pooled, generation, link }, pool.grace) {
+            Ok(pooled) => Ok(Lease { pooled: Some(pooled), pool }),
+            Err((quarantined, error)) => {
+                pool.put_quarantined(quarantined);
                 Err(error)
             }
         }
@@ -322,12 +333,12 @@ impl<B: Backing> LeaseAgain<B> {
 }
 
 /// A segment in a transfer's hands, whatever its backing.
-pub(crate) struct Holding {
+pub(crate) struct SegmentGuard {
     pub(crate) segment: Arc<Segment<ReadSlots>>,
     pool: Arc<dyn TakeBack>,
 }
 
-impl Holding {
+impl SegmentGuard {
     /// Gives the segment back after `generation`. Straight to the idle ones if the sender is off
     /// it; otherwise it lingers (rule P6), and `link` tells whether the sender lives.
     pub(crate) fn give_back(&self, generation: u64, link: Option<Arc<Link>>) {
@@ -335,7 +346,7 @@ impl Holding {
     }
 }
 
-impl Holding {
+impl SegmentGuard {
     /// Whether others stand in line for a segment of the pool.
     pub(crate) fn is_wanted(&self) -> bool {
         self.pool.is_waited_for()
@@ -348,14 +359,14 @@ trait TakeBack: Send + Sync {
 }
 
 /// A segment of the pool, with what makes it reachable for peers.
-pub(crate) struct Stock<B> {
+pub(crate) struct PooledSegment<B> {
     pub(crate) segment: Arc<Segment<ReadSlots>>,
     pub(crate) backing: B,
     /// Mapped for writing when a sender in this process first needs it.
     writable: OnceLock<Arc<Segment<WriteSlots>>>,
 }
 
-impl<B: Backing> Stock<B> {
+impl<B: Backing> PooledSegment<B> {
     /// Whether the segment is really idle, and its semaphores wake, as one that no sender has spoilt.
     fn is_sound(&self) -> bool {
         let header = self.segment.header();
@@ -379,8 +390,8 @@ struct Shared<B: Backing> {
     grace: Duration,
     /// The process that owns it.
     origin: Origin,
-    /// Counts `idle` and `lingering` together.
-    available: Turnstile,
+    /// Counts `idle` and `quarantined` together.
+    available: FairSemaphore,
     state: Mutex<State<B>>,
     /// Last, since it is dropped after the segments.
     ownership: B::Ownership,
@@ -388,13 +399,13 @@ struct Shared<B: Backing> {
 
 struct State<B> {
     /// The one used last is leased first: its pages are warm.
-    idle: Vec<Arc<Stock<B>>>,
+    idle: Vec<Arc<PooledSegment<B>>>,
     /// The oldest is looked at first: its sender has had the most time to leave.
-    lingering: VecDeque<Lingering<B>>,
+    quarantined: VecDeque<Quarantined<B>>,
     /// Every segment that is not retired, by index.
-    live: BTreeMap<u32, Arc<Stock<B>>>,
+    live: BTreeMap<u32, Arc<PooledSegment<B>>>,
     /// How many segments have been replaced.
-    edition: u64,
+    version: u64,
     /// Above all that were ever given to a segment, and to those in `unused`.
     next_index: u32,
     /// Numbers whose segment could not be made: no peer has heard of them.
@@ -414,20 +425,22 @@ impl<B> State<B> {
 }
 
 /// Given back while its sender was on it.
-struct Lingering<B> {
-    stock: Arc<Stock<B>>,
+struct Quarantined<B> {
+    pooled: Arc<PooledSegment<B>>,
     generation: u64,
     link: Option<Arc<Link>>,
 }
 
 impl<B: Backing> Shared<B> {
-    fn make(&self) -> Result<Arc<Stock<B>>> {
+    fn make(&self) -> Result<Arc<PooledSegment<B>>> {
         let index = lock(&self.state).fresh_index()?;
         let id = SegmentId { pool: self.id, index };
         match B::create(&self.ownership, id, self.geometry) {
-            Ok((segment, backing)) => {
-                Ok(Arc::new(Stock { segment: Arc::new(segment), backing, writable: OnceLock::new() }))
-            }
+            Ok((segment, backing)) => Ok(Arc::new(PooledSegment {
+                segment: Arc::new(segment),
+                backing,
+                writable: OnceLock::new(),
+            })),
             Err(error) => {
                 // A number whose name is another's now would fail each time.
                 if !matches!(error, Error::NameTaken { .. }) {
@@ -439,11 +452,11 @@ impl<B: Backing> Shared<B> {
     }
 
     /// A segment to lease, for a caller that has passed the turnstile: it counts one for each.
-    fn take(&self) -> Result<Arc<Stock<B>>> {
+    fn take(&self) -> Result<Arc<PooledSegment<B>>> {
         let first = {
             let mut state = lock(&self.state);
             match state.idle.pop() {
-                Some(stock) if state.lingering.is_empty() => stock,
+                Some(pooled) if state.quarantined.is_empty() => pooled,
                 idle => {
                     drop(state);
                     return self.take_slowly(idle);
@@ -458,51 +471,58 @@ impl<B: Backing> Shared<B> {
     /// be neither recovered nor replaced goes back as it was, and the next is tried, until each had
     /// its turn. Begins with the one in hand, if there is one.
     #[cold]
-    fn take_slowly(&self, mut in_hand: Option<Arc<Stock<B>>>) -> Result<Arc<Stock<B>>> {
+    fn take_slowly(
+        &self,
+        mut in_hand: Option<Arc<PooledSegment<B>>>,
+    ) -> Result<Arc<PooledSegment<B>>> {
         let mut grace = self.grace;
         let mut failed = None;
         for attempt in 1.. {
             let (candidate, segments, others_linger) = {
                 let mut state = lock(&self.state);
                 // In one step: we never have more than one in hand, or others would find too few.
-                state.lingering.extend(failed.take());
+                state.quarantined.extend(failed.take());
                 let candidate = match in_hand.take().or_else(|| state.idle.pop()) {
-                    Some(stock) => Candidate::Idle(stock),
-                    None => match state.lingering.pop_front() {
-                        Some(lingering) => Candidate::Lingering(lingering),
-                        None => unreachable!("the turnstile counts idle and lingering segments"),
+                    Some(pooled) => Candidate::Idle(pooled),
+                    None => match state.quarantined.pop_front() {
+                        Some(quarantined) => Candidate::Quarantined(quarantined),
+                        None => {
+                            unreachable!("the fair_semaphore counts idle and quarantined segments")
+                        }
                     },
                 };
-                (candidate, state.live.len(), !state.lingering.is_empty())
+                (candidate, state.live.len(), !state.quarantined.is_empty())
             };
             if others_linger && attempt == 1 {
                 self.tidy();
             }
-            let lingering = match candidate {
-                Candidate::Idle(stock) if stock.is_sound() => return Ok(stock),
-                Candidate::Idle(stock) => Lingering { stock, generation: NO_GENERATION, link: None },
-                Candidate::Lingering(lingering) => lingering,
+            let quarantined = match candidate {
+                Candidate::Idle(pooled) if pooled.is_sound() => return Ok(pooled),
+                Candidate::Idle(pooled) => {
+                    Quarantined { pooled, generation: NO_GENERATION, link: None }
+                }
+                Candidate::Quarantined(quarantined) => quarantined,
             };
-            match self.recover(lingering, grace) {
-                Ok(stock) => return Ok(stock),
-                Err((lingering, error)) if attempt >= segments => {
-                    self.put_lingering(lingering);
+            match self.recover(quarantined, grace) {
+                Ok(pooled) => return Ok(pooled),
+                Err((quarantined, error)) if attempt >= segments => {
+                    self.put_quarantined(quarantined);
                     return Err(error);
                 }
-                Err((lingering, _)) => failed = Some(lingering),
+                Err((quarantined, _)) => failed = Some(quarantined),
             }
             grace = Duration::ZERO; // the wait for a late sender is for one segment a lease
         }
         unreachable!("the loop has no end of its own")
     }
 
-    fn put_idle(&self, stock: Arc<Stock<B>>) {
-        lock(&self.state).idle.push(stock);
+    fn put_idle(&self, pooled: Arc<PooledSegment<B>>) {
+        lock(&self.state).idle.push(pooled);
         self.available.leave();
     }
 
-    fn put_lingering(&self, lingering: Lingering<B>) {
-        lock(&self.state).lingering.push_back(lingering);
+    fn put_quarantined(&self, quarantined: Quarantined<B>) {
+        lock(&self.state).quarantined.push_back(quarantined);
         self.available.leave();
     }
 
@@ -512,12 +532,12 @@ impl<B: Backing> Shared<B> {
         if !self.available.try_enter() {
             return;
         }
-        let oldest = lock(&self.state).lingering.pop_front();
+        let oldest = lock(&self.state).quarantined.pop_front();
         match oldest {
-            Some(lingering) if lingering.settle(Deadline::after(Duration::ZERO)) => {
-                self.put_idle(lingering.stock);
+            Some(quarantined) if quarantined.settle(Deadline::after(Duration::ZERO)) => {
+                self.put_idle(quarantined.pooled);
             }
-            Some(lingering) => self.put_lingering(lingering),
+            Some(quarantined) => self.put_quarantined(quarantined),
             None => self.available.leave(),
         }
     }
@@ -526,30 +546,30 @@ impl<B: Backing> Shared<B> {
     /// where neither can be done.
     fn recover(
         &self,
-        lingering: Lingering<B>,
+        quarantined: Quarantined<B>,
         grace: Duration,
-    ) -> Result<Arc<Stock<B>>, (Lingering<B>, Error)> {
-        if crew::lend(|| lingering.settle(Deadline::after(grace))) {
-            return Ok(lingering.stock);
+    ) -> Result<Arc<PooledSegment<B>>, (Quarantined<B>, Error)> {
+        if workers::blocking(|| quarantined.settle(Deadline::after(grace))) {
+            return Ok(quarantined.pooled);
         }
         // Retired for good (rule P6): a late sender can then only write to memory that is not read.
         match self.make() {
             Ok(fresh) => {
                 let mut state = lock(&self.state);
-                state.live.remove(&lingering.stock.segment.id().index);
+                state.live.remove(&quarantined.pooled.segment.id().index);
                 state.live.insert(fresh.segment.id().index, Arc::clone(&fresh));
-                state.edition += 1;
+                state.version += 1;
                 Ok(fresh)
             }
-            Err(error) => Err((lingering, error)),
+            Err(error) => Err((quarantined, error)),
         }
     }
 }
 
 /// What a lease may find.
 enum Candidate<B> {
-    Idle(Arc<Stock<B>>),
-    Lingering(Lingering<B>),
+    Idle(Arc<PooledSegment<B>>),
+    Quarantined(Quarantined<B>),
 }
 
 impl<B: Backing> TakeBack for Shared<B> {
@@ -558,28 +578,30 @@ impl<B: Backing> TakeBack for Shared<B> {
     }
 
     fn take_back(&self, segment: &Segment<ReadSlots>, generation: u64, link: Option<Arc<Link>>) {
-        let stock = lock(&self.state).live.get(&segment.id().index).cloned();
-        let Some(stock) = stock else { unreachable!("a segment in use is never retired") };
+        let pooled = lock(&self.state).live.get(&segment.id().index).cloned();
+        let Some(pooled) = pooled else { unreachable!("a segment in use is never retired") };
         if reclaim(segment, generation) {
-            self.put_idle(stock);
+            self.put_idle(pooled);
         } else {
-            self.put_lingering(Lingering { stock, generation, link });
+            self.put_quarantined(Quarantined { pooled, generation, link });
         }
     }
 }
 
-impl<B> Lingering<B> {
+impl<B> Quarantined<B> {
     /// Waits until the sender is off the segment for certain (rule P6); `false` when that cannot be
     /// told by the deadline.
     fn settle(&self, deadline: Deadline) -> bool {
-        let turn = &self.stock.segment.header().turn;
+        let turn = &self.pooled.segment.header().turn;
         loop {
             match turn.phase_of(self.generation) {
-                Some(phase) if phase.is_off() => return reclaim(&self.stock.segment, self.generation),
+                Some(phase) if phase.is_off() => {
+                    return reclaim(&self.pooled.segment, self.generation);
+                }
                 Some(phase @ (Phase::Accepted | Phase::Announced)) => {
                     if let Some(link) = self.link.as_ref().filter(|link| link.is_severed()) {
                         // It may be dying, or alive and about to find out that we hung up.
-                        if link.wait_dead(deadline.min(Deadline::after(GLANCE))) {
+                        if link.wait_dead(deadline.min(Deadline::after(RECHECK))) {
                             return Semaphore::SURVIVES_KILL
                                 && self.was_sent_by(link)
                                 && turn.advance(self.generation, phase, Phase::Idle).is_ok();
@@ -594,8 +616,8 @@ impl<B> Lingering<B> {
             }
             // Its last act is announced here, just before it: by a permit or by poison. Who has taken
             // that permit already hears nothing more, and so nobody sleeps for long.
-            let glance = deadline.min(Deadline::after(GLANCE));
-            match self.stock.segment.header().filled.wait(glance) {
+            let recheck = deadline.min(Deadline::after(RECHECK));
+            match self.pooled.segment.header().filled.wait(recheck) {
                 Ok(_) => {}
                 Err(Interrupted::TimedOut | Interrupted::Poisoned) => yield_now(),
                 Err(Interrupted::Os(_)) => return false,
@@ -604,13 +626,13 @@ impl<B> Lingering<B> {
     }
 }
 
-impl<B> Lingering<B> {
+impl<B> Quarantined<B> {
     /// Whether the process at the other end of the link says that it is the sender. Only then does
     /// its death free the segment: another may have inherited the connection, by a fork, and live.
     /// Where the two processes do not number processes alike, the pids differ, and the segment is
     /// replaced.
     fn was_sent_by(&self, link: &Link) -> bool {
-        let told = self.stock.segment.header().announcement.pid.load(Relaxed);
+        let told = self.pooled.segment.header().announcement.pid.load(Relaxed);
         link.peer().and_then(|peer| peer.pid) == Some(told)
     }
 }

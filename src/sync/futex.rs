@@ -32,7 +32,12 @@ impl Parker {
 
     /// Sleeps while `word` holds `expected`, until a wake or the deadline. Returns early for no
     /// reason at times; the caller looks at the word again.
-    pub(crate) fn park(&self, word: &AtomicU32, expected: u32, deadline: Deadline) -> io::Result<()> {
+    pub(crate) fn park(
+        &self,
+        word: &AtomicU32,
+        expected: u32,
+        deadline: Deadline,
+    ) -> io::Result<()> {
         match futex::wait(word, SHARED, expected, deadline.timespec().as_ref()) {
             Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => Ok(()),
             Err(errno) => Err(errno.into()),

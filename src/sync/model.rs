@@ -25,7 +25,12 @@ impl Parker {
         true
     }
 
-    pub(crate) fn park(&self, word: &AtomicU32, expected: u32, _deadline: Deadline) -> io::Result<()> {
+    pub(crate) fn park(
+        &self,
+        word: &AtomicU32,
+        expected: u32,
+        _deadline: Deadline,
+    ) -> io::Result<()> {
         let bucket = self.bucket.lock().unwrap();
         if word.load(Relaxed) == expected {
             drop(self.woken.wait(bucket).unwrap());

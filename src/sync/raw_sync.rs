@@ -127,7 +127,11 @@ impl Parker {
     /// Makes the event, before anybody else can reach it. Where the system refuses one, sleepers nap.
     pub(crate) fn initialise(&self) {
         let memory = self.memory();
-        assert!(Event::size_of(Some(memory)) <= ROOM, "an event takes {}", Event::size_of(Some(memory)));
+        assert!(
+            Event::size_of(Some(memory)) <= ROOM,
+            "an event takes {}",
+            Event::size_of(Some(memory))
+        );
         // SAFETY: `memory` is valid for the `ROOM` bytes of R1, which the event fits into; the caller
         // keeps everybody else away. All of it is initialised, as zeroes at least, and any bytes are
         // a value of the C types that are made there.
@@ -138,7 +142,12 @@ impl Parker {
     }
 
     /// Sleeps while `word` holds `expected`, until a wake or the deadline.
-    pub(crate) fn park(&self, word: &AtomicU32, expected: u32, deadline: Deadline) -> io::Result<()> {
+    pub(crate) fn park(
+        &self,
+        word: &AtomicU32,
+        expected: u32,
+        deadline: Deadline,
+    ) -> io::Result<()> {
         let mut pause = Pause::NONE;
         loop {
             self.rung.swap(0, AcqRel);

@@ -102,7 +102,11 @@ impl Semaphore {
         let mut seen = self.word.load(Acquire);
         loop {
             if seen & !POISON == 0 {
-                return Err(if seen == POISON { Interrupted::Poisoned } else { Interrupted::TimedOut });
+                return Err(if seen == POISON {
+                    Interrupted::Poisoned
+                } else {
+                    Interrupted::TimedOut
+                });
             }
             match self.word.compare_exchange_weak(seen, seen - 1, Acquire, Acquire) {
                 Ok(_) => return Ok(Permit(())),
@@ -115,7 +119,9 @@ impl Semaphore {
     pub(crate) fn wait(&self, deadline: Deadline) -> Result<Permit, Interrupted> {
         loop {
             match self.try_wait() {
-                Err(Interrupted::TimedOut) if deadline.has_passed() => return Err(Interrupted::TimedOut),
+                Err(Interrupted::TimedOut) if deadline.has_passed() => {
+                    return Err(Interrupted::TimedOut);
+                }
                 Err(Interrupted::TimedOut) => {}
                 settled => return settled,
             }
@@ -331,9 +337,9 @@ mod tests {
     fn a_wait_ends_at_its_deadline_and_not_before() {
         let s = placed(0);
         let start = Instant::now();
-        let patience = Duration::from_millis(50);
-        assert!(matches!(s.wait(Deadline::after(patience)), Err(Interrupted::TimedOut)));
-        assert!(start.elapsed() >= patience);
+        let timeout = Duration::from_millis(50);
+        assert!(matches!(s.wait(Deadline::after(timeout)), Err(Interrupted::TimedOut)));
+        assert!(start.elapsed() >= timeout);
         assert_eq!(s.sleepers.load(Relaxed), 0);
     }
 

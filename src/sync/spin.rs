@@ -10,7 +10,8 @@ use crate::process::Counted;
 use super::{Interrupted, Permit, Semaphore};
 
 /// About what a wake-up across idle virtual cores costs; a longer spin could not win anything. loom knows no time.
-pub(crate) const BUDGET: Duration = if cfg!(loom) { Duration::MAX } else { Duration::from_micros(50) };
+pub(crate) const BUDGET: Duration =
+    if cfg!(loom) { Duration::MAX } else { Duration::from_micros(50) };
 /// Spin rounds between two looks at the clock.
 const ROUNDS: u32 = 64;
 /// How many answers in time are remembered.
@@ -36,7 +37,11 @@ impl Spinner {
     }
 
     /// Tries for a permit, spinning for a while if that can pay. `TimedOut` means: sleep now.
-    pub(crate) fn try_wait(&mut self, semaphore: &Semaphore, can_pay: bool) -> Result<Permit, Interrupted> {
+    pub(crate) fn try_wait(
+        &mut self,
+        semaphore: &Semaphore,
+        can_pay: bool,
+    ) -> Result<Permit, Interrupted> {
         let attempt = || match semaphore.try_wait() {
             Err(Interrupted::TimedOut) => None,
             settled => Some(settled),

@@ -81,7 +81,8 @@ pub(super) fn watched<T>(parker: &Parker, due: Instant, sleep: impl FnOnce() -> 
         }
         // Without memory for a thread, the next sleeper tries again.
         Thread::None => {
-            let spawned = thread::Builder::new().name("shmferry-warden".into()).spawn(|| look(warden));
+            let spawned =
+                thread::Builder::new().name("shmferry-warden".into()).spawn(|| look(warden));
             state.thread = if spawned.is_ok() { Thread::Looking } else { Thread::None };
         }
     }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
 use rustix::process::{getpid, getppid, set_parent_process_death_signal};
-use shmferry::{InProcess, Misuse, lend};
+use shmferry::{InProcess, Misuse, blocking};
 
 use super::support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 use super::*;
@@ -43,7 +43,7 @@ pub(super) fn play<C: Carrier>(role: &str, address: &str) {
         "fork: become a daemon" => become_a_daemon::<C>(address),
         "fork: again and again" => fork_again_and_again::<C>(address),
         "fork: drop a requester" => drop_a_requester(address),
-        "fork: in a crew" => fork_in_a_crew(),
+        "fork: in a workers" => fork_in_a_crew(),
         "fork: serve many" => {
             let queue = C::bind(address).unwrap();
             say("ready");
@@ -158,7 +158,7 @@ fn a_client_whose_child_drops<C: Carrier>(address: &str) {
     let pool = pool::<C>(5, 2);
     let requester = C::requester(address, &pool);
     let queue = InProcess::bounded(4);
-    let crew = Crew::start(
+    let workers = WorkerPool::start(
         "test",
         1,
         || {
@@ -179,7 +179,7 @@ fn a_client_whose_child_drops<C: Carrier>(address: &str) {
 
     let names = names_of(std::process::id());
     let stats = pool.stats();
-    let mut all = Some((body, lease, unsent, within, waiting, queue, requester, pool, crew));
+    let mut all = Some((body, lease, unsent, within, waiting, queue, requester, pool, workers));
     for ending in [Ending::AtOnce, Ending::InOrder] {
         Fork::running(ending, || drop(all.take())).ends_well();
     }
@@ -225,7 +225,7 @@ fn a_client_whose_child_drops<C: Carrier>(address: &str) {
     body.read_exact(&mut [0; 10]).unwrap();
     say("under way");
     wait_until("the end of the server was told", || C::server(&requester).is_none());
-    body.set_patience(Duration::MAX);
+    body.set_timeout(Duration::MAX);
     let error = body.read_to_end(&mut Vec::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
     say("told");
@@ -254,7 +254,10 @@ fn a_server_whose_child_drops<C: Carrier>(address: &str) {
     }
     let (mut sending, starting, queue) = all.unwrap();
     let again = C::bind(address).map(drop).unwrap_err();
-    assert!(matches!(again, Error::AddressInUse { pid, .. } if pid == std::process::id()), "{again}");
+    assert!(
+        matches!(again, Error::AddressInUse { pid, .. } if pid == std::process::id()),
+        "{again}"
+    );
     sending.write_all(&pattern(9000)[3000..]).unwrap();
     drop(sending);
     starting.accept(10).unwrap().write_all(&pattern(10)).unwrap();
@@ -288,7 +291,7 @@ fn a_child_that_drops_a_servers_things_harms_none_of_them<C: Carrier>() {
     assert!(read_all(ask::<C>(&requester, &newcomer, 100_000).unwrap()) == pattern(100_000));
     let mut body = ask::<C>(&requester, &newcomer, 1 << 20).unwrap();
     server.kill();
-    body.set_patience(Duration::MAX);
+    body.set_timeout(Duration::MAX);
     let error = body.read_to_end(&mut Vec::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
 }
@@ -330,9 +333,10 @@ fn a_child_that_tries_everything<C: Carrier>(address: &str) {
     let within = InProcess::bounded(4);
     let gate = Arc::new(Mutex::new(()));
     let closed = gate.lock().unwrap();
-    let crew = {
+    let workers = {
         let gate = Arc::clone(&gate);
-        Crew::start("test", 1, move || gate.lock().map_or(None, |_| None::<()>), |()| {}).unwrap()
+        WorkerPool::start("test", 1, move || gate.lock().map_or(None, |_| None::<()>), |()| {})
+            .unwrap()
     };
     let send = |key: &str| {
         let (request, transfer) = pool_.lease(soon()).unwrap().request(key).unwrap();
@@ -377,7 +381,7 @@ fn a_child_that_tries_everything<C: Carrier>(address: &str) {
         };
         refused::<()>(Err(error), us);
         // These cannot fail, and say that there is nothing, or do nothing.
-        assert!(!crew.join(Deadline::NEVER));
+        assert!(!workers.join(Deadline::NEVER));
         assert_eq!((pool_.stats().segments, pool_.stats().idle), (0, 0));
         assert_eq!((C::clients(&queue), C::server(&requester)), (Vec::new(), None));
         queue.close();
@@ -423,7 +427,7 @@ fn a_child_that_tries_everything<C: Carrier>(address: &str) {
     drop(lease);
     assert_eq!((pool_.stats().idle, pool_.stats().retired), (8, 0));
     drop(closed);
-    assert!(crew.join(soon()));
+    assert!(workers.join(soon()));
     say("done");
 }
 
@@ -437,7 +441,8 @@ fn a_child_that_uses_its_parents_things_is_refused_and_told_why<C: Carrier>() {
 
 /// Ports of one address.
 fn second(address: &str) -> String {
-    address.replace("cache.sock", "second.sock") + if address.starts_with("mq:") { "-second" } else { "" }
+    address.replace("cache.sock", "second.sock")
+        + if address.starts_with("mq:") { "-second" } else { "" }
 }
 
 fn a_child_with_its_own<C: Carrier>(address: &str) {
@@ -458,7 +463,7 @@ fn a_child_with_its_own<C: Carrier>(address: &str) {
         let queue = Arc::new(C::bind(&second(address)).unwrap());
         let taking = Arc::clone(&queue);
         let next = move || taking.recv(Deadline::NEVER).ok();
-        let crew = Crew::start("child", 2, next, |transfer| {
+        let workers = WorkerPool::start("child", 2, next, |transfer| {
             let len: usize = std::str::from_utf8(transfer.key()).unwrap().parse().unwrap();
             transfer.accept(len as u64).unwrap().write_all(&pattern(len)).unwrap();
         });
@@ -469,12 +474,12 @@ fn a_child_with_its_own<C: Carrier>(address: &str) {
         let mut body = ask::<C>(&requester, &own, 1 << 20).unwrap();
         say("under way");
         wait_until("the end of the server was told", || C::server(&requester).is_none());
-        body.set_patience(Duration::MAX);
+        body.set_timeout(Duration::MAX);
         let error = body.read_to_end(&mut Vec::new()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
         drop(body);
         queue.close();
-        assert!(crew.unwrap().join(soon()));
+        assert!(workers.unwrap().join(soon()));
         drop(queue);
         mem::forget((own, others)); // their names are for the handler at exit
     });
@@ -538,7 +543,12 @@ fn a_server_that_forked_after_it_bound_writes_to_nobody_and_may_bind_anew<C: Car
     let address = &place.cache_address();
     let mut server = Other::start("fork: become a daemon", &place);
     server.wait_for("ready");
-    let pool_ = SegmentPool::<C::Backing>::builder().segments(1).segment_len(400).slots(4).create().unwrap();
+    let pool_ = SegmentPool::<C::Backing>::builder()
+        .segments(1)
+        .segment_len(400)
+        .slots(4)
+        .create()
+        .unwrap();
     let requester = C::requester(address, &pool_);
     let mut body = ask::<C>(&requester, &pool_, 100).unwrap();
     body.read_exact(&mut [0; 100]).unwrap();
@@ -606,7 +616,10 @@ fn fork_again_and_again<C: Carrier>(address: &str) {
                 drop((body.take(), all.take()));
                 let own = pool::<C>(1, 2);
                 let requester = C::requester(address, &own);
-                assert!(read_all(ask::<C>(&requester, &own, 5000).unwrap()) == pattern(5000), "{round}");
+                assert!(
+                    read_all(ask::<C>(&requester, &own, 5000).unwrap()) == pattern(5000),
+                    "{round}"
+                );
             })
             .ends_well();
             assert!(read_all(body.unwrap()) == pattern(9000), "{round}");
@@ -641,13 +654,13 @@ fn fork_in_a_crew() {
     let inbox = Mutex::new(inbox);
     let forks = fork.clone();
     let next = move || inbox.lock().unwrap().recv().ok();
-    let crew = Crew::start("test", 4, next, move |()| forks()).unwrap();
+    let workers = WorkerPool::start("test", 4, next, move |()| forks()).unwrap();
     for _ in 0..4 {
         jobs.send(()).unwrap();
         children.recv().unwrap().ends_well();
     }
     drop(jobs);
-    assert!(crew.join(soon()));
+    assert!(workers.join(soon()));
 
     // One place, which another has taken when this one would have it back.
     let (jobs, inbox) = mpsc::channel();
@@ -657,9 +670,9 @@ fn fork_in_a_crew() {
     let (leave, may_leave) = mpsc::channel();
     let (is_taken, may_leave) = (Mutex::new(is_taken), Mutex::new(may_leave));
     let next = move || inbox.lock().unwrap().recv().ok();
-    let crew = Crew::start("test", 1, next, move |lends: bool| {
+    let workers = WorkerPool::start("test", 1, next, move |lends: bool| {
         if lends {
-            lend(|| {
+            blocking(|| {
                 lent.send(()).unwrap();
                 is_taken.lock().unwrap().recv().unwrap();
                 fork();
@@ -675,14 +688,14 @@ fn fork_in_a_crew() {
     children.recv().unwrap().ends_well();
     leave.send(()).unwrap();
     drop(jobs);
-    assert!(crew.unwrap().join(soon()));
+    assert!(workers.unwrap().join(soon()));
     say("done");
 }
 
 #[test]
 fn a_child_that_a_worker_forks_ends_with_that_worker() {
     let _watchdog = watchdog();
-    let mut other = Other::start("fork: in a crew", &Place::new());
+    let mut other = Other::start("fork: in a workers", &Place::new());
     other.wait_for("done");
     other.ends_well();
 }

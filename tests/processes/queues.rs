@@ -167,7 +167,8 @@ fn garbage_in_the_queue_is_reported_and_costs_nobody_else_anything() {
     while_serving(&queue, || {
         let pool = pool::<Mq>(2, 2);
         let requester = Mq::requester(address, &pool);
-        let honestly = || assert!(read_all(ask::<Mq>(&requester, &pool, 9000).unwrap()) == pattern(9000));
+        let honestly =
+            || assert!(read_all(ask::<Mq>(&requester, &pool, 9000).unwrap()) == pattern(9000));
         honestly();
         let raw = Raw::open(place.queue());
         let sound = (2, 2048);
@@ -382,13 +383,17 @@ fn a_capacity_beyond_the_systems_is_refused_with_the_numbers_that_work() {
         eprintln!("not run: this user may exceed the limit");
         return;
     }
-    let told = format!("the queue's capacity in requests is {}; it must be from 1 to {most}", most + 1);
+    let told =
+        format!("the queue's capacity in requests is {}; it must be from 1 to {most}", most + 1);
     assert_eq!(said, format!("error: {told}"));
     let mut names = names_in(SHARED_MEMORY.as_ref());
     names.retain(|name| name.contains(&place.queue()[1..]));
     assert_eq!(names, [""; 0]);
     let error = Mq::at(&place.cache_address()).capacity(0).bind().map(drop).unwrap_err();
-    assert!(matches!(error, Error::Misuse(Misuse::OutOfRange { given: 0, least: 1, .. })), "{error}");
+    assert!(
+        matches!(error, Error::Misuse(Misuse::OutOfRange { given: 0, least: 1, .. })),
+        "{error}"
+    );
 }
 
 #[test]
@@ -434,7 +439,8 @@ fn a_full_queue_of_a_server_that_dies_lets_its_senders_go() {
     let requester = Mq::requester(address, &pool);
     let raw = Raw::open(place.queue());
     thread::scope(|scope| {
-        let asking: Vec<_> = (0..12).map(|_| scope.spawn(|| ask::<Mq>(&requester, &pool, 10))).collect();
+        let asking: Vec<_> =
+            (0..12).map(|_| scope.spawn(|| ask::<Mq>(&requester, &pool, 10))).collect();
         wait_until("the queue was full", || raw.waiting() == 10);
         first.kill();
         // Those who waited for room find the next server, the others are told.
@@ -450,8 +456,11 @@ fn a_full_queue_of_a_server_that_dies_lets_its_senders_go() {
 /// In a file system of its own, of a megabyte.
 fn fill_the_shared_memory() {
     let try_to = |segments: u32| {
-        let made =
-            SegmentPool::<Named>::builder().segments(segments).segment_len(128 << 10).slots(1).create();
+        let made = SegmentPool::<Named>::builder()
+            .segments(segments)
+            .segment_len(128 << 10)
+            .slots(1)
+            .create();
         match made.map(drop) {
             Ok(()) => say("made"),
             Err(error) => say(&format!("error: {error}")),
@@ -483,7 +492,9 @@ fn a_full_file_system_is_an_error_with_the_amounts_and_nothing_left() {
     let mut command = alone(&format!("{mount} && exec \"$@\""));
     command.arg(env::current_exe().unwrap()).args(THE_OTHER);
     let mut other = Other::spawn("fill the shared memory", "mq:/unused", &mut command);
-    let asked = |segments: u64| format!("no memory for a pool of {} bytes", segments * ((128 << 10) + 4096));
+    let asked = |segments: u64| {
+        format!("no memory for a pool of {} bytes", segments * ((128 << 10) + 4096))
+    };
     other.wait_for("made");
     assert_eq!(other.wait_for("left"), "left: []");
     for (segments, left) in [(40, "left: []"), (4, "left: [\"large\"]")] {
@@ -581,7 +592,9 @@ fn nothing_is_sent_to_the_queue_of_another_user() {
     rustix::fs::fchown(raw.get(), Some(rustix::fs::Uid::from_raw(NOBODY)), None).unwrap();
     let pool = pool::<Mq>(1, 1);
     match Mq::connect(address, &pool, soon()).map(drop) {
-        Err(Error::NameTaken { kind, uid, .. }) => assert_eq!((kind, uid), ("a message queue", NOBODY)),
+        Err(Error::NameTaken { kind, uid, .. }) => {
+            assert_eq!((kind, uid), ("a message queue", NOBODY))
+        }
         other => panic!("{other:?}"),
     }
     drop(queue);
@@ -624,7 +637,14 @@ fn a_sweep_keeps_no_death_from_being_told() {
     let log = place.path("reads");
     let pid = server.child.id();
     let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-e", "trace=getdents64", "-e", "inject=getdents64:delay_enter=15000000"]);
+    strace.args([
+        "-f",
+        "-qq",
+        "-e",
+        "trace=getdents64",
+        "-e",
+        "inject=getdents64:delay_enter=15000000",
+    ]);
     strace.arg("-o").arg(&log).args(["-p", &pid.to_string()]).stderr(Stdio::null());
     let Ok(mut strace) = strace.spawn() else {
         eprintln!("not run: there is no strace here");
@@ -634,7 +654,8 @@ fn a_sweep_keeps_no_death_from_being_told() {
     wait_until("strace was attached", || {
         ended = strace.try_wait().unwrap().is_some();
         let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
-        let mut states = threads.map(|thread| fs::read_to_string(thread.path().join("status")).unwrap());
+        let mut states =
+            threads.map(|thread| fs::read_to_string(thread.path().join("status")).unwrap());
         ended || states.all(|status| !status.contains("TracerPid:\t0"))
     });
     if ended {
@@ -647,7 +668,10 @@ fn a_sweep_keeps_no_death_from_being_told() {
         server.wait_for(&format!("told of {client_pid}"));
     }
     let reads = fs::read_to_string(&log).unwrap();
-    assert!(!reads.contains(") = "), "the directory was read before both deaths were told: {reads}");
+    assert!(
+        !reads.contains(") = "),
+        "the directory was read before both deaths were told: {reads}"
+    );
     strace.kill().unwrap();
     strace.wait().unwrap();
     server.kill();

@@ -186,10 +186,12 @@ impl Place {
     /// none, or it may not trace, the program does not run.
     pub fn command_failing(&self, injections: &[&str], name: &str) -> Command {
         let mut shell = Command::new("/bin/sh");
-        let calls: Vec<_> = injections.iter().map(|injection| injection.split(':').next().unwrap()).collect();
+        let calls: Vec<_> =
+            injections.iter().map(|injection| injection.split(':').next().unwrap()).collect();
         let injections: String =
             injections.iter().map(|injection| format!(" -e inject={injection}")).collect();
-        let strace = format!("strace -D -f -qq -o /dev/null -e trace={}{injections}", calls.join(","));
+        let strace =
+            format!("strace -D -f -qq -o /dev/null -e trace={}{injections}", calls.join(","));
         shell.args(["-c", &format!("exec {strace} \"$@\""), "sh"]).arg(path_of(name));
         let mut command = self.prepared(shell);
         command.env("ASAN_OPTIONS", "detect_leaks=0"); // that does not work under a tracer
@@ -205,7 +207,9 @@ impl Place {
 
     /// Runs `simplecached` at [`cache_address`](Self::cache_address).
     pub fn simplecached(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Program {
-        Program::spawn(self.command("simplecached").args(["--listen", &self.cache_address()]).args(args))
+        Program::spawn(
+            self.command("simplecached").args(["--listen", &self.cache_address()]).args(args),
+        )
     }
 
     /// Runs `webproxy` on a free port of 127.0.0.1, with the cache at
@@ -243,7 +247,9 @@ impl Place {
         }
         assert!(self.is_swept(), "left of {}: {:?}", self.cache_address(), self.queue_files());
         // Somebody else's program that starts may be the one that clears up, at this moment.
-        wait_until("nothing of these programs was left in /dev/shm", || self.names_left().is_empty());
+        wait_until("nothing of these programs was left in /dev/shm", || {
+            self.names_left().is_empty()
+        });
         let mut names = names_in(&here);
         names.retain(|name| !lock(&self.ours).contains(name));
         assert!(names.is_empty(), "left behind: {names:?}");
@@ -257,7 +263,12 @@ impl Drop for Place {
             let successor = PosixMq::new(&self.queue).and_then(PosixMq::bind).map(drop);
             if !thread::panicking() {
                 successor.unwrap();
-                assert!(self.is_swept(), "left of {}: {:?}", self.cache_address(), self.queue_files());
+                assert!(
+                    self.is_swept(),
+                    "left of {}: {:?}",
+                    self.cache_address(),
+                    self.queue_files()
+                );
                 wait_until("the names of the killed were swept", || self.names_left().is_empty());
             }
         }
@@ -363,7 +374,8 @@ impl Program {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(!text.1 && !left.is_zero(), "it never said {part:?}, but:\n{}", text.0);
-            text = self.said.more.wait_timeout(text, left).unwrap_or_else(PoisonError::into_inner).0;
+            text =
+                self.said.more.wait_timeout(text, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -451,7 +463,8 @@ impl Program {
     pub fn segments(&self) -> usize {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
         let kinds = ["/memfd:shmferry-", "/dev/shm/shmferry-"];
-        let names = maps.lines().filter_map(|line| kinds.iter().find_map(|kind| line.split_once(kind)));
+        let names =
+            maps.lines().filter_map(|line| kinds.iter().find_map(|kind| line.split_once(kind)));
         names.map(|(_, name)| name).collect::<BTreeSet<_>>().len()
     }
 
@@ -469,7 +482,8 @@ impl Program {
         let line = self.wait_for("listening on ");
         let (_, rest) = line.split_once("listening on ").unwrap();
         let address = rest.split(": ").next().unwrap();
-        let mut address: SocketAddr = address.parse().unwrap_or_else(|_| panic!("no address in {line:?}"));
+        let mut address: SocketAddr =
+            address.parse().unwrap_or_else(|_| panic!("no address in {line:?}"));
         if address.ip().is_unspecified() {
             address.set_ip(Ipv4Addr::LOCALHOST.into());
         }
@@ -570,7 +584,8 @@ impl Exit {
     /// A number from the summary at its end.
     pub fn count(&self, name: &str) -> u64 {
         let (_, summary) = self.stderr.rsplit_once("stopped: ").expect("it said how it went");
-        let value = summary.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+        let value =
+            summary.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
         value.unwrap_or_else(|| panic!("no {name} in {summary}")).parse().unwrap()
     }
 }
@@ -751,11 +766,14 @@ impl Answer {
 /// Without the bytes of long bodies.
 impl std::fmt::Debug for Answer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let head =
-            |bytes: &[u8]| format!("{} bytes: {}", bytes.len(), bytes[..bytes.len().min(80)].escape_ascii());
+        let head = |bytes: &[u8]| {
+            format!("{} bytes: {}", bytes.len(), bytes[..bytes.len().min(80)].escape_ascii())
+        };
         match self {
             Answer::Ok(body) => write!(f, "Ok({})", head(body)),
-            Answer::Short { announced, received } => write!(f, "Short({announced}, {})", head(received)),
+            Answer::Short { announced, received } => {
+                write!(f, "Short({announced}, {})", head(received))
+            }
             Answer::NotFound => f.write_str("NotFound"),
             Answer::Error => f.write_str("Error"),
             Answer::Invalid => f.write_str("Invalid"),
@@ -815,7 +833,8 @@ impl Dice {
 /// The names in a directory, sorted.
 pub fn names_in(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).unwrap();
-    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Nothing here should come near this long.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Watches the test that made it, until it is dropped.
 pub struct Watchdog {
@@ -17,7 +17,7 @@ pub fn watchdog() -> Watchdog {
     let (_ended, ended) = mpsc::channel();
     let test = thread::current().name().unwrap_or("?").to_owned();
     thread::spawn(move || {
-        if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if ended.recv_timeout(TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
             eprintln!("{test} hangs");
             std::process::abort();
         }

@@ -8,7 +8,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_attr_member_t, mq_close, mq_getattr, mq_open, mq_unlink};
+use nix::mqueue::{
+    MQ_OFlag, MqAttr, MqdT, mq_attr_member_t, mq_close, mq_getattr, mq_open, mq_unlink,
+};
 use nix::sys::stat::Mode;
 
 use crate::error::{Error, Misuse, Result};
@@ -31,15 +33,20 @@ impl Mqueue {
             Ok(queue) => Ok(queue),
             Err(Errno::EINVAL) => {
                 let (given, most) = (capacity.into(), limit("msg_max").unwrap_or(10));
-                Err(Misuse::OutOfRange { what: "the queue's capacity in requests", given, least: 1, most }
-                    .into())
+                Err(Misuse::OutOfRange {
+                    what: "the queue's capacity in requests",
+                    given,
+                    least: 1,
+                    most,
+                }
+                .into())
             }
             Err(errno @ Errno::EMFILE) => {
                 Err(Error::os("mq_open, beyond this user's limit on queues (ulimit -q)")(errno))
             }
-            Err(errno @ Errno::EEXIST) => {
-                Err(Error::os("mq_open, at the name of a queue that no shmferry server made")(errno))
-            }
+            Err(errno @ Errno::EEXIST) => Err(Error::os(
+                "mq_open, at the name of a queue that no shmferry server made",
+            )(errno)),
             Err(errno) => Err(Error::os("mq_open")(errno)),
         }
     }

@@ -18,7 +18,9 @@ impl Name {
     pub(super) fn parse(name: String) -> Result<Name, Misuse> {
         match name.strip_prefix('/') {
             Some("" | "." | "..") | None => Err(Misuse::QueueName(name)),
-            Some(rest) if rest.len() > LIMIT || rest.contains(['/', '\0']) => Err(Misuse::QueueName(name)),
+            Some(rest) if rest.len() > LIMIT || rest.contains(['/', '\0']) => {
+                Err(Misuse::QueueName(name))
+            }
             Some(_) => Ok(Name(name)),
         }
     }
@@ -61,7 +63,10 @@ mod tests {
         }
         let long = format!("/{}", "x".repeat(LIMIT + 1));
         for name in ["", "/", "a", "/.", "/..", "/a/b", "//", "/a\0", &long] {
-            assert_eq!(Name::parse(name.to_owned()).err(), Some(Misuse::QueueName(name.to_owned())));
+            assert_eq!(
+                Name::parse(name.to_owned()).err(),
+                Some(Misuse::QueueName(name.to_owned()))
+            );
         }
     }
 }

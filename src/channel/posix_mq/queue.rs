@@ -70,7 +70,7 @@ struct Client {
 /// The segments of a pool that are mapped here.
 #[derive(Default)]
 struct Mapped {
-    edition: u64,
+    version: u64,
     segments: HashMap<u32, MappedSegment>,
     /// Counts uses.
     clock: u64,
@@ -121,7 +121,8 @@ impl PosixMqQueue {
             return Vec::new();
         }
         let clients = lock(&self.shared.clients);
-        let mut peers: Vec<Peer> = clients.values().filter_map(|client| client.link.peer()).collect();
+        let mut peers: Vec<Peer> =
+            clients.values().filter_map(|client| client.link.peer()).collect();
         drop(clients);
         peers.sort_unstable_by_key(|peer| peer.pid);
         peers.dedup();
@@ -192,12 +193,15 @@ impl Shared {
         let owner = Owner { pid: message.pid, pool: id.pool };
         let Some(client) = self.client(owner)? else { return Ok(None) };
         let limit = self.policy.max_segments as usize;
-        let segment = match client.segment(owner, id, geometry, message.edition, limit) {
+        let segment = match client.segment(owner, id, geometry, message.version, limit) {
             // Withdrawn, and its segment retired; or its pool is going.
-            Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
             attached => attached?,
         };
-        let transfer = ShmTransfer::begin(segment, message.generation, message.key.into(), &client.link);
+        let transfer =
+            ShmTransfer::begin(segment, message.generation, message.key.into(), &client.link);
         Ok((!client.link.is_severed()).then_some(transfer))
     }
 
@@ -238,15 +242,15 @@ impl Client {
         owner: Owner,
         id: SegmentId,
         geometry: Geometry,
-        edition: u64,
+        version: u64,
         limit: usize,
     ) -> Result<Arc<Segment<WriteSlots>>> {
         let mut mapped = lock(&self.mapped);
-        let Mapped { edition: known, segments, clock } = &mut *mapped;
-        if *known != edition {
+        let Mapped { version: known, segments, clock } = &mut *mapped;
+        if *known != version {
             // Some were retired since, which takes their names away.
             segments.retain(|&index, _| owner.has_named(index));
-            *known = edition;
+            *known = version;
         }
         *clock += 1;
         if let Some(found) = segments.get_mut(&id.index()) {
@@ -260,7 +264,8 @@ impl Client {
         {
             segments.remove(&oldest);
         }
-        segments.insert(id.index(), MappedSegment { segment: Arc::clone(&segment), last_used: *clock });
+        segments
+            .insert(id.index(), MappedSegment { segment: Arc::clone(&segment), last_used: *clock });
         Ok(segment)
     }
 }

@@ -8,14 +8,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
-use crate::channel::line::{self, Absence, Dial, Line};
 use crate::channel::lock_file::holder;
+use crate::channel::reconnect::{self, Connect, ConnectTimeout, Reconnecting};
 use crate::channel::{Request, Requester, SendError};
-use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::{Lifeline, Link, Peer, Watch, has_open, is_held, on_hang_up};
 use crate::segment::{Named, SegmentPool};
 use crate::sync::Deadline;
+use crate::workers;
 
 use super::mqueue::Mqueue;
 use super::name::Name;
@@ -25,12 +25,12 @@ use super::wire::{HEAD, Message};
 ///
 /// Transfers under way go on when it is dropped, and still learn of the server's death.
 pub struct PosixMqRequester {
-    line: Line<Dialler>,
+    line: Reconnecting<Connector>,
     name: Name,
 }
 
 /// Who is to be reached, and with which segments.
-struct Dialler {
+struct Connector {
     name: Name,
     pool: SegmentPool<Named>,
 }
@@ -46,9 +46,13 @@ struct Connection {
 }
 
 impl PosixMqRequester {
-    pub(super) fn new(name: Name, absence: Absence, pool: &SegmentPool<Named>) -> PosixMqRequester {
-        let dialler = Dialler { name: name.clone(), pool: pool.clone() };
-        PosixMqRequester { line: Line::new(dialler, pool.id(), absence), name }
+    pub(super) fn new(
+        name: Name,
+        connect_timeout: ConnectTimeout,
+        pool: &SegmentPool<Named>,
+    ) -> PosixMqRequester {
+        let connector = Connector { name: name.clone(), pool: pool.clone() };
+        PosixMqRequester { line: Reconnecting::new(connector, pool.id(), connect_timeout), name }
     }
 
     /// The server, if it was found and lives.
@@ -83,11 +87,11 @@ impl fmt::Debug for PosixMqRequester {
     }
 }
 
-impl Dial for Dialler {
+impl Connect for Connector {
     type Backing = Named;
     type Connection = Connection;
 
-    fn dial(&self, _deadline: Deadline) -> Result<Option<Connection>> {
+    fn connect(&self, _deadline: Deadline) -> Result<Option<Connection>> {
         let Some(lifeline) = Lifeline::follow(&self.name.lifeline())? else { return Ok(None) };
         // A server makes its lifeline last: the queue and the pid in the lock file are its own, if it
         // still lives when we have them.
@@ -106,12 +110,17 @@ impl Dial for Dialler {
         Ok(Some(Connection { longest: queue.longest()?, queue, lifeline, link, _watch: watch }))
     }
 
-    fn deliver(&self, over: &Connection, request: &Request<Named>, deadline: Deadline) -> Result<()> {
-        let (owner, geometry) = (request.stock.backing.owner(), self.pool.geometry());
+    fn deliver(
+        &self,
+        over: &Connection,
+        request: &Request<Named>,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let (owner, geometry) = (request.pooled.backing.owner(), self.pool.geometry());
         let message = Message {
             pid: owner.pid,
             pool: owner.pool.0,
-            edition: self.pool.edition(),
+            version: self.pool.version(),
             index: request.segment().index(),
             generation: request.generation,
             slot_count: geometry.slot_count(),
@@ -131,7 +140,7 @@ impl Dial for Dialler {
             if over.queue.try_send(&message)? {
                 return Ok(());
             }
-            crew::lend(|| over.wait_for_room(deadline))?;
+            workers::blocking(|| over.wait_for_room(deadline))?;
         }
     }
 }
@@ -153,7 +162,7 @@ impl Connection {
     }
 }
 
-impl line::Connection for Connection {
+impl reconnect::Connection for Connection {
     fn link(&self) -> &Arc<Link> {
         &self.link
     }

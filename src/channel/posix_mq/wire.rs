@@ -19,7 +19,7 @@ pub(crate) struct Message<'a> {
     pub(crate) pid: u32,
     pub(crate) pool: u64,
     /// Changes whenever segments have left the pool.
-    pub(crate) edition: u64,
+    pub(crate) version: u64,
     pub(crate) index: u32,
     pub(crate) generation: u64,
     pub(crate) slot_count: u32,
@@ -34,7 +34,7 @@ impl<'a> Message<'a> {
         bytes.extend(LAYOUT_VERSION.to_le_bytes());
         bytes.extend(self.pid.to_le_bytes());
         bytes.extend(self.pool.to_le_bytes());
-        bytes.extend(self.edition.to_le_bytes());
+        bytes.extend(self.version.to_le_bytes());
         bytes.extend(self.index.to_le_bytes());
         bytes.extend(self.generation.to_le_bytes());
         bytes.extend(self.slot_count.to_le_bytes());
@@ -59,7 +59,7 @@ impl<'a> Message<'a> {
         Some(Message {
             pid: u32::from_le_bytes(take(rest)?),
             pool: u64::from_le_bytes(take(rest)?),
-            edition: u64::from_le_bytes(take(rest)?),
+            version: u64::from_le_bytes(take(rest)?),
             index: u32::from_le_bytes(take(rest)?),
             generation: u64::from_le_bytes(take(rest)?),
             slot_count: u32::from_le_bytes(take(rest)?),
@@ -83,7 +83,16 @@ mod tests {
 
     fn message(key: &[u8]) -> Message<'_> {
         let (pool, generation) = (u64::MAX - 1, 1 << 40);
-        Message { pid: 9, pool, edition: 3, index: 7, generation, slot_count: 4, slot_len: 1 << 17, key }
+        Message {
+            pid: 9,
+            pool,
+            version: 3,
+            index: 7,
+            generation,
+            slot_count: 4,
+            slot_len: 1 << 17,
+            key,
+        }
     }
 
     fn is_malformed(bytes: &[u8]) -> bool {

@@ -45,7 +45,8 @@ impl Address {
 
         let mut made_dir = make_parent(path)?;
         let mut locked = LockFile::take(&lock_path, path.display());
-        if matches!(&locked, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound) {
+        if matches!(&locked, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound)
+        {
             // A predecessor that ended just now has taken its directory along.
             made_dir = make_parent(path)?;
             locked = LockFile::take(&lock_path, path.display());
@@ -57,7 +58,8 @@ impl Address {
         }
         lock.sign(if made_dir.is_some() { MADE_DIR } else { "" })?;
         let (path_buf, origin) = (path.to_owned(), Origin::here());
-        let mut address = Address { path: path_buf, bound: false, origin, _lock: lock, _made_dir: made_dir };
+        let mut address =
+            Address { path: path_buf, bound: false, origin, _lock: lock, _made_dir: made_dir };
 
         // We hold the lock, so a socket that stands there has no living owner. Anything else that
         // stands there is not ours to remove: `bind` says that the address is in use.
@@ -105,7 +107,9 @@ impl Drop for MadeDir {
 /// Checks that a directory is this user's alone, if it is there.
 pub(super) fn check_private(dir: &Path) -> Result<()> {
     match fs::symlink_metadata(dir) {
-        Ok(found) if found.is_dir() && found.uid() == getuid().as_raw() && found.mode() & 0o022 == 0 => {
+        Ok(found)
+            if found.is_dir() && found.uid() == getuid().as_raw() && found.mode() & 0o022 == 0 =>
+        {
             Ok(())
         }
         Ok(_) => Err(Misuse::UnsafeDirectory(dir.to_owned()).into()),
@@ -116,7 +120,9 @@ pub(super) fn check_private(dir: &Path) -> Result<()> {
 
 /// Makes the directory of `path`, if it is missing; says which it made.
 fn make_parent(path: &Path) -> Result<Option<MadeDir>> {
-    let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else { return Ok(None) };
+    let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else {
+        return Ok(None);
+    };
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) => Ok(Some(MadeDir::new(dir.to_owned()))),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),

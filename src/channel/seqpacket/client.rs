@@ -10,14 +10,16 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags};
 
 use crate::error::{Error, PeerFault, Rejection, Result};
-use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch};
+use crate::peer::{Link, MOST_DESCRIPTORS, Peer, ReceivedFds, Socket, Watch};
 use crate::protocol::{Sender, ShmTransfer, Starting};
-use crate::segment::{Geometry, PoolId, Segment, SegmentId, WriteSlots, attach_memfd, attach_words};
+use crate::segment::{
+    Geometry, PoolId, Segment, SegmentId, WriteSlots, attach_memfd, attach_words,
+};
 use crate::sync::lock;
 
 use super::Policy;
-use super::lookout::Watched;
 use super::ring::{RING_LEN, Taker};
+use super::wake_policy::Watched;
 use super::wire::{MAX_MESSAGE, Message, VERSION};
 
 /// One connection.
@@ -56,7 +58,13 @@ pub(super) enum Heard {
 }
 
 impl Client {
-    pub(super) fn new(token: u64, socket: Arc<Socket>, peer: Peer, link: Arc<Link>, watch: Watch) -> Client {
+    pub(super) fn new(
+        token: u64,
+        socket: Arc<Socket>,
+        peer: Peer,
+        link: Arc<Link>,
+        watch: Watch,
+    ) -> Client {
         Client {
             token,
             socket,
@@ -74,7 +82,9 @@ impl Client {
     /// Reads one message, and does what it says.
     pub(super) fn hear(&self, state: &mut ClientState, policy: &Policy) -> Result<Heard> {
         let mut buffer = [0; MAX_MESSAGE + 1];
-        let Some((len, mut fds)) = receive(&self.socket, &mut buffer)? else { return Ok(Heard::Nothing) };
+        let Some((len, mut fds)) = receive(&self.socket, &mut buffer)? else {
+            return Ok(Heard::Nothing);
+        };
         let message = Message::decode(&buffer[..len])?;
         let malformed = PeerFault::MalformedMessage { len };
         match (message, state.pool, &*fds.0) {
@@ -113,7 +123,7 @@ impl Client {
                 self.ring.set(ring).map_err(|_| malformed)?;
                 fds.0.clear();
             }
-            (Message::Knock, Some(_), _) if self.ring.get().is_some() => {}
+            (Message::Wakeup, Some(_), _) if self.ring.get().is_some() => {}
             (Message::Request { index, generation, key }, Some(_), _) => {
                 // Unknown if it was withdrawn, and its segment retired, while it was being sent.
                 if let Some(segment) = state.segments.get(&index).cloned() {
@@ -184,7 +194,7 @@ impl Watched for Client {
 }
 
 /// Takes one message and its descriptors, if there is one.
-fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, Strays)>> {
+fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, ReceivedFds)>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -198,7 +208,7 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, Strays)>
         }
     };
     // Whatever came along is owned, and closed, from here on.
-    let fds = Strays::of(&mut control);
+    let fds = ReceivedFds::of(&mut control);
     if received.flags.contains(ReturnFlags::CTRUNC) {
         // There was one, and we had no number left for it.
         return Err(Error::os("receiving a descriptor")(Errno::MFILE));

@@ -12,13 +12,13 @@ use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
 use crate::error::Result;
-use crate::peer::{Enrolment, Link};
+use crate::peer::{Link, Registration};
 use crate::segment::Words;
 use crate::sync::Deadline;
 use crate::sync::atomic::{Acquire, AtomicBool, Relaxed, Release};
 
-use super::lookout::{Attended, Door, Lookout, Watched, next_entry, rest_at_limit};
 use super::ring::{Posted, Poster, RING_WORDS, Taker};
+use super::wake_policy::{Attended, Door, WakePolicy, Watched, next_entry, rest_at_limit};
 
 /// What workers sleep for: each event wakes one of them.
 #[derive(Default)]
@@ -99,7 +99,7 @@ impl Watched for Ring {
 
 struct Shared {
     rings: Vec<Arc<Ring>>,
-    lookout: Lookout<Ring>,
+    wake_policy: WakePolicy<Ring>,
     events: Events,
 }
 
@@ -116,7 +116,7 @@ fn bounded(rings: usize, bound: usize) -> Arc<Shared> {
         Arc::new(Ring { poster, taker, taking: Mutex::new(()), link, resting, over, bound })
     };
     let rings = (0..rings).map(ring).collect();
-    Arc::new(Shared { rings, lookout: Lookout::new(), events: Events::default() })
+    Arc::new(Shared { rings, wake_policy: WakePolicy::new(), events: Events::default() })
 }
 
 /// A worker's view: what it takes is counted as under way until it is dropped.
@@ -125,7 +125,7 @@ struct Worker(Arc<Shared>);
 impl Door for Worker {
     type Ring = Ring;
     type Event = Event;
-    type Request = (u64, Enrolment);
+    type Request = (u64, Registration);
 
     fn take(&self, ring: &Arc<Ring>) -> Result<Option<Self::Request>> {
         let request = {
@@ -171,7 +171,7 @@ impl Ring {
         if rest_at_limit(&*self, &self.link, self.bound) {
             let (link, bound) = (Arc::clone(&self.link), self.bound);
             link.when_below(bound, move || {
-                shared.lookout.resume(&self, || shared.events.tell(Event::WakeOne));
+                shared.wake_policy.resume(&self, || shared.events.tell(Event::WakeOne));
             });
         }
     }
@@ -187,9 +187,9 @@ impl Shared {
                 None => thread::yield_now(),
             }
         };
-        if let Posted::MustKnock(bell) = ring.poster.follow(number, true) {
+        if let Posted::MustWake(need_wakeup) = ring.poster.follow(number, true) {
             self.events.tell(Event::Message(Arc::clone(ring)));
-            ring.poster.lower(bell);
+            ring.poster.lower(need_wakeup);
         }
     }
 
@@ -203,7 +203,7 @@ impl Shared {
     /// Takes one request, as a worker does, and is done with it at once.
     fn recv(self: &Arc<Self>) -> u64 {
         let worker = Worker(Arc::clone(self));
-        self.lookout.recv(&worker, Deadline::NEVER).unwrap().0
+        self.wake_policy.recv(&worker, Deadline::NEVER).unwrap().0
     }
 }
 
@@ -248,7 +248,8 @@ fn two_requests_one_worker_each() {
 fn two_threads_of_one_client() {
     model(3, || {
         let shared = shared(1);
-        let posters = [1, 2].map(|generation| spawn(&shared, move |shared| shared.post(0, generation)));
+        let posters =
+            [1, 2].map(|generation| spawn(&shared, move |shared| shared.post(0, generation)));
         let taken = [shared.recv(), shared.recv()];
         assert!(taken == [1, 2] || taken == [2, 1], "{taken:?}");
         posters.into_iter().for_each(|poster| poster.join().unwrap());
@@ -259,8 +260,10 @@ fn two_threads_of_one_client() {
 fn a_knock_that_fails_costs_nobody_else_anything() {
     model(3, || {
         let shared = shared(1);
-        let posters =
-            [spawn(&shared, |shared| shared.post_in_vain(1)), spawn(&shared, |shared| shared.post(0, 2))];
+        let posters = [
+            spawn(&shared, |shared| shared.post_in_vain(1)),
+            spawn(&shared, |shared| shared.post(0, 2)),
+        ];
         // Whoever comes later finds what was posted in vain, or knocks for both.
         while shared.recv() != 2 {}
         posters.into_iter().for_each(|poster| poster.join().unwrap());
@@ -347,7 +350,7 @@ fn a_client_at_its_limit_is_served_on_when_a_request_of_it_ends() {
         let shared = bounded(1, 1);
         shared.post(0, 1);
         let worker = Worker(Arc::clone(&shared));
-        let (first, under_way) = shared.lookout.recv(&worker, Deadline::NEVER).unwrap();
+        let (first, under_way) = shared.wake_policy.recv(&worker, Deadline::NEVER).unwrap();
         assert_eq!(first, 1);
         let other = spawn(&shared, |shared| shared.recv());
         let ending = thread::spawn(move || drop(under_way));
@@ -365,7 +368,7 @@ fn a_client_put_aside_at_its_limit_is_served_on() {
         let shared = bounded(2, 1);
         let worker = Worker(Arc::clone(&shared));
         shared.post(0, 1);
-        let (first, under_way) = shared.lookout.recv(&worker, Deadline::NEVER).unwrap();
+        let (first, under_way) = shared.wake_policy.recv(&worker, Deadline::NEVER).unwrap();
         shared.post(0, 2);
         shared.post(1, 3);
         assert_eq!((first, shared.recv()), (1, 3));

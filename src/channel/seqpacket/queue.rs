@@ -1,7 +1,7 @@
 //! The server of a Unix-socket queue: many workers take requests from many clients' connections.
 //!
 //! No thread stands between a request and its worker. Workers look at the clients' rings
-//! ([`Lookout`]); those that find nothing there wait on one epoll, in which each connection is armed for
+//! ([`WakePolicy`]); those that find nothing there wait on one epoll, in which each connection is armed for
 //! one event at a time: whoever is woken for it has it to itself, reads what has come, at most one
 //! request, and arms it again.
 
@@ -25,8 +25,8 @@ use crate::sync::{Deadline, lock};
 
 use super::address::Address;
 use super::client::{Client, Heard};
-use super::lookout::{Attended, Door, Lookout, next_entry, rest_at_limit};
 use super::ring::Taker;
+use super::wake_policy::{Attended, Door, WakePolicy, next_entry, rest_at_limit};
 use super::wire::Message;
 use super::{Policy, send};
 
@@ -69,7 +69,7 @@ struct Shared {
     listener_resting: AtomicBool,
     policy: Policy,
     clients: Mutex<Clients>,
-    lookout: Arc<Lookout<Client>>,
+    wake_policy: Arc<WakePolicy<Client>>,
     /// Requests from rings since it was asked whether a look at the connections is due.
     from_rings: AtomicU32,
     started: Instant,
@@ -96,7 +96,7 @@ impl SeqpacketQueue {
             listener_resting: AtomicBool::new(false),
             policy,
             clients: Mutex::new(Clients { next: FIRST_CLIENT, connected: BTreeMap::new() }),
-            lookout: Arc::new(Lookout::new()),
+            wake_policy: Arc::new(WakePolicy::new()),
             from_rings: AtomicU32::new(0),
             started: Instant::now(),
             looked: AtomicU64::new(0),
@@ -128,7 +128,8 @@ impl Door for Shared {
     fn sleep(&self, deadline: Deadline) -> Result<Option<u64>> {
         // While no descriptors are left, nothing tells us when some are.
         let resting = self.listener_resting.swap(false, Ordering::Relaxed);
-        let until = if resting { deadline.min(Deadline::after(OUT_OF_DESCRIPTORS)) } else { deadline };
+        let until =
+            if resting { deadline.min(Deadline::after(OUT_OF_DESCRIPTORS)) } else { deadline };
         let woken = self.poller.wait(until)?;
         if resting {
             self.poller.arm(&self.listener, LISTENER)?;
@@ -148,7 +149,7 @@ impl Door for Shared {
     }
 
     fn wake_one(&self) {
-        self.poller.nudge();
+        self.poller.wake_one();
     }
 
     fn is_look_due(&self) -> bool {
@@ -227,7 +228,11 @@ impl Shared {
             }
         }
         // Armed before the look: for a request that comes after it, there is a message.
-        if client.ring.get().is_some_and(Taker::arm) { self.take_from_ring(client) } else { Ok(None) }
+        if client.ring.get().is_some_and(Taker::arm) {
+            self.take_from_ring(client)
+        } else {
+            Ok(None)
+        }
     }
 
     /// Accepts one client, if there still is one, and arms the listener for the next.
@@ -297,7 +302,11 @@ impl Shared {
             if clients.connected.len() < self.policy.max_clients as usize {
                 return true;
             }
-            clients.connected.values().find(|client| !client.greeted.load(Ordering::Relaxed)).cloned()
+            clients
+                .connected
+                .values()
+                .find(|client| !client.greeted.load(Ordering::Relaxed))
+                .cloned()
         };
         match silent {
             Some(client) => {
@@ -329,7 +338,10 @@ impl Shared {
     }
 
     /// Takes a request out of a client's ring; `None` when somebody else was quicker, or it was withdrawn.
-    fn take_from_ring(&self, client: &Arc<Client>) -> Result<Option<ShmTransfer<Sender, Starting>>> {
+    fn take_from_ring(
+        &self,
+        client: &Arc<Client>,
+    ) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         let request = {
             let mut state = lock(&client.state);
             let Some(ring) = client.ring.get() else { return Ok(None) };
@@ -362,12 +374,12 @@ impl Shared {
     /// more than honesty needs, so that a client which never frees a slot, or asks for a segment
     /// again and again, ties up a bounded number of workers.
     fn let_next_in(&self, client: &Arc<Client>) {
-        let (poller, lookout) = (Arc::clone(&self.poller), Arc::clone(&self.lookout));
+        let (poller, wake_policy) = (Arc::clone(&self.poller), Arc::clone(&self.wake_policy));
         let (link, bound, client) = (Arc::clone(&client.link), client.bound(), Arc::clone(client));
         link.when_below(bound, move || {
             // Fails only when the client was removed meanwhile.
             let _ = poller.arm(&*client.socket, client.token);
-            lookout.resume(&client, || poller.nudge());
+            wake_policy.resume(&client, || poller.wake_one());
         });
     }
 
@@ -388,7 +400,7 @@ impl Shared {
         let gone = lock(&self.clients).connected.remove(&token);
         if let Some(client) = gone {
             client.hang_up();
-            self.lookout.forget(&client);
+            self.wake_policy.forget(&client);
         }
     }
 
@@ -402,7 +414,7 @@ impl Shared {
 impl RequestQueue for SeqpacketQueue {
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>> {
         self.shared.poller.check_open()?; // before any lock
-        self.shared.lookout.recv(&*self.shared, deadline)
+        self.shared.wake_policy.recv(&*self.shared, deadline)
     }
 
     fn close(&self) {

@@ -14,15 +14,15 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SocketAddrUnix};
 
-use crate::channel::line::{self, Dial, Line};
+use crate::channel::reconnect::{self, Connect, Reconnecting};
 use crate::channel::{Request, Requester, SendError, pause};
-use crate::crew;
 use crate::error::{Awaited, Error, Rejection, Result};
-use crate::peer::{Link, MOST_DESCRIPTORS, Peer, Socket, Strays, Watch, on_hang_up};
+use crate::peer::{Link, MOST_DESCRIPTORS, Peer, ReceivedFds, Socket, Watch, on_hang_up};
 use crate::process::Origin;
 use crate::segment::{Memfd, SegmentPool, create_words};
 use crate::sync::atomic::{Acquire, AtomicU64, Release};
-use crate::sync::{Deadline, Turnstile, lock, wait_ready};
+use crate::sync::{Deadline, FairSemaphore, lock, wait_ready};
+use crate::workers;
 
 use super::ring::{Posted, Poster, RING_LEN};
 use super::wire::{MAX_MESSAGE, Message, VERSION};
@@ -33,22 +33,29 @@ use super::{Policy, send, socket, socket_address};
 /// Transfers under way go on when it is dropped: the connection lives as long as any of them.
 pub struct SeqpacketRequester {
     path: PathBuf,
-    line: Line<Dialler>,
+    line: Reconnecting<Connector>,
 }
 
 /// Who is to be reached, and with which segments.
-struct Dialler {
+struct Connector {
     address: SocketAddrUnix,
     policy: Policy,
     pool: SegmentPool<Memfd>,
 }
 
 impl SeqpacketRequester {
-    pub(super) fn new(path: &Path, policy: Policy, pool: SegmentPool<Memfd>) -> Result<SeqpacketRequester> {
+    pub(super) fn new(
+        path: &Path,
+        policy: Policy,
+        pool: SegmentPool<Memfd>,
+    ) -> Result<SeqpacketRequester> {
         pool.origin().check()?;
-        let (id, absence) = (pool.id(), policy.absence);
-        let dialler = Dialler { address: socket_address(path)?, policy, pool };
-        Ok(SeqpacketRequester { path: path.to_owned(), line: Line::new(dialler, id, absence) })
+        let (id, connect_timeout) = (pool.id(), policy.connect_timeout);
+        let connector = Connector { address: socket_address(path)?, policy, pool };
+        Ok(SeqpacketRequester {
+            path: path.to_owned(),
+            line: Reconnecting::new(connector, id, connect_timeout),
+        })
     }
 
     /// The server, if there is a connection to it.
@@ -70,15 +77,20 @@ impl Requester<Memfd> for SeqpacketRequester {
     }
 }
 
-impl Dial for Dialler {
+impl Connect for Connector {
     type Backing = Memfd;
     type Connection = Connection;
 
-    fn dial(&self, deadline: Deadline) -> Result<Option<Connection>> {
+    fn connect(&self, deadline: Deadline) -> Result<Option<Connection>> {
         Connection::open(&self.address, &self.policy, &self.pool, deadline)
     }
 
-    fn deliver(&self, over: &Connection, request: &Request<Memfd>, deadline: Deadline) -> Result<()> {
+    fn deliver(
+        &self,
+        over: &Connection,
+        request: &Request<Memfd>,
+        deadline: Deadline,
+    ) -> Result<()> {
         over.deliver(&self.pool, request, deadline)
     }
 }
@@ -97,11 +109,11 @@ struct Connection {
     socket: Arc<Socket>,
     link: Arc<Link>,
     /// The edition of the pool that the server has been given; `NONE` before the first.
-    edition: AtomicU64,
+    version: AtomicU64,
     /// The segments that it has been given.
     known: Mutex<BTreeSet<u32>>,
     /// Lets one thread at a time hand segments over.
-    updating: Turnstile,
+    updating: FairSemaphore,
     /// Where requests go that fit, if there was memory for it.
     ring: Option<Poster>,
     origin: Origin,
@@ -126,7 +138,9 @@ impl Connection {
                 // Not there; there no more.
                 Err(Errno::NOENT | Errno::CONNREFUSED) => return Ok(None),
                 // There, with more clients at its door than it has let in.
-                Err(Errno::AGAIN) if deadline.has_passed() => return Err(Error::Timeout(Awaited::QueueRoom)),
+                Err(Errno::AGAIN) if deadline.has_passed() => {
+                    return Err(Error::Timeout(Awaited::QueueRoom));
+                }
                 Err(Errno::AGAIN) => pause(attempt, deadline),
                 Err(errno) => return Err(Error::os("connect")(errno)),
             }
@@ -141,12 +155,15 @@ impl Connection {
             let (socket, link) = (Arc::clone(&socket), Arc::clone(&link));
             move || link.sever(|| last_words(&socket))
         })?;
-        let (edition, known, updating) = (AtomicU64::new(NONE), Mutex::default(), Turnstile::new(1));
+        let (version, known, updating) =
+            (AtomicU64::new(NONE), Mutex::default(), FairSemaphore::new(1));
         // Without memory for it, requests go over the connection.
-        let (ring, memory) = create_words(&format!("shmferry.ring-{}", pool.id()), RING_LEN).ok().unzip();
+        let (ring, memory) =
+            create_words(&format!("shmferry.ring-{}", pool.id()), RING_LEN).ok().unzip();
         let ring = ring.map(Poster::new);
         let origin = Origin::here();
-        let connection = Connection { socket, link, edition, known, updating, ring, origin, _watch: watch };
+        let connection =
+            Connection { socket, link, version, known, updating, ring, origin, _watch: watch };
         match connection.introduce(pool, memory, deadline) {
             Ok(()) => Ok(Some(connection)),
             Err(Error::Disconnected) => Ok(None), // it died, or rejected us, while we spoke
@@ -154,7 +171,12 @@ impl Connection {
         }
     }
 
-    fn introduce(&self, pool: &SegmentPool<Memfd>, ring: Option<OwnedFd>, deadline: Deadline) -> Result<()> {
+    fn introduce(
+        &self,
+        pool: &SegmentPool<Memfd>,
+        ring: Option<OwnedFd>,
+        deadline: Deadline,
+    ) -> Result<()> {
         let geometry = pool.geometry();
         let hello = Message::Hello {
             version: VERSION,
@@ -169,9 +191,15 @@ impl Connection {
         self.update(pool, deadline)
     }
 
-    fn deliver(&self, pool: &SegmentPool<Memfd>, request: &Request<Memfd>, deadline: Deadline) -> Result<()> {
+    fn deliver(
+        &self,
+        pool: &SegmentPool<Memfd>,
+        request: &Request<Memfd>,
+        deadline: Deadline,
+    ) -> Result<()> {
         self.update(pool, deadline)?;
-        let (index, generation, key) = (request.segment().index(), request.generation, &*request.key);
+        let (index, generation, key) =
+            (request.segment().index(), request.generation, &*request.key);
         let Some((ring, number)) = self.post(index, generation, key) else {
             return self.say(Message::Request { index, generation, key }, None, deadline);
         };
@@ -179,11 +207,11 @@ impl Connection {
             Posted::Taken => Ok(()),
             // The watcher may not have told us yet.
             Posted::Awaiting => self.check_open(),
-            Posted::MustKnock(bell) => {
-                match self.say(Message::Knock, None, Deadline::after(Duration::ZERO)) {
+            Posted::MustWake(need_wakeup) => {
+                match self.say(Message::Wakeup, None, Deadline::after(Duration::ZERO)) {
                     // What fills the connection wakes the server as well.
                     Ok(()) | Err(Error::Timeout(_)) => {
-                        ring.lower(bell);
+                        ring.lower(need_wakeup);
                         Ok(())
                     }
                     failed => failed,
@@ -200,7 +228,7 @@ impl Connection {
             Ok(false) => Ok(()),
             Ok(true) => {
                 self.link.sever(|| last_words(&self.socket));
-                Err(self.link.obituary())
+                Err(self.link.disconnect_reason())
             }
             Err(errno) => Err(Error::os("poll")(errno)),
         }
@@ -214,47 +242,53 @@ impl Connection {
 
     /// Has the server know the segments that are in the pool now.
     fn update(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
-        let current = || self.edition.load(Acquire) == pool.edition();
+        let current = || self.version.load(Acquire) == pool.version();
         if current() {
             return Ok(());
         }
         let update = || if current() { Ok(()) } else { self.hand_over(pool, deadline) };
-        let updated = crew::lend(|| self.updating.within(deadline, update));
+        let updated = workers::blocking(|| self.updating.within(deadline, update));
         updated.unwrap_or(Err(Error::Timeout(Awaited::QueueRoom)))
     }
 
     /// Takes back what has left the pool, and hands over what has come into it.
     fn hand_over(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
-        let (edition, live) = pool.live();
-        let indices: BTreeSet<u32> = live.iter().map(|stock| stock.segment.id().index()).collect();
+        let (version, live) = pool.live();
+        let indices: BTreeSet<u32> =
+            live.iter().map(|pooled| pooled.segment.id().index()).collect();
         let known = lock(&self.known).clone();
         for &index in known.difference(&indices) {
             self.say(Message::Retire { index }, None, deadline)?;
             lock(&self.known).remove(&index);
         }
-        for stock in &live {
-            let index = stock.segment.id().index();
+        for pooled in &live {
+            let index = pooled.segment.id().index();
             if !known.contains(&index) {
-                self.say(Message::Segment { index }, Some(stock.backing.as_fd()), deadline)?;
+                self.say(Message::Segment { index }, Some(pooled.backing.as_fd()), deadline)?;
                 lock(&self.known).insert(index);
             }
         }
-        self.edition.store(edition, Release);
+        self.version.store(version, Release);
         Ok(())
     }
 
     /// Sends one message; finding nobody there any more severs the link.
-    fn say(&self, message: Message<'_>, memory: Option<BorrowedFd<'_>>, deadline: Deadline) -> Result<()> {
+    fn say(
+        &self,
+        message: Message<'_>,
+        memory: Option<BorrowedFd<'_>>,
+        deadline: Deadline,
+    ) -> Result<()> {
         let sent = send(&self.socket, &message.encode(), memory, deadline);
         if let Err(Error::Disconnected) = sent {
             self.link.sever(|| last_words(&self.socket));
-            return Err(self.link.obituary());
+            return Err(self.link.disconnect_reason());
         }
         sent
     }
 }
 
-impl line::Connection for Connection {
+impl reconnect::Connection for Connection {
     fn link(&self) -> &Arc<Link> {
         &self.link
     }
@@ -281,11 +315,12 @@ fn last_words(socket: &Socket) -> Option<Rejection> {
         let mut into = [IoSliceMut::new(&mut buffer)];
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let heard = rustix::net::recvmsg(socket, &mut into, &mut control, flags);
-        drop(Strays::of(&mut control)); // words should have none
+        drop(ReceivedFds::of(&mut control)); // words should have none
         heard
     };
     // A server that hangs up on unread messages leaves an error before its last words.
-    let heard = listen().or_else(|errno| if errno == Errno::CONNRESET { listen() } else { Err(errno) });
+    let heard =
+        listen().or_else(|errno| if errno == Errno::CONNRESET { listen() } else { Err(errno) });
     let len = heard.ok()?.bytes;
     Message::decode(buffer.get(..len)?).ok()?.rejection()
 }

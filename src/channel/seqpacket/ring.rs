@@ -10,12 +10,12 @@
 //!    `POSTED` with `Acquire`, then the entry.
 //! 2. *Room.* The server reads the entry, then writes `TAKEN` with `Release`; the client reads `TAKEN` with
 //!    `Acquire` before it writes there again.
-//! 3. *No lost request.* Client: write `POSTED`, `fence(SeqCst)`, read `BELL`. Server, before it stops looking:
-//!    raise `BELL`, `fence(SeqCst)`, read `POSTED`. The fences are totally ordered: either the client's
+//! 3. *No lost request.* Client: write `POSTED`, `fence(SeqCst)`, read `NEED_WAKEUP`. Server, before it stops looking:
+//!    raise `NEED_WAKEUP`, `fence(SeqCst)`, read `POSTED`. The fences are totally ordered: either the client's
 //!    comes first, and then the server sees the entry and looks on, or the server's does, and then the
-//!    client sees `BELL` raised and knocks.
+//!    client sees `NEED_WAKEUP` raised and knocks.
 //!
-//! Everything else is `Relaxed`: whoever lowers `BELL` is about to look, or has knocked. A client lowers it only
+//! Everything else is `Relaxed`: whoever lowers `NEED_WAKEUP` is about to look, or has knocked. A client lowers it only
 //! after the knock, since a knock can fail, and others would rely on it; and only the bell that it knocked for.
 //! Both sides change it by read-modify-write: with plain stores on the server's side, loom finds a bell that is
 //! lowered too late.
@@ -47,7 +47,7 @@ pub(crate) const TAKEN: usize = GROUP;
 const SERVER_CPU: usize = GROUP + 1;
 /// Not zero: nobody looks, so knock after posting. The server raises it to another number each time; the client
 /// lowers that number, and no later one.
-pub(crate) const BELL: usize = 2 * GROUP;
+pub(crate) const NEED_WAKEUP: usize = 2 * GROUP;
 pub(crate) const FIRST_ENTRY: usize = 3 * GROUP;
 /// An entry: the generation, the segment's index below the key's length, and the key.
 pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
@@ -57,7 +57,12 @@ pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
 const _: () = {
     assert!(RING_LEN == 20_480 && ENTRIES == 64 && ENTRY_WORDS == 32 && KEY_ROOM == 240);
     assert!(
-        POSTED == 0 && CLIENT_CPU == 1 && TAKEN == 16 && SERVER_CPU == 17 && BELL == 32 && FIRST_ENTRY == 48
+        POSTED == 0
+            && CLIENT_CPU == 1
+            && TAKEN == 16
+            && SERVER_CPU == 17
+            && NEED_WAKEUP == 32
+            && FIRST_ENTRY == 48
     );
     assert!(RING_WORDS * size_of::<u64>() <= RING_LEN);
 };
@@ -79,7 +84,7 @@ pub(super) struct Poster {
 impl Poster {
     /// Over a fresh ring, all zeroes, that nobody else has mapped yet.
     pub(super) fn new(ring: Words) -> Poster {
-        ring[BELL].store(NEW, Relaxed);
+        ring[NEED_WAKEUP].store(NEW, Relaxed);
         ring[SERVER_CPU].store(u64::from(current_cpu()), Relaxed); // no news of it yet: do not spin
         Poster { ring, posted: Mutex::new(0), spinner: Mutex::new(Spinner::new()) }
     }
@@ -122,17 +127,17 @@ impl Poster {
                 return Posted::Taken;
             }
         }
-        match self.ring[BELL].load(Relaxed) {
+        match self.ring[NEED_WAKEUP].load(Relaxed) {
             0 if self.was_taken(number) => Posted::Taken,
             0 => Posted::Awaiting,
-            bell => Posted::MustKnock(bell),
+            need_wakeup => Posted::MustWake(need_wakeup),
         }
     }
 
     /// Says that the server was woken for this bell.
-    pub(super) fn lower(&self, bell: u64) {
+    pub(super) fn lower(&self, need_wakeup: u64) {
         // Fails if another has lowered it, or if the server has raised the next one.
-        let _ = self.ring[BELL].compare_exchange(bell, 0, Relaxed, Relaxed);
+        let _ = self.ring[NEED_WAKEUP].compare_exchange(need_wakeup, 0, Relaxed, Relaxed);
     }
 
     /// Whether the server says that it has taken request `number`.
@@ -149,7 +154,7 @@ pub(super) enum Posted {
     /// A worker looks, or will when it is done, if the server lives.
     Awaiting,
     /// The server has to be woken, and this bell to be [lowered](Poster::lower) then.
-    MustKnock(u64),
+    MustWake(u64),
 }
 
 /// The server's end. One worker takes at a time; any may ask whether there is something to take.
@@ -221,15 +226,15 @@ impl Taker {
 
     /// Has the client knock when it posts next; `true` if there is something to take already.
     pub(super) fn arm(&self) -> bool {
-        let bell = self.raised.fetch_add(1, Relaxed) + 1;
-        self.ring[BELL].swap(bell, Relaxed);
+        let need_wakeup = self.raised.fetch_add(1, Relaxed) + 1;
+        self.ring[NEED_WAKEUP].swap(need_wakeup, Relaxed);
         fence(SeqCst); // pair 3
         self.has_entries()
     }
 
     /// Spares the client the knock: somebody looks.
     pub(super) fn disarm(&self) {
-        self.ring[BELL].swap(0, Relaxed);
+        self.ring[NEED_WAKEUP].swap(0, Relaxed);
     }
 
     /// The processor that posted last.
@@ -265,8 +270,8 @@ pub(crate) fn fuzz(script: &[u8]) -> crate::error::Result<()> {
                 };
                 assert_eq!(number, accepted);
                 accepted += 1;
-                if let Posted::MustKnock(bell) = poster.follow(number, false) {
-                    poster.lower(bell);
+                if let Posted::MustWake(need_wakeup) = poster.follow(number, false) {
+                    poster.lower(need_wakeup);
                 }
             }
             // A server hangs up on a client whose ring makes no sense.
@@ -335,28 +340,28 @@ mod tests {
     #[test]
     fn one_knock_until_the_bell_is_raised_again() {
         let (poster, taker) = ring();
-        let bell = || match poster.follow(poster.post(0, 1, b"").unwrap(), true) {
-            Posted::MustKnock(bell) => Some(bell),
+        let need_wakeup = || match poster.follow(poster.post(0, 1, b"").unwrap(), true) {
+            Posted::MustWake(need_wakeup) => Some(need_wakeup),
             posted => {
                 assert_eq!(posted, Posted::Awaiting);
                 None
             }
         };
-        let knocks = || bell().map(|bell| poster.lower(bell)).is_some();
-        assert!(bell().is_some(), "a new ring is one that nobody looks at");
-        assert!(knocks(), "the knock before failed");
-        assert!(!knocks() && !knocks());
+        let wakeups = || need_wakeup().map(|need_wakeup| poster.lower(need_wakeup)).is_some();
+        assert!(need_wakeup().is_some(), "a new ring is one that nobody looks at");
+        assert!(wakeups(), "the wakeup before failed");
+        assert!(!wakeups() && !wakeups());
         assert!(taker.arm(), "there is something to take");
         while take(&taker).is_some() {}
         taker.disarm();
-        assert!(!knocks());
+        assert!(!wakeups());
         assert!(take(&taker).is_some());
         assert!(!taker.arm());
-        let late = bell().unwrap();
+        let late = need_wakeup().unwrap();
         assert!(taker.arm());
         poster.lower(late);
-        assert!(knocks(), "a bell raised later is not lowered by an earlier knock");
-        assert!(!knocks());
+        assert!(wakeups(), "a need_wakeup raised later is not lowered by an earlier wakeup");
+        assert!(!wakeups());
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(crate) enum Message<'a> {
     /// The descriptor beside it is the ring that further requests may come through.
     Ring,
     /// There is a request in the ring.
-    Knock,
+    Wakeup,
     /// Put what this key means into this segment, in this generation.
     Request { index: u32, generation: u64, key: &'a [u8] },
     /// The server turns the client away, and hangs up.
@@ -60,7 +60,7 @@ impl<'a> Message<'a> {
                 bytes.extend(index.to_le_bytes());
             }
             Message::Ring => bytes.push(Self::RING),
-            Message::Knock => bytes.push(Self::KNOCK),
+            Message::Wakeup => bytes.push(Self::KNOCK),
             Message::Request { index, generation, key } => {
                 bytes.push(Self::REQUEST);
                 bytes.extend(index.to_le_bytes());
@@ -101,7 +101,7 @@ impl<'a> Message<'a> {
             Self::SEGMENT => Message::Segment { index: u32::from_le_bytes(take(rest)?) },
             Self::RETIRE => Message::Retire { index: u32::from_le_bytes(take(rest)?) },
             Self::RING => Message::Ring,
-            Self::KNOCK => Message::Knock,
+            Self::KNOCK => Message::Wakeup,
             Self::REQUEST => {
                 let index = u32::from_le_bytes(take(rest)?);
                 let generation = u64::from_le_bytes(take(rest)?);
@@ -167,7 +167,7 @@ mod tests {
             Message::Segment { index: 3 },
             Message::Retire { index: u32::MAX },
             Message::Ring,
-            Message::Knock,
+            Message::Wakeup,
             Message::Request { index: 1, generation: 1 << 40, key: b"/a.jpg" },
             Message::Request { index: 1, generation: 2, key: b"" },
             Message::Farewell { code: 3, detail: 1024 },
@@ -225,7 +225,9 @@ mod tests {
             let back = Message::farewell(why).rejection();
             let mirrored = match why {
                 // Told from the other side, with versions swapped.
-                Rejection::Version { ours, .. } => Rejection::Version { theirs: ours, ours: VERSION },
+                Rejection::Version { ours, .. } => {
+                    Rejection::Version { theirs: ours, ours: VERSION }
+                }
                 same => same,
             };
             assert_eq!(back, Some(mirrored));
@@ -238,13 +240,18 @@ mod tests {
     /// `PROPTEST_CASES` in the environment says how many cases to try.
     fn config(cases: u32) -> ProptestConfig {
         let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
-        ProptestConfig { cases: asked.unwrap_or(cases), failure_persistence: None, ..Default::default() }
+        ProptestConfig {
+            cases: asked.unwrap_or(cases),
+            failure_persistence: None,
+            ..Default::default()
+        }
     }
 
     /// Bytes that come close to a message: of one kind or none, with the magic or not, of any length.
     fn nearly() -> impl Strategy<Value = Vec<u8>> {
         let magic = prop_oneof![3 => Just([&MAGIC[..], &VERSION.to_le_bytes()].concat()), 1 => Just(vec![])];
-        let rest = prop_oneof![4 => vec(any::<u8>(), 0..30), 1 => vec(any::<u8>(), 0..MAX_MESSAGE + 9)];
+        let rest =
+            prop_oneof![4 => vec(any::<u8>(), 0..30), 1 => vec(any::<u8>(), 0..MAX_MESSAGE + 9)];
         (0u8..10, magic, rest).prop_map(|(kind, magic, rest)| match kind {
             0 => rest,
             Message::HELLO => [&[kind], &*magic, &*rest].concat(),
@@ -281,7 +288,7 @@ mod tests {
                 2 => Message::Retire { index },
                 3 => Message::Request { index, generation: large, key: &key },
                 4 => Message::Ring,
-                5 => Message::Knock,
+                5 => Message::Wakeup,
                 _ => Message::Farewell { code: small, detail: large },
             };
             let bytes = message.encode();

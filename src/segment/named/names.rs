@@ -38,7 +38,8 @@ impl Owner {
 
 /// Bytes that named segments can still take: of memory, and of the file system that they are in.
 pub(super) fn available() -> Option<u64> {
-    let room = statvfs(SHARED_MEMORY).ok().map(|found| found.f_bavail.saturating_mul(found.f_frsize));
+    let room =
+        statvfs(SHARED_MEMORY).ok().map(|found| found.f_bavail.saturating_mul(found.f_frsize));
     match (available_memory(), room) {
         (Some(memory), Some(room)) => Some(memory.min(room)),
         (memory, room) => memory.or(room),
@@ -49,7 +50,8 @@ pub(super) fn available() -> Option<u64> {
 pub(super) fn allocate(name: &str, geometry: Geometry) -> Result<()> {
     let fd = shm::open(name, shm::OFlags::RDWR, Mode::empty()).map_err(Error::os("shm_open"))?;
     let len = geometry.mapped_len() as u64;
-    retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len)).map_err(Error::os("fallocate"))
+    retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len))
+        .map_err(Error::os("fallocate"))
 }
 
 /// The error for a name of a new segment that is taken; `None` if it is free by now.
@@ -94,7 +96,8 @@ fn path(name: &str) -> PathBuf {
 pub(crate) fn sweep() {
     let Ok(entries) = fs::read_dir(SHARED_MEMORY) else { return };
     let mut left: BTreeMap<Owner, BTreeSet<u32>> = BTreeMap::new();
-    for (owner, index) in entries.flatten().filter(is_this_users).filter_map(|entry| parse(&entry)) {
+    for (owner, index) in entries.flatten().filter(is_this_users).filter_map(|entry| parse(&entry))
+    {
         left.entry(owner).or_default().extend(index);
     }
     for (owner, indices) in left {

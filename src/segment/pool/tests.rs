@@ -61,11 +61,11 @@ fn at_once() -> Deadline {
 }
 
 /// Spoils a segment's turn word, as a peer can.
-fn spoil(stock: &Stock<Scarce>) {
-    stock.segment.header().turn.raw().store(7, Release);
+fn spoil(pooled: &PooledSegment<Scarce>) {
+    pooled.segment.header().turn.raw().store(7, Release);
 }
 
-fn newest(pool: &SegmentPool<Scarce>) -> Arc<Stock<Scarce>> {
+fn newest(pool: &SegmentPool<Scarce>) -> Arc<PooledSegment<Scarce>> {
     Arc::clone(pool.live().1.last().unwrap())
 }
 
@@ -102,7 +102,7 @@ fn a_segment_that_could_not_be_replaced_comes_back_when_its_sender_leaves() {
         assert!(matches!(pool.lease(at_once()), Err(Error::Os { .. })));
         drop(lease);
     }
-    assert_eq!(pool.stats().lingering, 1);
+    assert_eq!(pool.stats().quarantined, 1);
     drop(slow);
     let leases = [(); 2].map(|()| pool.lease(soon()).unwrap());
     assert_eq!(pool.stats().retired, 0);

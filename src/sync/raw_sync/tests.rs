@@ -87,7 +87,10 @@ fn all_around_the_clock(sleep: impl Fn() + Send + Sync + 'static) -> Vec<(Durati
 fn told(what: &str, took: &[(Duration, Duration)]) {
     let times = || took.iter().map(|(time, _)| time);
     let (least, most) = (times().min().unwrap(), times().max().unwrap());
-    println!("{what}: {least:?} to {most:?}, cpu {:?}", took.iter().map(|(_, cpu)| cpu).max().unwrap());
+    println!(
+        "{what}: {least:?} to {most:?}, cpu {:?}",
+        took.iter().map(|(_, cpu)| cpu).max().unwrap()
+    );
 }
 
 #[test]
@@ -135,7 +138,9 @@ fn no_slice_is_longer_than_the_second_or_needs_a_carry() {
                     assert!(slice.as_secs() == 1 && left + Slice::MARGIN >= slice);
                 }
                 Slice::Wait(slice) => {
-                    assert!(slice <= left && into + slice + Slice::MARGIN <= Duration::from_secs(1));
+                    assert!(
+                        slice <= left && into + slice + Slice::MARGIN <= Duration::from_secs(1)
+                    );
                 }
                 Slice::Nap(rest) => assert!(rest <= left && rest <= Slice::MARGIN * 2),
             }
@@ -226,7 +231,8 @@ fn a_mutex_taken_away_from_a_sleeper_is_let_go_for_it() {
 
 #[test]
 fn a_pool_replaces_a_segment_whose_event_is_jammed() {
-    let pool = SegmentPool::<Memfd>::builder().segments(1).segment_len(4096).slots(1).create().unwrap();
+    let pool =
+        SegmentPool::<Memfd>::builder().segments(1).segment_len(4096).slots(1).create().unwrap();
     let lease = pool.lease(Deadline::NEVER).unwrap();
     let free = &lease.segment().header().free;
     take_the_mutex_away(free.parker());

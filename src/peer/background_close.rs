@@ -51,19 +51,19 @@ impl Drop for Socket {
 pub(crate) const MOST_DESCRIPTORS: usize = 253;
 
 /// Descriptors that came with a message.
-pub(crate) struct Strays(pub(crate) Vec<OwnedFd>);
+pub(crate) struct ReceivedFds(pub(crate) Vec<OwnedFd>);
 
-impl Strays {
-    pub(crate) fn of(control: &mut RecvAncillaryBuffer<'_>) -> Strays {
+impl ReceivedFds {
+    pub(crate) fn of(control: &mut RecvAncillaryBuffer<'_>) -> ReceivedFds {
         let rights = control.drain().filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
             _ => None,
         });
-        Strays(rights.flatten().collect())
+        ReceivedFds(rights.flatten().collect())
     }
 }
 
-impl Drop for Strays {
+impl Drop for ReceivedFds {
     fn drop(&mut self) {
         close(std::mem::take(&mut self.0));
     }

@@ -4,22 +4,22 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::crew;
 use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::{Link, Peer};
 use crate::process::Origin;
 use crate::segment::{Backing, PoolId};
-use crate::sync::{Deadline, Turnstile, lock};
+use crate::sync::{Deadline, FairSemaphore, lock};
+use crate::workers;
 
 use super::{Request, SendError, pause};
 
 /// How one kind of queue reaches its server.
-pub(super) trait Dial {
+pub(super) trait Connect {
     type Backing: Backing;
     type Connection: Connection;
 
     /// Connects; `None` when no server is there now.
-    fn dial(&self, deadline: Deadline) -> Result<Option<Self::Connection>>;
+    fn connect(&self, deadline: Deadline) -> Result<Option<Self::Connection>>;
 
     /// Sends one request; [`Error::Disconnected`] when the server is gone, and it was not sent.
     fn deliver(
@@ -36,37 +36,41 @@ pub(super) trait Connection: Send + Sync + 'static {
 }
 
 /// The line of one pool to one address. Used by many threads.
-pub(super) struct Line<D: Dial> {
-    dial: D,
+pub(super) struct Reconnecting<C: Connect> {
+    connector: C,
     pool: PoolId,
-    absence: Absence,
+    connect_timeout: ConnectTimeout,
     /// There has been a connection.
     was_connected: AtomicBool,
-    current: Mutex<Option<Arc<D::Connection>>>,
+    current: Mutex<Option<Arc<C::Connection>>>,
     /// Lets one thread at a time connect. The mutex is never held over anything that blocks.
-    connecting: Turnstile,
+    connecting: FairSemaphore,
     origin: Origin,
 }
 
 /// How long a client waits for a server that is not there, within its deadline; as long as that if
 /// neither is told.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Absence {
+pub(super) struct ConnectTimeout {
     /// At any time.
     pub(super) always: Option<Duration>,
     /// Once a server has been there, and is gone.
     pub(super) after_loss: Option<Duration>,
 }
 
-impl<D: Dial> Line<D> {
-    pub(super) fn new(dial: D, pool: PoolId, absence: Absence) -> Line<D> {
-        Line {
-            dial,
+impl<C: Connect> Reconnecting<C> {
+    pub(super) fn new(
+        connector: C,
+        pool: PoolId,
+        connect_timeout: ConnectTimeout,
+    ) -> Reconnecting<C> {
+        Reconnecting {
+            connector,
             pool,
-            absence,
+            connect_timeout,
             was_connected: AtomicBool::new(false),
             current: Mutex::new(None),
-            connecting: Turnstile::new(1),
+            connecting: FairSemaphore::new(1),
             origin: Origin::here(),
         }
     }
@@ -79,16 +83,16 @@ impl<D: Dial> Line<D> {
 
     /// Waits until there is a connection.
     pub(super) fn connect(&self, deadline: Deadline) -> Result<()> {
-        self.connected(deadline, Absence::default()).map(drop)
+        self.connected(deadline, ConnectTimeout::default()).map(drop)
     }
 
     /// Connects first where there is no connection. A request that could not be sent to a server that
     /// died goes to its successor.
     pub(super) fn send(
         &self,
-        request: Request<D::Backing>,
+        request: Request<C::Backing>,
         deadline: Deadline,
-    ) -> Result<(), SendError<D::Backing>> {
+    ) -> Result<(), SendError<C::Backing>> {
         if let Err(forked) = self.origin.check().and(request.check_origin()) {
             return Err(SendError { request, error: forked.into() });
         }
@@ -99,8 +103,8 @@ impl<D: Dial> Line<D> {
             return Err(SendError { request, error: Error::Stale });
         }
         for attempt in 0.. {
-            let sent = self.connected(deadline, self.absence).and_then(|connection| {
-                self.dial.deliver(&connection, &request, deadline).map(|()| connection)
+            let sent = self.connected(deadline, self.connect_timeout).and_then(|connection| {
+                self.connector.deliver(&connection, &request, deadline).map(|()| connection)
             });
             match sent {
                 Ok(connection) => {
@@ -110,7 +114,7 @@ impl<D: Dial> Line<D> {
                 }
                 Err(Error::Disconnected) if !deadline.has_passed() => {
                     if attempt > 0 {
-                        crew::lend(|| pause(attempt, deadline));
+                        workers::blocking(|| pause(attempt, deadline));
                     }
                 }
                 Err(error) => return Err(SendError { request, error }),
@@ -120,7 +124,7 @@ impl<D: Dial> Line<D> {
     }
 
     /// The connection to a server that takes requests.
-    fn living(&self) -> Option<Arc<D::Connection>> {
+    fn living(&self) -> Option<Arc<C::Connection>> {
         let is_usable = |link: &Link| !link.is_severed() && !link.is_leaving();
         lock(&self.current).clone().filter(|connection| is_usable(connection.link()))
     }
@@ -129,7 +133,9 @@ impl<D: Dial> Line<D> {
     /// it is gone.
     fn is_being_replaced(&self) -> bool {
         let current = lock(&self.current).clone();
-        current.is_some_and(|connection| connection.link().is_leaving() && !connection.link().is_severed())
+        current.is_some_and(|connection| {
+            connection.link().is_leaving() && !connection.link().is_severed()
+        })
     }
 
     /// The living connection, or a new one as soon as the server is there: waits for a server that is
@@ -137,16 +143,22 @@ impl<D: Dial> Line<D> {
     ///
     /// A server that is not there cannot tell when it comes: we look again after a pause, which
     /// grows from one millisecond to 100.
-    fn connected(&self, deadline: Deadline, absence: Absence) -> Result<Arc<D::Connection>> {
-        let after_loss = absence.after_loss.filter(|_| self.was_connected.load(Relaxed));
-        let patience = [absence.always, after_loss].into_iter().flatten().min();
-        let limit = || patience.map_or(deadline, |patience| deadline.min(Deadline::after(patience)));
+    fn connected(
+        &self,
+        deadline: Deadline,
+        connect_timeout: ConnectTimeout,
+    ) -> Result<Arc<C::Connection>> {
+        let after_loss = connect_timeout.after_loss.filter(|_| self.was_connected.load(Relaxed));
+        let timeout = [connect_timeout.always, after_loss].into_iter().flatten().min();
+        let limit = || timeout.map_or(deadline, |timeout| deadline.min(Deadline::after(timeout)));
         let mut absent = limit();
         for attempt in 0.. {
             if let Some(connection) = self.living() {
                 return Ok(connection);
             }
-            let tried = crew::lend(|| self.connecting.within(deadline, || self.dial(deadline)));
+            let tried = workers::blocking(|| {
+                self.connecting.within(deadline, || self.try_connect(deadline))
+            });
             if let Some(connection) = tried.transpose()?.flatten() {
                 return Ok(connection);
             }
@@ -156,17 +168,17 @@ impl<D: Dial> Line<D> {
             if absent.has_passed() || deadline.has_passed() {
                 return Err(Error::Timeout(Awaited::Server));
             }
-            crew::lend(|| pause(attempt, deadline.min(absent)));
+            workers::blocking(|| pause(attempt, deadline.min(absent)));
         }
         unreachable!("the loop has no end of its own")
     }
 
     /// Connects, unless somebody else just did; `None` when no server is there now.
-    fn dial(&self, deadline: Deadline) -> Result<Option<Arc<D::Connection>>> {
+    fn try_connect(&self, deadline: Deadline) -> Result<Option<Arc<C::Connection>>> {
         if let Some(connection) = self.living() {
             return Ok(Some(connection));
         }
-        let opened = self.dial.dial(deadline)?.map(Arc::new);
+        let opened = self.connector.connect(deadline)?.map(Arc::new);
         if let Some(connection) = &opened {
             self.was_connected.store(true, Relaxed);
             let before = lock(&self.current).replace(Arc::clone(connection));

@@ -9,7 +9,7 @@ use super::modelled::{Condvar, Mutex, lock};
 /// Counts what is to be had, and hands it out first come, first served: a release goes straight to
 /// whoever has waited longest, so that nobody who comes later can slip in.
 #[derive(Debug)]
-pub(crate) struct Turnstile {
+pub(crate) struct FairSemaphore {
     state: Mutex<State>,
 }
 
@@ -26,9 +26,9 @@ struct Waiter {
     called: Condvar,
 }
 
-impl Turnstile {
-    pub(crate) fn new(permits: usize) -> Turnstile {
-        Turnstile { state: Mutex::new(State { permits, queue: VecDeque::new() }) }
+impl FairSemaphore {
+    pub(crate) fn new(permits: usize) -> FairSemaphore {
+        FairSemaphore { state: Mutex::new(State { permits, queue: VecDeque::new() }) }
     }
 
     /// Takes one if nobody has to wait for it.
@@ -51,7 +51,9 @@ impl Turnstile {
         loop {
             state = match deadline.remaining() {
                 None => me.called.wait(state).unwrap_or_else(|e| e.into_inner()),
-                Some(left) => me.called.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0,
+                Some(left) => {
+                    me.called.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0
+                }
             };
             // Whoever is no longer in line has been called, even if the deadline passed meanwhile.
             let place = state.queue.iter().position(|waiter| Arc::ptr_eq(waiter, &me));
@@ -81,7 +83,7 @@ impl Turnstile {
     /// Runs `inside` having entered, and leaves, whatever ends it; `None` when the deadline came
     /// first. With one permit, this is a lock that can be waited for with a deadline.
     pub(crate) fn within<T>(&self, deadline: Deadline, inside: impl FnOnce() -> T) -> Option<T> {
-        struct Inside<'t>(&'t Turnstile);
+        struct Inside<'t>(&'t FairSemaphore);
         impl Drop for Inside<'_> {
             fn drop(&mut self) {
                 self.0.leave();
@@ -108,39 +110,39 @@ mod tests {
 
     #[test]
     fn those_who_wait_are_served_in_order() {
-        let turnstile = Arc::new(Turnstile::new(1));
-        assert!(turnstile.try_enter());
+        let fair_semaphore = Arc::new(FairSemaphore::new(1));
+        assert!(fair_semaphore.try_enter());
         let (served, order) = mpsc::channel();
         let threads: Vec<_> = (0..8)
             .map(|i| {
-                let (turnstile, served) = (Arc::clone(&turnstile), served.clone());
+                let (fair_semaphore, served) = (Arc::clone(&fair_semaphore), served.clone());
                 let thread = thread::spawn({
-                    let turnstile = Arc::clone(&turnstile);
+                    let fair_semaphore = Arc::clone(&fair_semaphore);
                     move || {
-                        assert!(turnstile.enter(Deadline::after(Duration::from_secs(30))));
+                        assert!(fair_semaphore.enter(Deadline::after(Duration::from_secs(30))));
                         served.send(i).unwrap();
-                        turnstile.leave();
+                        fair_semaphore.leave();
                     }
                 });
-                while turnstile.waiting() < i + 1 {
+                while fair_semaphore.waiting() < i + 1 {
                     thread::yield_now();
                 }
                 thread
             })
             .collect();
-        assert!(!turnstile.try_enter());
-        turnstile.leave();
+        assert!(!fair_semaphore.try_enter());
+        fair_semaphore.leave();
         threads.into_iter().for_each(|t| t.join().unwrap());
         assert_eq!(order.try_iter().collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
-        assert!(turnstile.try_enter());
+        assert!(fair_semaphore.try_enter());
     }
 
     #[test]
     fn one_who_gives_up_leaves_the_line() {
-        let turnstile = Turnstile::new(0);
-        assert!(!turnstile.enter(Deadline::after(Duration::from_millis(1))));
-        assert_eq!(turnstile.waiting(), 0);
-        turnstile.leave();
-        assert!(turnstile.enter(Deadline::NEVER));
+        let fair_semaphore = FairSemaphore::new(0);
+        assert!(!fair_semaphore.enter(Deadline::after(Duration::from_millis(1))));
+        assert_eq!(fair_semaphore.waiting(), 0);
+        fair_semaphore.leave();
+        assert!(fair_semaphore.enter(Deadline::NEVER));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use shmferry::{Crew, Deadline, lend};
+use shmferry::{Deadline, WorkerPool, blocking};
 use watchdog::watchdog;
 
 mod watchdog;
@@ -35,18 +35,18 @@ fn work_and_wait(wait: impl Fn() + Send + Sync + 'static) {
     let count = Arc::new(Count::default());
     let (jobs, inbox) = mpsc::channel();
     let inbox = Mutex::new(inbox);
-    let crew = Crew::start("test", PLACES, move || inbox.lock().unwrap().recv().ok(), {
+    let workers = WorkerPool::start("test", PLACES, move || inbox.lock().unwrap().recv().ok(), {
         let count = Arc::clone(&count);
         move |()| {
             count.works();
-            lend(&wait);
+            blocking(&wait);
             count.works();
         }
     });
-    let crew = crew.unwrap();
+    let workers = workers.unwrap();
     (0..1000).for_each(|_| jobs.send(()).unwrap());
     drop(jobs);
-    assert!(crew.join(Deadline::after(Duration::from_secs(60))));
+    assert!(workers.join(Deadline::after(Duration::from_secs(60))));
     assert!(!count.too_many.load(SeqCst), "more at work than places");
 }
 
@@ -57,5 +57,5 @@ fn a_thread_that_has_waited_works_on_only_in_a_place() {
 
 #[test]
 fn a_wait_within_a_wait_lends_one_place() {
-    work_and_wait(|| lend(thread::yield_now));
+    work_and_wait(|| blocking(thread::yield_now));
 }

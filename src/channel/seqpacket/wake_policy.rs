@@ -45,7 +45,7 @@ pub(super) trait Watched {
 }
 
 /// Rests a ring whose client has `bound` or more requests under way; says whether it does. Its rest ends
-/// with [`Lookout::resume`], once there are fewer.
+/// with [`WakePolicy::resume`], once there are fewer.
 pub(super) fn rest_at_limit(ring: &impl Watched, link: &Link, bound: usize) -> bool {
     let is_at_limit = !link.is_below(bound);
     if is_at_limit {
@@ -100,7 +100,7 @@ impl<R, T> Attended<R, T> {
 }
 
 /// What the workers of one queue know of each other.
-pub(super) struct Lookout<R> {
+pub(super) struct WakePolicy<R> {
     state: Mutex<State<R>>,
 }
 
@@ -113,14 +113,18 @@ struct State<R> {
     asleep: usize,
 }
 
-impl<R: Watched> Lookout<R> {
-    pub(super) fn new() -> Lookout<R> {
+impl<R: Watched> WakePolicy<R> {
+    pub(super) fn new() -> WakePolicy<R> {
         let state = State { active: VecDeque::new(), spinner: Some(Spinner::new()), asleep: 0 };
-        Lookout { state: Mutex::new(state) }
+        WakePolicy { state: Mutex::new(state) }
     }
 
     /// Takes the next request, waiting for one until the deadline. What every worker runs.
-    pub(super) fn recv<D: Door<Ring = R>>(&self, door: &D, deadline: Deadline) -> Result<D::Request> {
+    pub(super) fn recv<D: Door<Ring = R>>(
+        &self,
+        door: &D,
+        deadline: Deadline,
+    ) -> Result<D::Request> {
         let taken = loop {
             match self.step(door, deadline) {
                 Ok(Some(request)) => break Ok(request),
@@ -146,7 +150,7 @@ impl<R: Watched> Lookout<R> {
         }
         let event = if must_look {
             door.sleep(Deadline::after(std::time::Duration::ZERO))?
-        } else if self.lie_down() {
+        } else if self.prepare_sleep() {
             let woken = door.sleep(deadline);
             self.rise();
             woken?
@@ -225,7 +229,8 @@ impl<R: Watched> Lookout<R> {
             let cpu = current_cpu();
             let is_elsewhere = state.active.iter().any(|ring| ring.client_cpu() != cpu);
             // While transfers are under way, there is better use for a processor.
-            let can_pay = !state.active.is_empty() && state.active.iter().all(|ring| ring.is_at_rest());
+            let can_pay =
+                !state.active.is_empty() && state.active.iter().all(|ring| ring.is_at_rest());
             let spinner = if can_pay { state.spinner.take() } else { None }?;
             state.active.iter().for_each(|ring| ring.disarm());
             (spinner, is_elsewhere)
@@ -241,7 +246,7 @@ impl<R: Watched> Lookout<R> {
     }
 
     /// Says that this worker sleeps from now on; `false` if it must not, for there is something to take.
-    fn lie_down(&self) -> bool {
+    fn prepare_sleep(&self) -> bool {
         let mut state = lock(&self.state);
         state.asleep += 1;
         let must_stay = state.arm();
@@ -330,60 +335,62 @@ mod tests {
         Arc::new(Fake { armed: AtomicBool::new(true), ..Default::default() })
     }
 
-    fn looking_at(rings: &[Arc<Fake>]) -> Lookout<Fake> {
-        let lookout = Lookout::new();
-        rings.iter().for_each(|ring| lookout.activate(ring));
-        lookout
+    fn looking_at(rings: &[Arc<Fake>]) -> WakePolicy<Fake> {
+        let wake_policy = WakePolicy::new();
+        rings.iter().for_each(|ring| wake_policy.activate(ring));
+        wake_policy
     }
 
     #[test]
     fn rings_with_work_take_turns() {
         let rings = [(); 4].map(|()| ring());
-        let lookout = looking_at(&rings);
-        assert!(lookout.find().is_none());
+        let wake_policy = looking_at(&rings);
+        assert!(wake_policy.find().is_none());
         [0, 1, 3].iter().for_each(|n: &usize| rings[*n].work.store(1, Relaxed));
-        let found: Vec<_> = (0..6).map(|_| lookout.find().unwrap()).collect();
+        let found: Vec<_> = (0..6).map(|_| wake_policy.find().unwrap()).collect();
         let order: Vec<_> = found
             .iter()
             .map(|found| rings.iter().position(|ring| Arc::ptr_eq(ring, found)).unwrap())
             .collect();
         assert_eq!(order, [0, 1, 3, 0, 1, 3]);
-        lookout.forget(&rings[1]);
-        assert!(!Arc::ptr_eq(&lookout.find().unwrap(), &rings[1]));
+        wake_policy.forget(&rings[1]);
+        assert!(!Arc::ptr_eq(&wake_policy.find().unwrap(), &rings[1]));
     }
 
     #[test]
     fn whoever_sleeps_arms_the_rings_and_stays_awake_for_work() {
         let rings = [ring(), ring()];
-        let lookout = looking_at(&rings);
+        let wake_policy = looking_at(&rings);
         rings.iter().for_each(|ring| ring.armed.store(false, Relaxed));
-        assert!(lookout.lie_down());
+        assert!(wake_policy.prepare_sleep());
         assert!(rings.iter().all(|ring| ring.armed.load(Relaxed)));
         rings[1].work.store(1, Relaxed);
-        assert!(!lookout.lie_down());
+        assert!(!wake_policy.prepare_sleep());
         // One sleeps: it is woken for what there is.
-        assert!(lookout.leave());
+        assert!(wake_policy.leave());
         rings[1].work.store(0, Relaxed);
-        assert!(!lookout.leave());
+        assert!(!wake_policy.leave());
         // Nobody does: whoever comes back looks.
-        lookout.rise();
+        wake_policy.rise();
         rings[1].work.store(1, Relaxed);
         rings[0].armed.store(false, Relaxed);
-        assert!(!lookout.leave() && !rings[0].armed.load(Relaxed));
+        assert!(!wake_policy.leave() && !rings[0].armed.load(Relaxed));
     }
 
     #[test]
     fn one_goes_on_looking_where_that_can_pay() {
         let ring = ring();
-        let lookout = looking_at(std::slice::from_ref(&ring));
+        let wake_policy = looking_at(std::slice::from_ref(&ring));
         // What comes while it looks is found.
         let looks = Cell::new(0);
-        let found = lookout.look(|| {
-            assert!(!ring.armed.load(Relaxed), "clients need not knock meanwhile");
+        let found = wake_policy.look(|| {
+            assert!(!ring.armed.load(Relaxed), "clients need not wakeup meanwhile");
             // Another one that sleeps now leaves the bell to whoever looks, and so does one that leaves.
-            assert!(lookout.lie_down() && !lookout.leave() && !ring.armed.load(Relaxed));
-            lookout.rise();
-            assert!(lookout.look(|| unreachable!("two look")).is_none());
+            assert!(
+                wake_policy.prepare_sleep() && !wake_policy.leave() && !ring.armed.load(Relaxed)
+            );
+            wake_policy.rise();
+            assert!(wake_policy.look(|| unreachable!("two look")).is_none());
             looks.set(looks.get() + 1);
             ring.work.store(u32::from(looks.get() == 3), Relaxed);
             false
@@ -392,16 +399,16 @@ mod tests {
         ring.work.store(0, Relaxed);
         // Told that it is over.
         looks.set(0);
-        assert!(lookout.look(|| looks.replace(looks.get() + 1) == 1).is_none());
+        assert!(wake_policy.look(|| looks.replace(looks.get() + 1) == 1).is_none());
         assert_eq!(looks.get(), 2);
         // A client with a transfer under way is no reason to look.
         ring.busy.store(true, Relaxed);
-        assert!(lookout.look(|| unreachable!("it looks")).is_none());
+        assert!(wake_policy.look(|| unreachable!("it looks")).is_none());
         // Nor is one on this processor: one look, and no more.
         let here = Arc::new(Fake { is_here: true, ..Default::default() });
-        let lookout = looking_at(&[here]);
+        let wake_policy = looking_at(&[here]);
         looks.set(0);
-        if lookout.look(|| looks.replace(looks.get() + 1) > 1000).is_none() {
+        if wake_policy.look(|| looks.replace(looks.get() + 1) > 1000).is_none() {
             assert!(looks.get() <= 1001, "it may have moved to another processor");
         }
     }
@@ -409,15 +416,15 @@ mod tests {
     #[test]
     fn the_ring_that_was_used_longest_ago_is_put_aside_armed() {
         let rings: Vec<_> = (0..MOST_ACTIVE).map(|_| ring()).collect();
-        let lookout = looking_at(&rings);
+        let wake_policy = looking_at(&rings);
         rings.iter().for_each(|ring| ring.armed.store(false, Relaxed));
         rings[0].work.store(1, Relaxed);
-        lookout.activate(&ring());
+        wake_policy.activate(&ring());
         // The first has work, and stays.
-        assert!(lookout.find().is_some_and(|found| Arc::ptr_eq(&found, &rings[0])));
-        lookout.activate(&ring());
+        assert!(wake_policy.find().is_some_and(|found| Arc::ptr_eq(&found, &rings[0])));
+        wake_policy.activate(&ring());
         assert!(rings[1].armed.load(Relaxed) && !rings[5].armed.load(Relaxed));
-        lookout.activate(&rings[5]);
-        assert_eq!(lock(&lookout.state).active.len(), MOST_ACTIVE, "none twice");
+        wake_policy.activate(&rings[5]);
+        assert_eq!(lock(&wake_policy.state).active.len(), MOST_ACTIVE, "none twice");
     }
 }

@@ -1,8 +1,8 @@
 //! A crew of worker threads that lend their places while they wait for somebody.
 //!
 //! A fixed number of threads serves badly when some of them are stuck with slow clients, and a
-//! thread for each job lets everything run at once. A [`Crew`] bounds the jobs that are *at work*
-//! and not those that wait: around everything that blocks on somebody else, a worker [`lend`]s its
+//! thread for each job lets everything run at once. A [`WorkerPool`] bounds the jobs that are *at work*
+//! and not those that wait: around everything that blocks on somebody else, a worker [`blocking`]s its
 //! place to the next job, and takes a place again, in order of arrival, before it goes on.
 //!
 //! The waits of this crate (for a lease, a reply, a slot, a sink) lend by themselves.
@@ -17,7 +17,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::process::Origin;
-use crate::sync::{Deadline, Turnstile, lock};
+use crate::sync::{Deadline, FairSemaphore, lock};
 
 /// Threads that take jobs and do them, at most so many at once.
 ///
@@ -44,11 +44,11 @@ use crate::sync::{Deadline, Turnstile, lock};
 /// assert_eq!(results.iter().sum::<u32>(), 14);
 /// # Ok::<(), std::io::Error>(())
 /// ```
-pub struct Crew {
+pub struct WorkerPool {
     shared: Arc<Shared>,
 }
 
-impl Crew {
+impl WorkerPool {
     /// The most threads a crew grows to, at work and waiting together. Jobs beyond that stay where
     /// they are, with whoever `next` takes them from.
     pub const THREAD_LIMIT: usize = 4096;
@@ -72,26 +72,31 @@ impl Crew {
         places: usize,
         next: impl Fn() -> Option<J> + Send + Sync + 'static,
         work: impl Fn(J) + Send + Sync + 'static,
-    ) -> io::Result<Crew> {
-        assert!(places > 0, "a crew needs a place to work in");
+    ) -> io::Result<WorkerPool> {
+        assert!(places > 0, "a workers needs a place to work in");
         let shared = Arc::new(Shared {
             name: name.to_owned(),
             origin: Origin::here(),
-            places: Arc::new(Turnstile::new(places)),
+            places: Arc::new(FairSemaphore::new(places)),
             spares: places,
-            roll: Mutex::new(Roll { threads: 0, at_next: 0, over: false, was_refused: false }),
-            gone_home: Condvar::new(),
+            threads: Mutex::new(Threads {
+                threads: 0,
+                at_next: 0,
+                over: false,
+                was_refused: false,
+            }),
+            ended: Condvar::new(),
             refused: Condvar::new(),
             refusals: AtomicU64::new(0),
         });
         let orders = Arc::new(Orders { shared: Arc::clone(&shared), next, work });
         spawn_starter(&orders)?;
-        if let Err(error) = spawn_hand(&orders) {
-            lock(&shared.roll).over = true;
+        if let Err(error) = spawn_worker(&orders) {
+            lock(&shared.threads).over = true;
             shared.refused.notify_all();
             return Err(error);
         }
-        Ok(Crew { shared })
+        Ok(WorkerPool { shared })
     }
 
     /// How often the system has refused a thread so far.
@@ -106,15 +111,19 @@ impl Crew {
         if !self.shared.origin.is_here() {
             return false;
         }
-        let mut roll = lock(&self.shared.roll);
-        while roll.threads > 0 {
+        let mut threads = lock(&self.shared.threads);
+        while threads.threads > 0 {
             if deadline.has_passed() {
                 return false;
             }
-            roll = match deadline.remaining() {
-                None => self.shared.gone_home.wait(roll).unwrap_or_else(PoisonError::into_inner),
+            threads = match deadline.remaining() {
+                None => self.shared.ended.wait(threads).unwrap_or_else(PoisonError::into_inner),
                 Some(left) => {
-                    self.shared.gone_home.wait_timeout(roll, left).unwrap_or_else(PoisonError::into_inner).0
+                    self.shared
+                        .ended
+                        .wait_timeout(threads, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
                 }
             };
         }
@@ -122,15 +131,15 @@ impl Crew {
     }
 }
 
-impl fmt::Debug for Crew {
+impl fmt::Debug for WorkerPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Crew").field("name", &self.shared.name).finish_non_exhaustive()
+        f.debug_struct("WorkerPool").field("name", &self.shared.name).finish_non_exhaustive()
     }
 }
 
-/// Runs `wait`, which blocks on somebody else, while this thread's place in its [`Crew`] is lent to
+/// Runs `wait`, which blocks on somebody else, while this thread's place in its [`WorkerPool`] is lent to
 /// another. Takes a place again before it returns. On a thread of no crew it only runs `wait`.
-pub fn lend<T>(wait: impl FnOnce() -> T) -> T {
+pub fn blocking<T>(wait: impl FnOnce() -> T) -> T {
     // Taken out for the time being, so that a wait within the wait does not lend twice.
     let Some((place, origin)) = PLACE.with_borrow_mut(Option::take) else { return wait() };
     if !origin.is_here() {
@@ -149,24 +158,24 @@ pub fn lend<T>(wait: impl FnOnce() -> T) -> T {
 
 thread_local! {
     /// Where this thread's place is to be given back; `None` when it holds none.
-    static PLACE: RefCell<Option<(Arc<Turnstile>, Origin)>> = const { RefCell::new(None) };
+    static PLACE: RefCell<Option<(Arc<FairSemaphore>, Origin)>> = const { RefCell::new(None) };
 }
 
 struct Shared {
     name: String,
     /// The process that the threads are in. One of them that forks ends alone in the child.
     origin: Origin,
-    places: Arc<Turnstile>,
+    places: Arc<FairSemaphore>,
     /// How many threads may wait for a job before one goes home.
     spares: usize,
-    roll: Mutex<Roll>,
-    gone_home: Condvar,
+    threads: Mutex<Threads>,
+    ended: Condvar,
     /// Told when a thread was refused, and when it is over.
     refused: Condvar,
     refusals: AtomicU64,
 }
 
-struct Roll {
+struct Threads {
     threads: usize,
     /// Threads in `next`.
     at_next: usize,
@@ -195,27 +204,27 @@ where
     let (shared, orders) = (Arc::clone(&orders.shared), Arc::downgrade(orders));
     let start = move || {
         let mut pause = PAUSES[0];
-        let mut roll = lock(&shared.roll);
-        while !roll.over {
-            if roll.at_next > 0 || !roll.was_refused {
-                roll.was_refused = false;
+        let mut threads = lock(&shared.threads);
+        while !threads.over {
+            if threads.at_next > 0 || !threads.was_refused {
+                threads.was_refused = false;
                 pause = PAUSES[0];
-                roll = shared.refused.wait(roll).unwrap_or_else(PoisonError::into_inner);
+                threads = shared.refused.wait(threads).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
-            drop(roll);
+            drop(threads);
             thread::sleep(pause);
             pause = PAUSES[1].min(pause * 2);
             // Counted as a thread of the crew while it holds the orders: `join` waits for it.
-            lock(&shared.roll).threads += 1;
+            lock(&shared.threads).threads += 1;
             let held = orders.upgrade();
             if let Some(orders) = &held {
                 spawn_if_none_is_at_next(orders);
             }
             drop(held);
-            roll = lock(&shared.roll);
-            roll.threads -= 1;
-            shared.gone_home.notify_all();
+            threads = lock(&shared.threads);
+            threads.threads -= 1;
+            shared.ended.notify_all();
         }
     };
     thread::Builder::new().name("shmferry-starter".to_owned()).spawn(start).map(drop)
@@ -229,35 +238,36 @@ where
 {
     let shared = &orders.shared;
     let is_needed = {
-        let roll = lock(&shared.roll);
-        roll.at_next == 0 && !roll.over && roll.threads < Crew::THREAD_LIMIT
+        let threads = lock(&shared.threads);
+        threads.at_next == 0 && !threads.over && threads.threads < WorkerPool::THREAD_LIMIT
     };
-    if is_needed && spawn_hand(orders).is_err() {
+    if is_needed && spawn_worker(orders).is_err() {
         shared.refusals.fetch_add(1, Relaxed);
         // Taken back by the starter alone: a worker that finds one at `next` may have seen another's
         // attempt, which fails next.
-        lock(&shared.roll).was_refused = true;
+        lock(&shared.threads).was_refused = true;
         shared.refused.notify_all();
     }
 }
 
-fn spawn_hand<J, N, W>(orders: &Arc<Orders<N, W>>) -> io::Result<()>
+fn spawn_worker<J, N, W>(orders: &Arc<Orders<N, W>>) -> io::Result<()>
 where
     N: Fn() -> Option<J> + Send + Sync + 'static,
     W: Fn(J) + Send + Sync + 'static,
 {
     let shared = &orders.shared;
     {
-        let mut roll = lock(&shared.roll);
-        roll.threads += 1;
-        roll.at_next += 1;
+        let mut threads = lock(&shared.threads);
+        threads.threads += 1;
+        threads.at_next += 1;
     }
-    let hand = Arc::clone(orders);
-    let spawned = thread::Builder::new().name(shared.name.clone()).spawn(move || serve(hand));
+    let worker_orders = Arc::clone(orders);
+    let spawned =
+        thread::Builder::new().name(shared.name.clone()).spawn(move || serve(worker_orders));
     if spawned.is_err() {
-        let mut roll = lock(&shared.roll);
-        roll.threads -= 1;
-        roll.at_next -= 1;
+        let mut threads = lock(&shared.threads);
+        threads.threads -= 1;
+        threads.at_next -= 1;
     }
     spawned.map(drop)
 }
@@ -273,10 +283,10 @@ where
         if !shared.origin.is_here() {
             return;
         }
-        let mut roll = lock(&shared.roll);
-        roll.threads -= 1;
-        drop(roll);
-        shared.gone_home.notify_all();
+        let mut threads = lock(&shared.threads);
+        threads.threads -= 1;
+        drop(threads);
+        shared.ended.notify_all();
     });
     let orders = orders; // dropped before that: whoever joins may end the process
     loop {
@@ -285,10 +295,10 @@ where
             return;
         }
         let is_over = {
-            let mut roll = lock(&shared.roll);
-            roll.at_next -= 1;
-            roll.over |= job.is_none();
-            roll.over
+            let mut threads = lock(&shared.threads);
+            threads.at_next -= 1;
+            threads.over |= job.is_none();
+            threads.over
         };
         if is_over {
             shared.refused.notify_all(); // ends the starter
@@ -300,11 +310,11 @@ where
             return;
         }
 
-        let mut roll = lock(&shared.roll);
-        if roll.over || roll.at_next >= shared.spares {
+        let mut threads = lock(&shared.threads);
+        if threads.over || threads.at_next >= shared.spares {
             return;
         }
-        roll.at_next += 1;
+        threads.at_next += 1;
     }
 }
 
@@ -340,26 +350,26 @@ mod tests {
     }
 
     /// A crew fed by a channel; dropping the sender ends it.
-    fn crew<J: Send + 'static>(
+    fn workers<J: Send + 'static>(
         places: usize,
         work: impl Fn(J) + Send + Sync + 'static,
-    ) -> (mpsc::Sender<J>, Crew) {
+    ) -> (mpsc::Sender<J>, WorkerPool) {
         let (jobs, inbox) = mpsc::channel();
         let inbox = Mutex::new(inbox);
-        (jobs, Crew::start("test", places, move || lock(&inbox).recv().ok(), work).unwrap())
+        (jobs, WorkerPool::start("test", places, move || lock(&inbox).recv().ok(), work).unwrap())
     }
 
     #[test]
     fn no_more_at_work_than_places() {
         static AT_WORK: AtomicUsize = AtomicUsize::new(0);
-        let (jobs, crew) = crew(3, |()| {
+        let (jobs, workers) = workers(3, |()| {
             assert!(AT_WORK.fetch_add(1, Ordering::SeqCst) < 3);
             thread::yield_now();
             AT_WORK.fetch_sub(1, Ordering::SeqCst);
         });
         (0..500).for_each(|_| jobs.send(()).unwrap());
         drop(jobs);
-        assert!(crew.join(soon()));
+        assert!(workers.join(soon()));
         assert_eq!(AT_WORK.load(Ordering::SeqCst), 0, "an assertion in a job failed");
     }
 
@@ -368,33 +378,36 @@ mod tests {
         let (release, gate) = mpsc::channel::<()>();
         let (done, results) = mpsc::channel();
         let gate = Mutex::new(gate);
-        let (jobs, crew) = crew(2, move |stalls: bool| {
+        let (jobs, workers) = workers(2, move |stalls: bool| {
             if stalls {
-                lend(|| lock(&gate).recv().unwrap());
+                blocking(|| lock(&gate).recv().unwrap());
             }
             done.send(stalls).unwrap();
         });
         (0..6).for_each(|_| jobs.send(true).unwrap());
         jobs.send(false).unwrap();
-        assert!(!results.recv_timeout(Duration::from_secs(30)).unwrap(), "the fast one comes first");
+        assert!(
+            !results.recv_timeout(Duration::from_secs(30)).unwrap(),
+            "the fast one comes first"
+        );
         (0..6).for_each(|_| release.send(()).unwrap());
         drop(jobs);
-        assert!(crew.join(soon()));
+        assert!(workers.join(soon()));
         assert_eq!(results.iter().filter(|stalls| *stalls).count(), 6);
     }
 
     #[test]
     fn a_panic_ends_one_job_and_gives_its_place_back() {
         let (done, results) = mpsc::channel();
-        let (jobs, crew) = crew(1, move |n: u32| {
+        let (jobs, workers) = workers(1, move |n: u32| {
             if n == 0 {
-                lend(|| panic!("meant to be seen in the test's output"));
+                blocking(|| panic!("meant to be seen in the test's output"));
             }
             done.send(n).unwrap();
         });
         (0..3).for_each(|n| jobs.send(n).unwrap());
         drop(jobs);
-        assert!(crew.join(soon()));
+        assert!(workers.join(soon()));
         let mut done: Vec<_> = results.iter().collect();
         done.sort(); // two threads may take them, and either be the first in the place
         assert_eq!(done, [1, 2]);
@@ -419,15 +432,15 @@ mod tests {
         let work = move |()| {
             let _ = &held_by_work;
         };
-        assert!(Crew::start("test", 1, next, work).unwrap().join(soon()));
+        assert!(WorkerPool::start("test", 1, next, work).unwrap().join(soon()));
         assert_eq!(dropped.load(Ordering::SeqCst), 2);
     }
 
     #[test]
     fn join_respects_its_deadline() {
-        let (jobs, crew) = crew(1, |()| {});
-        assert!(!crew.join(Deadline::after(Duration::from_millis(1))));
+        let (jobs, workers) = workers(1, |()| {});
+        assert!(!workers.join(Deadline::after(Duration::from_millis(1))));
         drop(jobs);
-        assert!(crew.join(soon()));
+        assert!(workers.join(soon()));
     }
 }
