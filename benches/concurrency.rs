@@ -385,7 +385,11 @@ fn serve(role: &str, place: &Path) -> io::Result<()> {
             return answer(Seqpacket::new(place.join("queue")).bind()?, ready, until_told);
         }
         _ => {
-            return answer(PosixMq::new(queue_name(std::process::id()))?.bind()?, ready, until_told);
+            return answer(
+                PosixMq::new(queue_name(std::process::id()))?.bind()?,
+                ready,
+                until_told,
+            );
         }
     }
     until_told()

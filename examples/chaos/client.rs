@@ -245,10 +245,12 @@ impl Exchange<'_> {
                 self.read_on(&mut body, u64::MAX)
             }
             Plan::Steady { file, rate, span } => {
-                // With more, the system takes in 100 KB at a time, and the other side sees no progress
-                // for longer than the time-out.
+                // Linux tells the sender of progress in steps of the receiver's window: with this
+                // buffer and these rates about once a second at most. With a larger buffer the steps
+                // are longer than the time-out; with a smaller one, loopback's segments of 64 KiB do
+                // not fit, and are repeated after ever longer pauses.
                 let small =
-                    rustix::net::sockopt::set_socket_recv_buffer_size(&self.stream, 16 << 10);
+                    rustix::net::sockopt::set_socket_recv_buffer_size(&self.stream, 32 << 10);
                 small.map_err(|_| Ending::Refused)?;
                 self.request(&self.files.key(file));
                 let mut body = self.body(Some(file))?;

@@ -32,7 +32,7 @@ impl Users {
         match turn % 3 {
             0 => {
                 let count = 2 + dice.roll(3);
-                let rates = (0..count).map(|_| 20_000 + dice.roll(20_001) as u32).collect();
+                let rates = (0..count).map(|_| 80_000 + dice.roll(80_001) as u32).collect();
                 Users::SlowReaders { rates, span: timeout * 2 + Duration::from_millis(500) }
             }
             1 => Users::Rush(Duration::from_millis(5000 + dice.roll(3000))),
