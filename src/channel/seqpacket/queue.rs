@@ -40,10 +40,18 @@ const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(100);
 /// How many control messages a worker reads from one client before it looks at the others.
 const BATCH: usize = 64;
 
-/// How many requests may come from rings in a row before somebody looks at the connections, if that is due.
+/// How many requests may come from rings in a row before a worker looks at the connections, if
+/// that is due.
 const RINGS_IN_A_ROW: u32 = 16;
 /// How often a look is due: it costs as much as a request of 1 KiB.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// How many requests may come from rings between two looks at the connections while each look finds
+/// something: clients that connect or send wake-ups are not held up by those that ask all the time.
+const RINGS_BEFORE_BACKLOG: u32 = 4;
+
+/// How many clients are let in at one event of the listener: it has its turn once in a round of all
+/// connections that are ready.
+const ADMITTED_AT_ONCE: usize = 16;
 
 /// How often clients are looked at after `close`, and how much later for each of them.
 const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(20);
@@ -75,6 +83,8 @@ struct Shared {
     started: Instant,
     /// When the connections were looked at, in whole [`LOOK_EVERY`] since the start.
     looked: AtomicU64,
+    /// The last look at the connections found something: there may be more.
+    has_backlog: AtomicBool,
 }
 
 #[derive(Default)]
@@ -100,6 +110,7 @@ impl SeqpacketQueue {
             from_rings: AtomicU32::new(0),
             started: Instant::now(),
             looked: AtomicU64::new(0),
+            has_backlog: AtomicBool::new(false),
         });
         let address = Mutex::new(Some(address));
         Ok(SeqpacketQueue { shared, path: path.to_owned(), address, leaving: Mutex::new(None) })
@@ -126,11 +137,15 @@ impl Door for Shared {
     }
 
     fn sleep(&self, deadline: Deadline) -> Result<Option<u64>> {
+        let is_only_a_look = deadline.has_passed();
         // While no descriptors are left, nothing tells us when some are.
         let resting = self.listener_resting.swap(false, Ordering::Relaxed);
         let until =
             if resting { deadline.min(Deadline::after(OUT_OF_DESCRIPTORS)) } else { deadline };
         let woken = self.poller.wait(until)?;
+        if is_only_a_look {
+            self.has_backlog.store(woken.is_some(), Ordering::Relaxed);
+        }
         if resting {
             self.poller.arm(&self.listener, LISTENER)?;
         }
@@ -139,7 +154,7 @@ impl Door for Shared {
 
     fn attend(&self, token: u64) -> Result<Attended<Client, Self::Request>> {
         if token == LISTENER {
-            self.admit()?;
+            self.admit_all(ADMITTED_AT_ONCE)?;
             return Ok(Attended::nothing());
         }
         let client = lock(&self.clients).connected.get(&token).cloned();
@@ -153,12 +168,14 @@ impl Door for Shared {
     }
 
     fn is_look_due(&self) -> bool {
-        if self.from_rings.fetch_add(1, Ordering::Relaxed) < RINGS_IN_A_ROW {
+        let has_backlog = self.has_backlog.load(Ordering::Relaxed);
+        let in_a_row = if has_backlog { RINGS_BEFORE_BACKLOG } else { RINGS_IN_A_ROW };
+        if self.from_rings.fetch_add(1, Ordering::Relaxed) < in_a_row {
             return false;
         }
         self.from_rings.store(0, Ordering::Relaxed);
         let now = (self.started.elapsed().as_nanos() / LOOK_EVERY.as_nanos()) as u64;
-        self.looked.swap(now, Ordering::Relaxed) != now
+        self.looked.swap(now, Ordering::Relaxed) != now || has_backlog
     }
 
     fn check_open(&self) -> Result<()> {
@@ -193,13 +210,8 @@ impl Shared {
     fn start_leaving(self: &Arc<Self>) -> Result<Leaving> {
         let shared = Arc::clone(self);
         Leaving::start(move || {
-            for _ in 0..BATCH {
-                let before = lock(&shared.clients).next;
-                // Fails if the system does; those outside are let in later, or find the door gone.
-                if shared.admit().is_err() || lock(&shared.clients).next == before {
-                    break;
-                }
-            }
+            // Fails if the system does; those outside are let in later, or find the door gone.
+            let _ = shared.admit_all(BATCH);
             let clients = shared.clients();
             clients.iter().for_each(|client| shared.send_on(client));
             LOOK_WHILE_LEAVING + LOOK_AT_ONE * u32::try_from(clients.len()).unwrap_or(u32::MAX)
@@ -233,6 +245,18 @@ impl Shared {
         } else {
             Ok(None)
         }
+    }
+
+    /// Accepts clients, at most so many, as long as there are some.
+    fn admit_all(&self, most: usize) -> Result<()> {
+        for _ in 0..most {
+            let before = lock(&self.clients).next;
+            self.admit()?;
+            if lock(&self.clients).next == before {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Accepts one client, if there still is one, and arms the listener for the next.
