@@ -13,7 +13,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
-use shmferry::{Deadline, Memfd, Reply, RequestQueue, Requester, SegmentPool, Seqpacket};
+use shmferry::Deadline;
+use shmferry::channel::{RequestQueue, Requester, Seqpacket};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Memfd, SegmentPool};
 
 const FEW: u64 = 2_000;
 const MANY: u64 = 102_000;

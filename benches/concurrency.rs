@@ -21,10 +21,11 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shmferry::{
-    Backing, Deadline, Memfd, Named, PosixMq, Reply, RequestQueue, Requester, SegmentPool,
-    Seqpacket, SharedByte, WorkerPool,
-};
+use shmferry::Deadline;
+use shmferry::channel::{Named, PosixMq, RequestQueue, Requester, Seqpacket};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Backing, Memfd, SegmentPool, SharedByte};
+use shmferry::workers::WorkerPool;
 
 const CLIENTS: [usize; 4] = [1, 4, 16, 64];
 const ROUNDS: usize = 5;

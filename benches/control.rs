@@ -21,10 +21,10 @@ use nix::sys::stat::Mode;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::thread::futex;
-use shmferry::{
-    Backing, Deadline, InProcess, Memfd, Named, PosixMq, Refusal, Reply, RequestQueue, Requester,
-    SegmentPool, Seqpacket,
-};
+use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue, Requester, Seqpacket};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Backing, Memfd, SegmentPool};
+use shmferry::{Deadline, Refusal};
 
 const ROUNDS: usize = 7;
 const TRIPS: usize = 3000;

@@ -10,10 +10,12 @@ use std::fs::File;
 use std::hint::black_box;
 use std::process::{Command, ExitCode, Stdio};
 
-use shmferry::{
-    Chunk, Deadline, InProcess, Lease, Memfd, Offered, Receiver, Receiving, Reply, Request,
-    RequestQueue, Requester, SegmentPool, Sender, Sending, Seqpacket, ShmTransfer, Starting,
+use shmferry::Deadline;
+use shmferry::channel::{InProcess, Request, RequestQueue, Requester, Seqpacket};
+use shmferry::protocol::{
+    Chunk, Offered, Receiver, Receiving, Reply, Sender, Sending, ShmTransfer, Starting,
 };
+use shmferry::segment::{Lease, Memfd, SegmentPool};
 
 /// How often each step is taken, with a ring and within a process each.
 const TIMES: u64 = 500;

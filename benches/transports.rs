@@ -10,10 +10,10 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shmferry::{
-    Backing, Deadline, InProcess, Memfd, Named, PosixMq, Receiver, Receiving, Reply, RequestQueue,
-    Requester, SegmentPool, Seqpacket, ShmTransfer, Size,
-};
+use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue, Requester, Seqpacket};
+use shmferry::protocol::{Receiver, Receiving, Reply, ShmTransfer};
+use shmferry::segment::{Backing, Memfd, SegmentPool};
+use shmferry::{Deadline, Size};
 
 /// Round trips of 1 KiB that are measured in each round, and those before them that are not.
 const TRIPS: usize = 4000;

@@ -28,6 +28,7 @@ mod reconnect;
 #[cfg(target_os = "linux")]
 mod seqpacket;
 
+pub use crate::segment::Named;
 pub use in_process::InProcess;
 #[cfg(target_os = "linux")]
 pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 
+use crate::protocol::Refusal;
 use crate::segment::SegmentId;
 
 /// The result of every fallible call in this crate.
@@ -24,6 +25,10 @@ pub enum Error {
     /// been filled before that was still delivered (rule P7).
     #[error("the peer is gone")]
     Disconnected,
+
+    /// The server answered that it has no bytes for the key, and why.
+    #[error("refused: {0}")]
+    Refused(Refusal),
 
     /// The sender gave the transfer up: it was dropped, it panicked, or its source failed.
     #[error("the sender gave the transfer up")]
@@ -103,6 +108,11 @@ pub enum Error {
     #[error("the source failed: {0}")]
     Source(#[source] io::Error),
 
+    /// Input or output of the application's own failed, within a handler, say: an
+    /// [`io::Error`] that `?` has converted.
+    #[error(transparent)]
+    Io(io::Error),
+
     /// A system call failed.
     #[error("{call}: {source}")]
     Os {
@@ -115,6 +125,7 @@ pub enum Error {
 
 /// Whose fault an [`Error`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Fault {
     /// This process: a call that cannot be right, or something it decided itself.
     Ours,
@@ -129,6 +140,18 @@ pub enum Fault {
     Time,
 }
 
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Fault::Ours => "this process",
+            Fault::Peer => "the other process",
+            Fault::Outside => "what the bytes come from or go to",
+            Fault::System => "the operating system",
+            Fault::Time => "time",
+        })
+    }
+}
+
 impl Error {
     /// Whose fault this is.
     pub fn fault(&self) -> Fault {
@@ -136,6 +159,7 @@ impl Error {
             Error::Timeout(Awaited::Sink) => Fault::Outside,
             Error::Timeout(_) => Fault::Time,
             Error::Disconnected
+            | Error::Refused(_)
             | Error::Aborted
             | Error::Cancelled
             | Error::Stale
@@ -146,6 +170,7 @@ impl Error {
             Error::SizeMismatch { .. }
             | Error::Sink(_)
             | Error::Source(_)
+            | Error::Io(_)
             | Error::NameTaken { .. } => Fault::Outside,
             Error::Memory { .. } | Error::Os { .. } => Fault::System,
         }
@@ -157,14 +182,19 @@ impl Error {
 }
 
 impl From<Error> for io::Error {
-    /// Keeps the error as the source, under the kind that callers of `io::Read` look for.
+    /// Keeps the error as the source, under the kind that callers of `io::Read` look for. The way
+    /// back, by `?` or `into`, gives the same error.
     fn from(error: Error) -> io::Error {
+        if let Error::Io(error) = error {
+            return error;
+        }
         let kind = match &error {
             Error::Timeout(_) => io::ErrorKind::TimedOut,
             Error::Disconnected => io::ErrorKind::ConnectionReset,
             Error::Aborted | Error::Cancelled | Error::Stale => io::ErrorKind::ConnectionAborted,
             Error::Peer(_) | Error::Layout(_) => io::ErrorKind::InvalidData,
             Error::Misuse(_) => io::ErrorKind::InvalidInput,
+            Error::Refused(Refusal::NotFound) => io::ErrorKind::NotFound,
             Error::Sink(source)
             | Error::Source(source)
             | Error::Memory { source, .. }
@@ -172,6 +202,13 @@ impl From<Error> for io::Error {
             _ => io::ErrorKind::Other,
         };
         io::Error::new(kind, error)
+    }
+}
+
+impl From<io::Error> for Error {
+    /// The error of this crate that it carries, or [`Error::Io`].
+    fn from(error: io::Error) -> Error {
+        error.downcast::<Error>().unwrap_or_else(Error::Io)
     }
 }
 
@@ -447,6 +484,12 @@ pub enum Misuse {
         /// The process that made it.
         made_by: u32,
     },
+    /// Text that is no address.
+    #[error("{0:?} is no address; an address is unix:PATH or mq:/NAME")]
+    Address(String),
+    /// An address of a POSIX message queue in a build without them.
+    #[error("this build has no POSIX message queues: it lacks the feature `posix-mq`")]
+    NoPosixMq,
     /// A name that no POSIX message queue can have.
     #[error("{0:?} names no message queue; a name is a slash and up to 200 bytes without another")]
     QueueName(String),

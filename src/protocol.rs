@@ -1,6 +1,10 @@
 //! The transfer: what its states share, and how each side waits for the other (rules P).
 
 use std::any::Any;
+use std::fmt;
+#[cfg(unix)]
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -52,14 +56,14 @@ pub use spool::Spool;
 /// # What does not compile
 /// Asking for a chunk before there is a reply:
 /// ```compile_fail,E0599
-/// # use shmferry::*;
+/// # use shmferry::{protocol::*, *};
 /// fn early(mut transfer: ShmTransfer<Receiver, Offered>) {
 ///     let _ = transfer.next_chunk(Deadline::NEVER);
 /// }
 /// ```
 /// Asking for the next chunk while holding one:
 /// ```compile_fail,E0499
-/// # use shmferry::*;
+/// # use shmferry::{protocol::*, *};
 /// fn two_at_once(mut body: ShmTransfer<Receiver, Receiving>) -> Result<()> {
 ///     let first = body.next_chunk(Deadline::NEVER)?;
 ///     let second = body.next_chunk(Deadline::NEVER)?;
@@ -69,13 +73,13 @@ pub use spool::Spool;
 /// ```
 /// Sending before accepting, and accepting twice:
 /// ```compile_fail,E0599
-/// # use shmferry::*;
+/// # use shmferry::{protocol::*, *};
 /// fn unannounced(mut transfer: ShmTransfer<Sender, Starting>) {
 ///     let _ = transfer.next_slot(Deadline::NEVER);
 /// }
 /// ```
 /// ```compile_fail,E0382
-/// # use shmferry::*;
+/// # use shmferry::{protocol::*, *};
 /// fn twice(transfer: ShmTransfer<Sender, Starting>) {
 ///     let _ = transfer.accept(1);
 ///     let _ = transfer.accept(1);
@@ -83,7 +87,7 @@ pub use spool::Spool;
 /// ```
 /// Finishing with a slot in hand:
 /// ```compile_fail,E0505
-/// # use shmferry::*;
+/// # use shmferry::{protocol::*, *};
 /// fn unfinished(mut sending: ShmTransfer<Sender, Sending>) -> Result<()> {
 ///     let slot = sending.next_slot(Deadline::NEVER)?;
 ///     sending.finish()?;
@@ -98,7 +102,7 @@ pub struct ShmTransfer<Side, State> {
 }
 
 /// How long the calls that take no deadline wait for the next step of the other side, unless
-/// [told otherwise](ShmTransfer::set_patience): 30 seconds without progress.
+/// [told otherwise](ShmTransfer::set_timeout): 30 seconds without progress.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The most bytes of [`Metadata`] that travel beside status and size.
@@ -127,11 +131,38 @@ impl Size {
         }
     }
 
+    /// What a file holds. One without blocks on a disk may hold something else than it says, as
+    /// in procfs: then the size is unknown.
+    ///
+    /// # Errors
+    /// When the file cannot be asked, or not be read at an offset: a pipe, a directory.
+    #[cfg(unix)]
+    pub fn of_file(file: &File) -> io::Result<Size> {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let found = file.metadata()?;
+        let size = Size::Known(found.len());
+        if found.is_file() && found.blocks() > 0 {
+            return Ok(size);
+        }
+        let read = file.read_at(&mut [0], found.len().saturating_sub(1))?;
+        let is_as_it_says = (read > 0) == (found.len() > 0);
+        Ok(if is_as_it_says { size } else { Size::Unknown })
+    }
+
     /// The number of bytes, if it is known.
     pub fn known(self) -> Option<u64> {
         match self {
             Size::Known(bytes) => Some(bytes),
             Size::Unknown => None,
+        }
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Size::Known(bytes) => write!(f, "{bytes} bytes"),
+            Size::Unknown => f.write_str("an unknown number of bytes"),
         }
     }
 }
@@ -153,10 +184,22 @@ pub enum Refusal {
     /// The key makes no sense to the sender.
     Invalid,
     /// The server ends, and did not take the request: its successor can be asked, which
-    /// [`Requester::ask`](crate::Requester::ask) does by itself.
+    /// [`Requester::ask`](crate::channel::Requester::ask) does by itself.
     Leaving,
     /// A code of the application's own.
     Other(u16),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::NotFound => f.write_str("there is nothing by that key"),
+            Refusal::Failed => f.write_str("the server failed"),
+            Refusal::Invalid => f.write_str("the key makes no sense to the server"),
+            Refusal::Leaving => f.write_str("the server ends, and did not take the request"),
+            Refusal::Other(code) => write!(f, "the application's reason {code}"),
+        }
+    }
 }
 
 /// The status word of an announcement.

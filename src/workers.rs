@@ -22,25 +22,26 @@ use crate::sync::{Deadline, FairSemaphore, lock};
 /// Threads that take jobs and do them, at most so many at once.
 ///
 /// ```
-/// use shmferry::{Crew, Deadline, lend};
+/// use shmferry::workers::{blocking, WorkerPool};
+/// use shmferry::Deadline;
 /// use std::sync::{Mutex, mpsc};
 ///
 /// let (jobs, inbox) = mpsc::channel::<u32>();
 /// let (done, results) = mpsc::channel();
 /// let inbox = Mutex::new(inbox);
 ///
-/// let crew = Crew::start(
+/// let workers = WorkerPool::start(
 ///     "squares",
 ///     2,
-///     move || inbox.lock().unwrap().recv().ok(), // blocks; `None` ends the crew
+///     move || inbox.lock().unwrap().recv().ok(), // blocks; `None` ends the pool
 ///     move |n| {
-///         lend(|| std::thread::yield_now()); // anything that waits for somebody else
+///         blocking(|| std::thread::yield_now()); // anything that waits for somebody else
 ///         done.send(n * n).unwrap();
 ///     },
 /// )?;
 /// (1..=3).for_each(|n| jobs.send(n).unwrap());
 /// drop(jobs);
-/// assert!(crew.join(Deadline::NEVER));
+/// assert!(workers.join(Deadline::NEVER));
 /// assert_eq!(results.iter().sum::<u32>(), 14);
 /// # Ok::<(), std::io::Error>(())
 /// ```

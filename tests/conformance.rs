@@ -6,11 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use shmferry::{
-    Awaited, Backing, Deadline, Error, InProcess, KEY_LIMIT, Lease, Memfd, Misuse, Named, PosixMq,
-    PosixMqQueue, Refusal, Reply, RequestQueue, Requester, SegmentPool, SendError, Seqpacket,
-    SeqpacketQueue, Size,
+use shmferry::channel::{
+    InProcess, KEY_LIMIT, Named, PosixMq, PosixMqQueue, RequestQueue, Requester, SendError,
+    Seqpacket, SeqpacketQueue,
 };
+use shmferry::error::{Awaited, Misuse};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Backing, Lease, Memfd, SegmentPool};
+use shmferry::{Deadline, Error, Refusal, Size};
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
@@ -151,7 +154,7 @@ fn metadata_arrives<B: Backing>(ends: Ends<B>) {
     let sender = thread::spawn(move || {
         let transfer = queue.recv(soon()).unwrap();
         transfer.accept_with(0, &"image/png".to_owned()).unwrap().finish().unwrap();
-        let too_much = vec![0; shmferry::METADATA_LIMIT + 1];
+        let too_much = vec![0; shmferry::protocol::METADATA_LIMIT + 1];
         let refused = queue.recv(soon()).unwrap().accept_with(0, &too_much);
         assert!(matches!(refused, Err(Error::Misuse(Misuse::MetadataTooLong { .. }))));
     });

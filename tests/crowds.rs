@@ -12,9 +12,10 @@ use std::thread;
 
 use std::time::{Duration, Instant};
 
-use shmferry::{
-    Deadline, Error, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
-};
+use shmferry::channel::{RequestQueue, Requester, Seqpacket};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Memfd, SegmentPool};
+use shmferry::{Deadline, Error, Refusal};
 
 /// Far longer than any request takes on a busy machine. One that takes longer is lost.
 const LOST: Duration = Duration::from_secs(20);

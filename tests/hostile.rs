@@ -28,10 +28,12 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
-use shmferry::{
-    Awaited, Deadline, Error, Fault, Memfd, PeerFault, Refusal, Rejection, Reply, RequestQueue,
-    Requester, SegmentPool, Seqpacket, WorkerPool,
-};
+use shmferry::channel::{RequestQueue, Requester, Seqpacket};
+use shmferry::error::{Awaited, PeerFault, Rejection};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Memfd, SegmentPool};
+use shmferry::workers::WorkerPool;
+use shmferry::{Deadline, Error, Fault, Refusal};
 use watchdog::watchdog;
 
 mod watchdog;
@@ -1170,7 +1172,7 @@ fn with_room_for(segments: usize, run: impl FnOnce(&Path)) {
     let (_dir, path) = place();
     let queue = Seqpacket::new(&path).max_bytes((segments * LEN) as u64).bind().unwrap();
     thread::scope(|scope| {
-        struct Closing<'q>(&'q shmferry::SeqpacketQueue);
+        struct Closing<'q>(&'q shmferry::channel::SeqpacketQueue);
         impl Drop for Closing<'_> {
             fn drop(&mut self) {
                 self.0.close();

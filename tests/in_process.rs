@@ -3,9 +3,10 @@
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use shmferry::{
-    Deadline, Error, InProcess, Memfd, RequestQueue, Requester, SegmentPool, WorkerPool,
-};
+use shmferry::channel::{InProcess, RequestQueue, Requester};
+use shmferry::segment::{Memfd, SegmentPool};
+use shmferry::workers::WorkerPool;
+use shmferry::{Deadline, Error};
 use watchdog::watchdog;
 
 mod watchdog;

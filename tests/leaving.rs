@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use shmferry::{
-    Deadline, Error, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket,
-    SeqpacketQueue,
-};
+use shmferry::channel::{RequestQueue, Requester, Seqpacket, SeqpacketQueue};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Memfd, SegmentPool};
+use shmferry::{Deadline, Error, Refusal};
 use watchdog::watchdog;
 
 mod watchdog;

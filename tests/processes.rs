@@ -18,11 +18,15 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use rustix::process::{Pid, Signal, kill_process};
-use shmferry::{
-    Awaited, Backing, Deadline, Error, Memfd, Named, Peer, PosixMq, PosixMqQueue, PosixMqRequester,
-    Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue, Requester, SegmentPool,
-    Seqpacket, SeqpacketQueue, SeqpacketRequester, ShmTransfer, Size, WorkerPool,
+use shmferry::channel::{
+    Named, PosixMq, PosixMqQueue, PosixMqRequester, RequestQueue, Requester, Seqpacket,
+    SeqpacketQueue, SeqpacketRequester,
 };
+use shmferry::error::{Awaited, Rejection};
+use shmferry::protocol::{Receiver, Receiving, Reply, ShmTransfer};
+use shmferry::segment::{Backing, Memfd, SegmentPool};
+use shmferry::workers::WorkerPool;
+use shmferry::{Deadline, Error, Peer, Refusal, Size};
 use support::{Place, Transport};
 use watchdog::watchdog;
 
@@ -366,7 +370,7 @@ fn play<C: Carrier>(role: &str, address: &str) {
     }
 }
 
-type Sending = ShmTransfer<shmferry::Sender, shmferry::Sending>;
+type Sending = ShmTransfer<shmferry::protocol::Sender, shmferry::protocol::Sending>;
 
 /// Answers requests, whose keys are lengths, for ever.
 fn serve<C: Carrier>(address: &str, send: impl Fn(Sending, usize)) {
@@ -1195,7 +1199,10 @@ impl Errand {
             .collect()
     }
 
-    fn serve(self, transfer: ShmTransfer<shmferry::Sender, shmferry::Starting>) {
+    fn serve(
+        self,
+        transfer: ShmTransfer<shmferry::protocol::Sender, shmferry::protocol::Starting>,
+    ) {
         if let Some(why) = self.refusal() {
             return transfer.refuse(why).unwrap();
         }

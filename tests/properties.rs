@@ -12,11 +12,13 @@ use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use shmferry::{
-    Awaited, Deadline, Error, InProcess, METADATA_LIMIT, Memfd, Misuse, Offered, Receiver,
-    Receiving, Refusal, Reply, RequestQueue, Requester, SegmentPool, Sender, Sending, ShmTransfer,
-    Size, Starting,
+use shmferry::channel::{InProcess, RequestQueue, Requester};
+use shmferry::error::{Awaited, Misuse};
+use shmferry::protocol::{
+    METADATA_LIMIT, Offered, Receiver, Receiving, Reply, Sender, Sending, ShmTransfer, Starting,
 };
+use shmferry::segment::{Memfd, SegmentPool};
+use shmferry::{Deadline, Error, Refusal, Size};
 
 #[path = "../examples/common/getfile.rs"]
 #[allow(dead_code, reason = "the programs use parts that need no test")]

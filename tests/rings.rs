@@ -8,10 +8,10 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use shmferry::{
-    Deadline, Error, KEY_LIMIT, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool,
-    Seqpacket, SeqpacketQueue,
-};
+use shmferry::channel::{KEY_LIMIT, RequestQueue, Requester, Seqpacket, SeqpacketQueue};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Memfd, SegmentPool};
+use shmferry::{Deadline, Error, Refusal};
 use watchdog::watchdog;
 
 mod watchdog;

@@ -6,10 +6,11 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use shmferry::{
-    Awaited, Deadline, Error, InProcess, Memfd, Receiver, Receiving, Reply, RequestQueue,
-    Requester, SegmentPool, ShmTransfer, Spool,
-};
+use shmferry::channel::{InProcess, RequestQueue, Requester};
+use shmferry::error::Awaited;
+use shmferry::protocol::{Receiver, Receiving, Reply, ShmTransfer, Spool};
+use shmferry::segment::{Memfd, SegmentPool};
+use shmferry::{Deadline, Error};
 use watchdog::watchdog;
 
 mod watchdog;

@@ -9,11 +9,13 @@ use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use shmferry::{
-    Awaited, Backing, Deadline, Error, Fault, InProcess, METADATA_LIMIT, Memfd, Misuse, Named,
-    PosixMq, Receiver, Receiving, Reply, RequestQueue, Requester, SegmentPool, Sender, Seqpacket,
-    ShmTransfer, Size, Starting,
+use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue, Requester, Seqpacket};
+use shmferry::error::{Awaited, Misuse};
+use shmferry::protocol::{
+    METADATA_LIMIT, Receiver, Receiving, Reply, Sender, ShmTransfer, Starting,
 };
+use shmferry::segment::{Backing, Memfd, SegmentPool};
+use shmferry::{Deadline, Error, Fault, Size};
 
 /// Every test, over either backing.
 macro_rules! over_both {
@@ -217,7 +219,7 @@ fn bytes_are_read_where_they_are<B: Backing>() {
                 let copied = chunk.copy_to(&mut first);
                 seen.extend(&first[..copied]);
                 assert_eq!(chunk.bytes().len(), chunk.len());
-                seen.extend(chunk.bytes().iter().map(shmferry::SharedByte::read));
+                seen.extend(chunk.bytes().iter().map(shmferry::segment::SharedByte::read));
             }
             seen
         },

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use shmferry::{Deadline, WorkerPool, blocking};
+use shmferry::Deadline;
+use shmferry::workers::{WorkerPool, blocking};
 use watchdog::watchdog;
 
 mod watchdog;

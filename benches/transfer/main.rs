@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use shmferry::SharedByte;
+use shmferry::segment::SharedByte;
 
 /// Bytes of each file, and how often it is fetched in a round.
 pub const FILES: [(u64, usize); 5] =

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
-use shmferry::{
-    Backing, Deadline, InProcess, Memfd, Named, PosixMq, Reply, RequestQueue, Requester,
-    SegmentPool, Seqpacket,
-};
+use shmferry::Deadline;
+use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue, Requester, Seqpacket};
+use shmferry::protocol::Reply;
+use shmferry::segment::{Backing, Memfd, SegmentPool};
 
 use super::{BUFFER, Bytes, Client, Method, Sink, TIMEOUT, await_ready, files_beside, say_ready};
 

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use shmferry::{
-    Awaited, Backing, Deadline, Error, Memfd, Named, PosixMq, Refusal, Reply, Requester, Result,
-    SegmentPool, Seqpacket, Size,
-};
+use shmferry::channel::{Named, PosixMq, Requester, Seqpacket};
+use shmferry::error::Awaited;
+use shmferry::protocol::Reply;
+use shmferry::segment::{Backing, Memfd, SegmentPool};
+use shmferry::{Deadline, Error, Refusal, Result, Size};
 
 use super::address::Address;
 use super::chance::Dice;

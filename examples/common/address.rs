@@ -2,7 +2,7 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use shmferry::{PosixMq, Seqpacket};
+use shmferry::channel::{PosixMq, Seqpacket};
 
 /// A request queue's address.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,7 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, getrlimit, setrlimit};
-use shmferry::{Deadline, WorkerPool};
+use shmferry::Deadline;
+use shmferry::workers::WorkerPool;
 use signal_hook::consts::SIGXFSZ;
 use signal_hook::iterator::Signals;
 use tracing::level_filters::LevelFilter;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use shmferry::{
-    Deadline, Error, Fault, Refusal, RequestQueue, Result, Sender, ShmTransfer, Starting,
-    WorkerPool, blocking,
-};
+use shmferry::channel::RequestQueue;
+use shmferry::protocol::{Sender, ShmTransfer, Starting};
+use shmferry::workers::{WorkerPool, blocking};
+use shmferry::{Deadline, Error, Fault, Refusal, Result};
 use tracing::{debug, warn};
 
 use super::program::{Counter, Pace};

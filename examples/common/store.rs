@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
 use rustix::io::{Errno, pread};
-use shmferry::{Size, blocking};
+use shmferry::Size;
+use shmferry::workers::blocking;
 
 use super::getfile::check_path;
 

@@ -22,7 +22,8 @@ use address::Address;
 use clap::{Parser, value_parser};
 use program::{Quit, Stop};
 use serve::Service;
-use shmferry::{Peer, PosixMq, RequestQueue, Seqpacket};
+use shmferry::Peer;
+use shmferry::channel::{PosixMq, RequestQueue, Seqpacket};
 use store::Store;
 use tracing::{info, warn};
 

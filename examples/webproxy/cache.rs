@@ -3,9 +3,11 @@
 use std::io;
 use std::time::Duration;
 
-use shmferry::{
-    Awaited, Backing, Deadline, Error, Refusal, Reply, Requester, Result, SegmentPool, Size,
-};
+use shmferry::channel::Requester;
+use shmferry::error::Awaited;
+use shmferry::protocol::Reply;
+use shmferry::segment::{Backing, SegmentPool};
+use shmferry::{Deadline, Error, Refusal, Result, Size};
 use tracing::{debug, warn};
 
 use super::client::{Body, Found};

@@ -9,9 +9,9 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
-use shmferry::{
-    Deadline, Error, Receiver, Receiving, Result, ShmTransfer, Spool, blocking, send_all,
-};
+use shmferry::protocol::{Receiver, Receiving, ShmTransfer, Spool, send_all};
+use shmferry::workers::blocking;
+use shmferry::{Deadline, Error, Result};
 
 use super::getfile::{Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request};
 use super::waiting::{Entry, GRACE, Waiting};

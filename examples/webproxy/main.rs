@@ -36,8 +36,11 @@ use origin::{BaseUrl, BaseUrlParser, Origin};
 use program::{Quit, Stop};
 use proxy::Proxy;
 use serve::Service;
-use shmferry::{Backing, InProcess, Memfd, Named, PosixMq, RequestQueue, WorkerPool};
-use shmferry::{SegmentPool, SegmentPoolBuilder, Seqpacket};
+use shmferry::channel::Seqpacket;
+use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue};
+use shmferry::segment::{Backing, Memfd};
+use shmferry::segment::{SegmentPool, SegmentPoolBuilder};
+use shmferry::workers::WorkerPool;
 use store::Store;
 use tracing::info;
 

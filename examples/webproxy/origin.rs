@@ -10,7 +10,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
-use shmferry::blocking;
+use shmferry::workers::blocking;
 use tracing::warn;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::header::{AUTHORIZATION, CONTENT_ENCODING, TRANSFER_ENCODING};

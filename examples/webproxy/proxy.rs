@@ -3,7 +3,9 @@
 use std::net::TcpStream;
 use std::time::Duration;
 
-use shmferry::{Awaited, Error, Spool};
+use shmferry::Error;
+use shmferry::error::Awaited;
+use shmferry::protocol::Spool;
 use tracing::{debug, warn};
 
 use super::cache::Cache;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
-use shmferry::WorkerPool;
+use shmferry::workers::WorkerPool;
 use tracing::debug;
 
 /// How long a connection may take over its request before it is counted: one that has just come is

@@ -9,10 +9,10 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use shmferry::fuzzing::{offered, starting};
-use shmferry::{
-    Deadline, Error, Fault, Memfd, Misuse, Receiver, Receiving, Refusal, Reply, SegmentPool, Sender, Sending,
-    ShmTransfer, Size,
-};
+use shmferry::error::Misuse;
+use shmferry::protocol::{Receiver, Receiving, Reply, Sender, Sending, ShmTransfer};
+use shmferry::segment::{Memfd, SegmentPool};
+use shmferry::{Deadline, Error, Fault, Refusal, Size};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let mut script = Script(bytes);
@@ -121,7 +121,7 @@ fn take(
 ) {
     let announced = body.size();
     let metadata: Vec<u8> = body.metadata().expect("any bytes");
-    assert!(metadata.len() <= shmferry::METADATA_LIMIT);
+    assert!(metadata.len() <= shmferry::protocol::METADATA_LIMIT);
     let (mut received, mut failed) = (0, false);
     let whole = |received| announced.known().is_none_or(|announced| announced == received);
     while !script.is_over() {

@@ -24,7 +24,10 @@ use super::{Request, RequestQueue, Requester, SendError};
 /// closing the queue is noticed by nobody: there is no death to push within a process.
 ///
 /// ```
-/// use shmferry::{Deadline, InProcess, Memfd, Reply, RequestQueue, Requester, SegmentPool};
+/// use shmferry::channel::{InProcess, Requester, RequestQueue};
+/// use shmferry::protocol::Reply;
+/// use shmferry::segment::{Memfd, SegmentPool};
+/// use shmferry::Deadline;
 /// use std::{io::Read, thread};
 ///
 /// let pool = SegmentPool::<Memfd>::builder().segments(1).create()?;

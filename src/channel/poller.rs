@@ -103,7 +103,7 @@ impl Poller {
     }
 
     /// Fails with [`Error::Closed`] once [`close`](Self::close) was called, and with
-    /// [`Misuse::Forked`](crate::Misuse::Forked) in a child of `fork`.
+    /// [`Misuse::Forked`](crate::error::Misuse::Forked) in a child of `fork`.
     pub(super) fn check_open(&self) -> Result<()> {
         self.origin.check()?;
         if self.closed.load(Ordering::Acquire) { Err(Error::Closed) } else { Ok(()) }

@@ -28,7 +28,10 @@ use name::Name;
 /// from a FIFO that the living hold open in `/dev/shm`, at once and without polling.
 ///
 /// ```
-/// use shmferry::{Deadline, Named, PosixMq, Refusal, Reply, RequestQueue, Requester, SegmentPool};
+/// use shmferry::channel::{Named, PosixMq, Requester, RequestQueue};
+/// use shmferry::protocol::Reply;
+/// use shmferry::segment::SegmentPool;
+/// use shmferry::{Deadline, Refusal};
 /// use std::thread;
 ///
 /// # let name = format!("/shmferry-doc-{}", std::process::id());
@@ -51,7 +54,7 @@ use name::Name;
 /// ```
 ///
 /// # What does not compile
-/// A message cannot carry a descriptor, and so not a segment of [`Memfd`](crate::Memfd):
+/// A message cannot carry a descriptor, and so not a segment of [`Memfd`](crate::segment::Memfd):
 /// ```compile_fail,E0277
 /// # use shmferry::*;
 /// fn wrong_backing(cache: PosixMqRequester, request: Request<Memfd>) {
@@ -116,7 +119,7 @@ impl PosixMq {
         self
     }
 
-    /// As [`connect_timeout`](Self::absence), but only once the client has found a server: how long it waits
+    /// As [`connect_timeout`](Self::connect_timeout), but only once the client has found a server: how long it waits
     /// for the successor of one that is gone. As long as the server has said that it ends and still
     /// lives, the time does not count.
     pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {

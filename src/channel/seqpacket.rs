@@ -43,7 +43,10 @@ pub use requester::SeqpacketRequester;
 /// a system call as long as the server is awake; what does not fit there travels over the socket.
 ///
 /// ```
-/// use shmferry::{Deadline, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool, Seqpacket};
+/// use shmferry::channel::{Requester, RequestQueue, Seqpacket};
+/// use shmferry::protocol::Reply;
+/// use shmferry::segment::{Memfd, SegmentPool};
+/// use shmferry::{Deadline, Refusal};
 /// use std::thread;
 ///
 /// # let dir = tempfile::tempdir().unwrap();
@@ -157,7 +160,7 @@ impl Seqpacket {
         self
     }
 
-    /// As [`connect_timeout`](Self::absence), but only once the client has found a server: how long it waits
+    /// As [`connect_timeout`](Self::connect_timeout), but only once the client has found a server: how long it waits
     /// for the successor of one that is gone. As long as the server has said that it ends and still
     /// lives, the time does not count.
     pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {

@@ -24,7 +24,7 @@
 /// assert_eq!(Modified::decode(b"no"), None);
 /// ```
 pub trait Metadata: Sized {
-    /// The value as bytes, at most [`METADATA_LIMIT`](crate::METADATA_LIMIT) of them.
+    /// The value as bytes, at most [`METADATA_LIMIT`](crate::protocol::METADATA_LIMIT) of them.
     fn encode(&self) -> Vec<u8>;
 
     /// The value from bytes that a peer wrote; `None` when they do not make one.

@@ -258,7 +258,7 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 
     /// Copies everything to a socket, pipe or file, straight from the segment; returns the bytes
-    /// copied. Waits as long as there is progress within the [patience](Self::set_patience). After
+    /// copied. Waits as long as there is progress within the [timeout](Self::set_timeout). After
     /// an error of the sink, a second call goes on where the first one ended.
     ///
     /// # Errors
@@ -478,11 +478,11 @@ impl Chunk<'_> {
     /// Consumes all bytes, having the kernel write them to a socket, pipe or file.
     ///
     /// Neither a socket nor a pipe is blocked on while others could work: when it takes nothing
-    /// more, this thread [lends](crate::lend) its place until it does.
+    /// more, this thread [lends](crate::workers::blocking) its place until it does.
     ///
     /// # Errors
     /// [`Error::Timeout`] when the sink takes nothing for the transfer's
-    /// [patience](ShmTransfer::set_patience); [`Error::Sink`] when it fails.
+    /// [timeout](ShmTransfer::set_timeout); [`Error::Sink`] when it fails.
     #[cfg(unix)]
     pub fn write_to(&mut self, sink: impl AsFd) -> Result<()> {
         self.transfer.write_open(sink.as_fd(), &mut None, |_| false).map(drop)

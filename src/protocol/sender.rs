@@ -96,6 +96,11 @@ impl ShmTransfer<Sender, Starting> {
         &self.state.key
     }
 
+    /// What is asked for, to be kept.
+    pub(crate) fn shared_key(&self) -> Arc<[u8]> {
+        Arc::clone(&self.state.key)
+    }
+
     /// Who asks; `None` within one process.
     pub fn peer(&self) -> Option<Peer> {
         self.side.link.peer()

@@ -31,7 +31,7 @@ const NO_SIGNAL: SendFlags = {
 /// no byte for `timeout`. One that reads slowly but steadily is waited for as long as it reads, as far
 /// as the kernel tells: of TCP it learns in steps of the receiver's window, 64 KiB or so on loopback, so
 /// that `timeout` should be longer than one of those takes. While it waits, this thread lends its
-/// place, as [`blocking`](crate::lend) does.
+/// place, as [`blocking`](crate::workers::blocking) does.
 ///
 /// # Errors
 /// [`Error::Timeout`] when the other end has taken nothing for `timeout`, [`Error::Sink`] when the

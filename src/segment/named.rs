@@ -27,7 +27,7 @@ pub(crate) use names::{sweep, sweep_aside};
 ///
 /// The names begin with `shmferry-`, the owner's pid and the pool; only this user may open them. They
 /// go with the pool. What a killed owner leaves is removed by a server that sees it die, or when the next
-/// pool of this kind is made, or the next [`PosixMq`](crate::PosixMq) is bound.
+/// pool of this kind is made, or the next [`PosixMq`](crate::channel::PosixMq) is bound.
 #[derive(Debug)]
 pub struct Named(Owner);
 

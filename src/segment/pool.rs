@@ -37,7 +37,8 @@ pub(crate) const NO_GENERATION: u64 = u64::MAX;
 /// reused from then on; a transfer needs one segment, whatever the size of what it moves.
 ///
 /// ```
-/// use shmferry::{Deadline, Memfd, SegmentPool};
+/// use shmferry::segment::{Memfd, SegmentPool};
+/// use shmferry::Deadline;
 /// use std::time::Duration;
 ///
 /// let pool = SegmentPool::<Memfd>::builder().segments(2).segment_len(64 << 10).slots(4).create()?;

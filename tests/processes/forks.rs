@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
 use rustix::process::{getpid, getppid, set_parent_process_death_signal};
-use shmferry::{InProcess, Misuse, blocking};
+use shmferry::channel::InProcess;
+use shmferry::error::Misuse;
+use shmferry::workers::blocking;
 
 use super::support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 use super::*;
@@ -146,7 +148,7 @@ fn transfer_within<B: Backing>(
     pool: &SegmentPool<B>,
     queue: &InProcess,
     len: u64,
-) -> (ShmTransfer<Receiver, shmferry::Offered>, Sending) {
+) -> (ShmTransfer<Receiver, shmferry::protocol::Offered>, Sending) {
     let (request, transfer) = pool.lease(soon()).unwrap().request("within").unwrap();
     queue.send(request, soon()).unwrap();
     (transfer, queue.recv(soon()).unwrap().accept(len).unwrap())

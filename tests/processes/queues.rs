@@ -8,7 +8,8 @@ use std::sync::OnceLock;
 use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_close, mq_getattr, mq_open, mq_send, mq_unlink};
 use nix::sys::stat::Mode as Permissions;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, mknodat, open};
-use shmferry::{Misuse, SendError};
+use shmferry::channel::SendError;
+use shmferry::error::Misuse;
 
 use super::support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 use super::*;

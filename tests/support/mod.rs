@@ -34,7 +34,7 @@ use nix::errno::Errno;
 use nix::mqueue::{MQ_OFlag, mq_close, mq_open};
 use nix::sys::stat::Mode;
 use rustix::process::{Pid, geteuid, kill_process};
-use shmferry::PosixMq;
+use shmferry::channel::PosixMq;
 use tempfile::TempDir;
 
 pub use rustix::process::Signal;

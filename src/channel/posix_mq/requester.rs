@@ -66,7 +66,7 @@ impl PosixMqRequester {
 }
 
 impl Requester<Named> for PosixMqRequester {
-    /// Waits for the server until the deadline, or for less if [told so](super::PosixMq::absence), and
+    /// Waits for the server until the deadline, or for less if [told so](super::PosixMq::connect_timeout), and
     /// for room in its queue. A request that was sent to a server that then dies ends with
     /// [`Error::Disconnected`].
     ///

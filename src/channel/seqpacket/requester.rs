@@ -70,7 +70,7 @@ impl SeqpacketRequester {
 
 impl Requester<Memfd> for SeqpacketRequester {
     /// Connects first where there is no connection, waiting for the server until the deadline, or for
-    /// less if [told so](super::Seqpacket::absence). A request that cannot be sent to a server that
+    /// less if [told so](super::Seqpacket::connect_timeout). A request that cannot be sent to a server that
     /// died goes to its successor; one that was sent and not taken ends with [`Error::Disconnected`].
     fn send(&self, request: Request<Memfd>, deadline: Deadline) -> Result<(), SendError<Memfd>> {
         self.line.send(request, deadline)

@@ -1,0 +1,396 @@
+//! The front door of a receiver: connect, ask for a key, read what comes.
+
+use std::fmt;
+use std::io;
+#[cfg(unix)]
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+#[cfg(target_os = "linux")]
+use crate::address::Address;
+#[cfg(target_os = "linux")]
+use crate::channel::InProcess;
+#[cfg(all(target_os = "linux", feature = "posix-mq"))]
+use crate::channel::PosixMq;
+use crate::channel::Requester;
+#[cfg(target_os = "linux")]
+use crate::channel::Seqpacket;
+use crate::error::{Error, Result};
+#[cfg(target_os = "linux")]
+use crate::protocol::Spool;
+use crate::protocol::{
+    Chunk, DEFAULT_TIMEOUT, Metadata, Receiver, Receiving, Reply, ShmTransfer, Size,
+};
+#[cfg(target_os = "linux")]
+use crate::segment::Memfd;
+#[cfg(all(target_os = "linux", feature = "posix-mq"))]
+use crate::segment::Named;
+use crate::segment::{Backing, PoolStats, SegmentPool};
+use crate::sync::Deadline;
+
+/// Asks one server for bytes by key, from any number of threads at once.
+///
+/// It owns the shared memory that the bytes come through: as many segments as there can be
+/// transfers at once ([`ClientBuilder::segments`]). Cheap to clone; all clones share them.
+///
+/// It connects when there is something to ask, and again after the server has been restarted: either
+/// side may be started first.
+///
+/// ```no_run
+/// use shmferry::{Client, Error, Refusal};
+///
+/// let cache = Client::connect("unix:/run/me/cache.sock")?;
+/// match cache.get("/a.jpg") {
+///     Ok(mut body) => _ = std::io::copy(&mut body, &mut std::io::stdout())?,
+///     Err(Error::Refused(Refusal::NotFound)) => eprintln!("there is no such picture"),
+///     Err(error) => return Err(error.into()),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Client {
+    route: Arc<dyn Route>,
+    timeout: Duration,
+    lease_timeout: Duration,
+}
+
+impl Client {
+    /// A client of the server at an address, `unix:PATH` or `mq:/NAME`, with 8 segments of 2 MiB.
+    ///
+    /// Does not wait for the server: [`get`](Self::get) does.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] for an address that cannot be right; [`Error::Memory`] when the system has
+    /// less memory than the segments take; [`Error::Os`] for anything else that it refuses.
+    #[cfg(target_os = "linux")]
+    pub fn connect<A>(address: A) -> Result<Client>
+    where
+        A: TryInto<Address>,
+        Error: From<A::Error>,
+    {
+        Client::builder().connect(address)
+    }
+
+    /// Describes a client with other numbers.
+    pub fn builder() -> ClientBuilder {
+        ClientBuilder {
+            segments: 8,
+            segment_len: 2 << 20,
+            slots: 8,
+            timeout: DEFAULT_TIMEOUT,
+            lease_timeout: None,
+            connect_timeout: None,
+            connect_timeout_after_loss: None,
+            users: Vec::new(),
+        }
+    }
+
+    /// A client over a pool and a queue of one's own choice.
+    pub fn with<B: Backing>(pool: SegmentPool<B>, queue: impl Requester<B> + 'static) -> Client {
+        let route = Arc::new((pool, queue));
+        Client { route, timeout: DEFAULT_TIMEOUT, lease_timeout: DEFAULT_TIMEOUT }
+    }
+
+    /// The same client with another [timeout](ClientBuilder::timeout), for all that it asks from now
+    /// on. Clones made before keep theirs.
+    pub fn with_timeout(mut self, timeout: Duration) -> Client {
+        self.timeout = timeout;
+        self.lease_timeout = timeout;
+        self
+    }
+
+    /// Asks for a key of up to [`KEY_LIMIT`](crate::channel::KEY_LIMIT) bytes, and waits for the
+    /// answer: up to the timeout for a segment, and up to the timeout for the server.
+    ///
+    /// A request that a server did not take, because it ended, goes to its successor.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when the server has no bytes for this key, with its reason.
+    /// [`Error::Timeout`] when all segments were in use, no server was there, or none answered:
+    /// which one it was is told, and the same call may be made again. [`Error::Disconnected`] when
+    /// the server took the request and ended before it answered. [`Error::Aborted`] when it gave
+    /// up. [`Error::Rejected`] when it turned this process away.
+    pub fn get(&self, key: impl AsRef<[u8]>) -> Result<Body> {
+        self.ask(key.as_ref(), Deadline::after(self.lease_timeout), None)
+    }
+
+    /// As [`get`](Self::get), with one deadline for all of it. The body's own waits last up to the
+    /// timeout each, as ever.
+    ///
+    /// # Errors
+    /// Those of [`get`](Self::get).
+    pub fn get_before(&self, key: impl AsRef<[u8]>, deadline: Deadline) -> Result<Body> {
+        self.ask(key.as_ref(), deadline, Some(deadline))
+    }
+
+    /// How the segments are doing at this moment.
+    pub fn stats(&self) -> PoolStats {
+        self.route.stats()
+    }
+
+    fn ask(&self, key: &[u8], lease: Deadline, reply: Option<Deadline>) -> Result<Body> {
+        match self.route.ask(key, lease, &|| reply.unwrap_or(Deadline::after(self.timeout)))? {
+            Reply::Found(mut transfer) => {
+                transfer.set_timeout(self.timeout);
+                Ok(Body { transfer })
+            }
+            Reply::Refused(why) => Err(Error::Refused(why)),
+        }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+/// Numbers for a new [`Client`]. Each has a default that suits files of all sizes.
+#[derive(Clone, Debug)]
+#[must_use = "describes a client: `connect` makes it"]
+pub struct ClientBuilder {
+    segments: u32,
+    segment_len: u64,
+    slots: u32,
+    timeout: Duration,
+    lease_timeout: Option<Duration>,
+    connect_timeout: Option<Duration>,
+    connect_timeout_after_loss: Option<Duration>,
+    users: Vec<u32>,
+}
+
+impl ClientBuilder {
+    /// How many segments, and so how many transfers at once: 1 to 65,536; 8 by default.
+    pub fn segments(mut self, count: u32) -> Self {
+        self.segments = count;
+        self
+    }
+
+    /// Bytes of payload that a segment holds, all slots together; 2 MiB by default. The memory is
+    /// allocated when the client is made.
+    pub fn segment_len(mut self, bytes: u64) -> Self {
+        self.segment_len = bytes;
+        self
+    }
+
+    /// How many slots a segment is cut into, so that both sides can work at once: 1 to 512; 8 by
+    /// default.
+    pub fn slots(mut self, count: u32) -> Self {
+        self.slots = count;
+        self
+    }
+
+    /// How long each step waits: for a free segment, for a server and its answer, and in a body for
+    /// each further progress of the server or of what the bytes are copied to. 30 seconds by
+    /// default.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// How long to wait for a free segment, if not for the timeout: longer lets more of those who
+    /// wait ahead be held up by a slow reader each.
+    pub fn lease_timeout(mut self, timeout: Duration) -> Self {
+        self.lease_timeout = Some(timeout);
+        self
+    }
+
+    /// How long to wait for a server that is not there, if not for the timeout. Zero fails at once.
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = Some(timeout);
+        self
+    }
+
+    /// As [`connect_timeout`](Self::connect_timeout), once a server has been there and is gone: its
+    /// first start is waited for longer than its restart.
+    pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {
+        self.connect_timeout_after_loss = Some(timeout);
+        self
+    }
+
+    /// Trusts a server of this user, too, besides one of ours. Sockets only.
+    pub fn allow_user(mut self, uid: u32) -> Self {
+        self.users.push(uid);
+        self
+    }
+
+    /// Makes the client, with all its memory present. Does not wait for the server.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] for an address or a number that cannot be right; [`Error::Memory`] when the
+    /// system has less memory than the segments take; [`Error::Os`] for anything else that it
+    /// refuses.
+    #[cfg(target_os = "linux")]
+    pub fn connect<A>(self, address: A) -> Result<Client>
+    where
+        A: TryInto<Address>,
+        Error: From<A::Error>,
+    {
+        match address.try_into()? {
+            Address::Unix(path) => {
+                let pool = self.pool::<Memfd>()?;
+                let mut socket = Seqpacket::new(path);
+                for uid in &self.users {
+                    socket = socket.allow_user(*uid);
+                }
+                if let Some(timeout) = self.connect_timeout {
+                    socket = socket.connect_timeout(timeout);
+                }
+                if let Some(timeout) = self.connect_timeout_after_loss {
+                    socket = socket.connect_timeout_after_loss(timeout);
+                }
+                let requester = socket.requester(&pool)?;
+                Ok(self.over(pool, requester))
+            }
+            #[cfg(feature = "posix-mq")]
+            Address::Mq(name) => {
+                let mut queue = PosixMq::new(name)?;
+                let pool = self.pool::<Named>()?;
+                if let Some(timeout) = self.connect_timeout {
+                    queue = queue.connect_timeout(timeout);
+                }
+                if let Some(timeout) = self.connect_timeout_after_loss {
+                    queue = queue.connect_timeout_after_loss(timeout);
+                }
+                let requester = queue.requester(&pool);
+                Ok(self.over(pool, requester))
+            }
+            #[cfg(not(feature = "posix-mq"))]
+            Address::Mq(_) => Err(crate::error::Misuse::NoPosixMq.into()),
+        }
+    }
+
+    /// Makes a client of the server that takes requests from `queue`, within this process.
+    ///
+    /// # Errors
+    /// Those of [`connect`](Self::connect).
+    #[cfg(target_os = "linux")]
+    pub fn in_process(self, queue: &InProcess) -> Result<Client> {
+        let pool = self.pool::<Memfd>()?;
+        Ok(self.over(pool, queue.clone()))
+    }
+
+    #[cfg(target_os = "linux")]
+    fn pool<B: Backing>(&self) -> Result<SegmentPool<B>> {
+        let pool = SegmentPool::<B>::builder().segments(self.segments);
+        pool.segment_len(self.segment_len).slots(self.slots).create()
+    }
+
+    #[cfg(target_os = "linux")]
+    fn over<B: Backing>(&self, pool: SegmentPool<B>, queue: impl Requester<B> + 'static) -> Client {
+        let timeout = self.timeout;
+        let lease_timeout = self.lease_timeout.unwrap_or(timeout);
+        Client { route: Arc::new((pool, queue)), timeout, lease_timeout }
+    }
+}
+
+/// A pool and its queue, whatever the segments are made of.
+trait Route: Send + Sync {
+    fn ask(&self, key: &[u8], lease: Deadline, reply: &dyn Fn() -> Deadline) -> Result<Reply>;
+
+    fn stats(&self) -> PoolStats;
+}
+
+impl<B: Backing, Q: Requester<B>> Route for (SegmentPool<B>, Q) {
+    fn ask(&self, key: &[u8], lease: Deadline, reply: &dyn Fn() -> Deadline) -> Result<Reply> {
+        let (pool, queue) = self;
+        let lease = pool.lease(lease)?;
+        queue.ask(lease, key, reply())
+    }
+
+    fn stats(&self) -> PoolStats {
+        self.0.stats()
+    }
+}
+
+/// The bytes behind a key, as they come.
+///
+/// Read it (`io::Read`), copy it to a descriptor without a copy in this process
+/// ([`copy_to`](Self::copy_to)), or look at each chunk where it lies
+/// ([`next_chunk`](Self::next_chunk)). Its segment goes back to the client when it is dropped, read
+/// to the end or not.
+///
+/// A transfer that breaks off is an error, never a short read: `Ok(0)` is the true end.
+#[derive(Debug)]
+#[must_use = "a body that is dropped is not read"]
+pub struct Body {
+    transfer: ShmTransfer<Receiver, Receiving>,
+}
+
+impl Body {
+    /// How many bytes are to come in all, as the server has announced.
+    pub fn size(&self) -> Size {
+        self.transfer.size()
+    }
+
+    /// What the server attached.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] when it does not read as an `M`.
+    pub fn metadata<M: Metadata>(&self) -> Result<M> {
+        self.transfer.metadata()
+    }
+
+    /// How long this body waits without progress, instead of the client's timeout.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.transfer.set_timeout(timeout);
+    }
+
+    /// Reads everything that is still to come into memory.
+    ///
+    /// # Errors
+    /// What ended the transfer, or [`Error::Timeout`] when the server made no progress. What had
+    /// come by then is lost: to keep it, read.
+    pub fn read_all(mut self) -> Result<Vec<u8>> {
+        /// The peer's word for the size is no reason to take more memory than this at once.
+        const MOST_AT_ONCE: u64 = 64 << 20;
+        let announced = self.size().known().unwrap_or(0).min(MOST_AT_ONCE);
+        let mut bytes = Vec::with_capacity(announced as usize);
+        io::Read::read_to_end(&mut self, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Copies what is still to come to a socket, pipe or file, straight from the shared memory;
+    /// returns the bytes copied. Waits as long as there is progress on both sides within the
+    /// timeout.
+    ///
+    /// # Errors
+    /// What ended the transfer; [`Error::Sink`] when the descriptor fails, [`Error::Timeout`] when
+    /// it takes nothing, after each of which the call may be made again, and goes on.
+    #[cfg(unix)]
+    pub fn copy_to(&mut self, sink: impl AsFd) -> Result<u64> {
+        self.transfer.copy_to(sink)
+    }
+
+    /// As [`copy_to`](Self::copy_to), to a socket; but while others wait for a segment and the
+    /// socket takes nothing, the rest is set aside in `spool`, so that a slow reader does not keep
+    /// the segment.
+    ///
+    /// # Errors
+    /// Those of [`copy_to`](Self::copy_to).
+    #[cfg(target_os = "linux")]
+    pub fn copy_to_or_spool(self, socket: impl AsFd, spool: &Spool) -> Result<u64> {
+        self.transfer.copy_to_or_spool(socket, spool)
+    }
+
+    /// Waits for the next chunk, or what is unread of the current one; `None` at the end.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], after which the call may be made again; or, for good, what ended the
+    /// transfer.
+    pub fn next_chunk(&mut self, deadline: Deadline) -> Result<Option<Chunk<'_>>> {
+        self.transfer.next_chunk(deadline)
+    }
+
+    /// The transfer beneath.
+    pub fn into_transfer(self) -> ShmTransfer<Receiver, Receiving> {
+        self.transfer
+    }
+}
+
+impl io::Read for Body {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.transfer.read(into)
+    }
+}

@@ -1,0 +1,546 @@
+//! The front door of a sender: bind an address, serve each request with a handler.
+
+use std::any::Any;
+use std::error::Error as StdError;
+use std::fmt;
+#[cfg(unix)]
+use std::fs::File;
+use std::io;
+#[cfg(unix)]
+use std::os::fd::AsFd;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Duration;
+
+#[cfg(target_os = "linux")]
+use crate::address::Address;
+#[cfg(all(target_os = "linux", feature = "posix-mq"))]
+use crate::channel::PosixMq;
+use crate::channel::RequestQueue;
+#[cfg(target_os = "linux")]
+use crate::channel::Seqpacket;
+use crate::error::{Error, Fault, Result};
+use crate::peer::Peer;
+use crate::protocol::{
+    DEFAULT_TIMEOUT, Metadata, Refusal, Sender, Sending, ShmTransfer, Size, Slot, Starting,
+};
+use crate::sync::Deadline;
+use crate::workers::WorkerPool;
+
+/// How long to leave a failing system alone before requests are taken again.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A server that has its address, and does not take requests yet: [`serve`](Self::serve) does.
+///
+/// Clients that ask meanwhile wait. Dropping it gives the address up.
+///
+/// ```no_run
+/// use shmferry::{Refusal, Server};
+/// use std::fs::File;
+///
+/// let server = Server::bind("unix:/run/me/cache.sock")?.serve(8, |request| {
+///     match request.key() {
+///         b"/greeting" => request.send_bytes(b"hello"),
+///         b"/a.jpg" => request.send_file(&File::open("/srv/a.jpg")?),
+///         _ => request.refuse(Refusal::NotFound),
+///     }
+/// })?;
+/// server.wait();
+/// # Ok::<(), shmferry::Error>(())
+/// ```
+#[must_use = "it serves nobody before `serve`"]
+pub struct Server {
+    queue: Arc<dyn RequestQueue>,
+    timeout: Duration,
+    hook: Arc<Hook>,
+}
+
+/// What is told of errors, once there is something.
+#[derive(Default)]
+struct Hook(OnceLock<Box<OnError>>);
+
+type OnError = dyn Fn(&ServeError) + Send + Sync;
+
+impl Server {
+    /// Takes an address, `unix:PATH` or `mq:/NAME`, for this process.
+    ///
+    /// A dead server's leftovers are taken over. A server that becomes a daemon binds after its
+    /// last fork.
+    ///
+    /// # Errors
+    /// [`Error::AddressInUse`] when a living process serves there; [`Error::NameTaken`] when
+    /// something else stands there; [`Error::Misuse`] for an address that cannot be right;
+    /// [`Error::Os`] when the system refuses it.
+    #[cfg(target_os = "linux")]
+    pub fn bind<A>(address: A) -> Result<Server>
+    where
+        A: TryInto<Address>,
+        Error: From<A::Error>,
+    {
+        Server::builder().bind(address)
+    }
+
+    /// Describes a server with other bounds.
+    #[cfg(target_os = "linux")]
+    pub fn builder() -> ServerBuilder {
+        ServerBuilder::default()
+    }
+
+    /// A server of a queue of one's own choice: [`InProcess`](crate::channel::InProcess), say.
+    pub fn with(queue: impl RequestQueue + 'static) -> Server {
+        Server { queue: Arc::new(queue), timeout: DEFAULT_TIMEOUT, hook: Arc::default() }
+    }
+
+    /// How long a transfer waits for a client that takes nothing; 30 seconds by default. One that
+    /// reads slowly but steadily is never given up.
+    pub fn timeout(mut self, timeout: Duration) -> Server {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Has `hook` told of every error: see [`ServeError`]. Only the first hook counts.
+    ///
+    /// Without a hook, and without the feature `tracing`, errors other than a client's leaving are
+    /// written to standard error. The hook is called by the thread that met the error: whatever it
+    /// does holds up that worker.
+    pub fn on_error(self, hook: impl Fn(&ServeError) + Send + Sync + 'static) -> Server {
+        let _ = self.hook.0.set(Box::new(hook));
+        self
+    }
+
+    /// Serves requests until it is [stopped](Serving::stop): has a thread call `handler` for each,
+    /// `at_once` of them at work at a time. A handler that waits for its client, or within
+    /// [`blocking`](crate::workers::blocking), is not counted as at work: slow clients do not keep
+    /// others from being served. There are 4,096 threads at most.
+    ///
+    /// An error of the handler ends its transfer: its client is told
+    /// ([`Error::Aborted`]) unless it had its answer already, [`on_error`](Self::on_error) is told
+    /// the error, and the server goes on. So does a panic.
+    ///
+    /// # Errors
+    /// [`Error::Os`] when the system refuses the first thread.
+    ///
+    /// # Panics
+    /// If `at_once` is zero.
+    pub fn serve<F, E>(self, at_once: usize, handler: F) -> Result<Serving>
+    where
+        F: Fn(Incoming) -> std::result::Result<(), E> + Send + Sync + 'static,
+        E: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        let Server { queue, timeout, hook } = self;
+        // Not kept alive by its workers: it gives its address up when its owners have gone.
+        let requests = Arc::downgrade(&queue);
+        let next = {
+            let hook = Arc::clone(&hook);
+            move || loop {
+                match requests.upgrade()?.recv(Deadline::NEVER) {
+                    Ok(transfer) => return Some(transfer),
+                    Err(Error::Closed | Error::Misuse(_)) => return None,
+                    Err(error) => hook.tell(&ServeError::Queue(error)),
+                }
+                thread::sleep(PAUSE);
+            }
+        };
+        let work = move |transfer: ShmTransfer<Sender, Starting>| {
+            let (key, peer) = (transfer.shared_key(), transfer.peer());
+            let incoming = Incoming { transfer, timeout };
+            let error = match panic::catch_unwind(AssertUnwindSafe(|| handler(incoming))) {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => ServeError::Handler { key, peer, error: error.into() },
+                Err(panic) => ServeError::Panic { key, peer, message: message_of(&*panic) },
+            };
+            hook.tell(&error);
+        };
+        let workers = WorkerPool::start("shmferry-worker", at_once, next, work);
+        let workers = workers.map_err(Error::os("starting a thread"))?;
+        Ok(Serving { inner: Arc::new(Inner { queue, workers }) })
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").field("timeout", &self.timeout).finish_non_exhaustive()
+    }
+}
+
+impl Hook {
+    fn tell(&self, error: &ServeError) {
+        #[cfg(feature = "tracing")]
+        match error.fault() {
+            Fault::Peer | Fault::Time => tracing::debug!("{error}"),
+            _ => tracing::warn!("{error}"),
+        }
+        match self.0.get() {
+            Some(hook) => hook(error),
+            None if cfg!(feature = "tracing") => {}
+            None if matches!(error.fault(), Fault::Peer | Fault::Time) => {}
+            None => eprintln!("shmferry: {error}"),
+        }
+    }
+}
+
+/// What a panic says.
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message").to_owned()
+}
+
+/// Bounds for a new [`Server`]. Each has a default.
+#[cfg(target_os = "linux")]
+#[derive(Clone, Debug, Default)]
+#[must_use = "describes a server: `bind` makes it"]
+pub struct ServerBuilder {
+    max_clients: Option<u32>,
+    max_segments: Option<u32>,
+    max_bytes: Option<u64>,
+    users: Vec<u32>,
+}
+
+#[cfg(target_os = "linux")]
+impl ServerBuilder {
+    /// The most clients at a time; 256 by default. Sockets only.
+    pub fn max_clients(mut self, clients: u32) -> Self {
+        self.max_clients = Some(clients);
+        self
+    }
+
+    /// The most segments that one client may bring; 1,024 by default.
+    pub fn max_segments(mut self, segments: u32) -> Self {
+        self.max_segments = Some(segments);
+        self
+    }
+
+    /// The most bytes of segments that one client may bring. Sockets only.
+    pub fn max_bytes(mut self, bytes: u64) -> Self {
+        self.max_bytes = Some(bytes);
+        self
+    }
+
+    /// Lets clients of this user in, too, besides our own. Sockets only; the socket's file must be
+    /// made accessible to that user.
+    pub fn allow_user(mut self, uid: u32) -> Self {
+        self.users.push(uid);
+        self
+    }
+
+    /// Takes the address.
+    ///
+    /// # Errors
+    /// Those of [`Server::bind`].
+    pub fn bind<A>(self, address: A) -> Result<Server>
+    where
+        A: TryInto<Address>,
+        Error: From<A::Error>,
+    {
+        let hook = Arc::<Hook>::default();
+        let on_rejected = {
+            let hook = Arc::clone(&hook);
+            move |peer: Option<Peer>, error: &Error| {
+                hook.tell(&ServeError::Rejected { peer, reason: error.to_string() });
+            }
+        };
+        let queue: Arc<dyn RequestQueue> = match address.try_into()? {
+            Address::Unix(path) => {
+                let mut socket = Seqpacket::new(path).on_rejected(on_rejected);
+                for uid in self.users {
+                    socket = socket.allow_user(uid);
+                }
+                if let Some(clients) = self.max_clients {
+                    socket = socket.max_clients(clients);
+                }
+                if let Some(segments) = self.max_segments {
+                    socket = socket.max_segments(segments);
+                }
+                if let Some(bytes) = self.max_bytes {
+                    socket = socket.max_bytes(bytes);
+                }
+                Arc::new(socket.bind()?)
+            }
+            #[cfg(feature = "posix-mq")]
+            Address::Mq(name) => {
+                let mut queue = PosixMq::new(name)?.on_rejected(on_rejected);
+                if let Some(segments) = self.max_segments {
+                    queue = queue.max_segments(segments);
+                }
+                Arc::new(queue.bind()?)
+            }
+            #[cfg(not(feature = "posix-mq"))]
+            Address::Mq(_) => return Err(crate::error::Misuse::NoPosixMq.into()),
+        };
+        Ok(Server { queue, timeout: DEFAULT_TIMEOUT, hook })
+    }
+}
+
+/// A server at work. Cheap to clone; when the last clone is dropped, it stops.
+#[derive(Clone)]
+pub struct Serving {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    queue: Arc<dyn RequestQueue>,
+    workers: WorkerPool,
+}
+
+impl Serving {
+    /// Stops taking requests, from any thread. Transfers under way go on: [`wait`](Self::wait) for
+    /// them. The address is free for a successor from here on, and what was not taken is sent to
+    /// it.
+    pub fn stop(&self) {
+        self.inner.queue.close();
+    }
+
+    /// Waits until it is stopped and its last transfer has ended: for ever, if nobody stops it.
+    pub fn wait(&self) {
+        self.inner.workers.join(Deadline::NEVER);
+    }
+
+    /// As [`wait`](Self::wait), up to a deadline; `false` if that came first.
+    pub fn wait_until(&self, deadline: Deadline) -> bool {
+        self.inner.workers.join(deadline)
+    }
+}
+
+impl fmt::Debug for Serving {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Serving").field("workers", &self.inner.workers).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}
+
+/// What a [server](Server) cannot return, since nobody called it: told to
+/// [`on_error`](Server::on_error).
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// A handler returned an error.
+    Handler {
+        /// What was asked for.
+        key: Arc<[u8]>,
+        /// Who asked; `None` within one process.
+        peer: Option<Peer>,
+        /// What the handler returned.
+        error: Box<dyn StdError + Send + Sync>,
+    },
+    /// A handler panicked.
+    Panic {
+        /// What was asked for.
+        key: Arc<[u8]>,
+        /// Who asked; `None` within one process.
+        peer: Option<Peer>,
+        /// What the panic said.
+        message: String,
+    },
+    /// A client was turned away, or one that broke the protocol was cut off.
+    Rejected {
+        /// Who it was, if that is known.
+        peer: Option<Peer>,
+        /// Why.
+        reason: String,
+    },
+    /// No requests could be taken. It is tried again after 100 ms.
+    Queue(Error),
+}
+
+impl ServeError {
+    /// Whose fault it is: [`Fault::Peer`] and [`Fault::Time`] for clients that leave and stall,
+    /// which is no reason to wake anybody.
+    pub fn fault(&self) -> Fault {
+        match self {
+            ServeError::Handler { error, .. } => fault_of(&**error),
+            ServeError::Panic { .. } => Fault::Ours,
+            ServeError::Rejected { .. } => Fault::Outside,
+            ServeError::Queue(error) => error.fault(),
+        }
+    }
+}
+
+/// Whose fault a handler's error is: ours, unless it is one of this crate's, or carries one.
+fn fault_of(error: &(dyn StdError + 'static)) -> Fault {
+    let carried = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    let carried = carried.and_then(|carried| carried.downcast_ref::<Error>());
+    error.downcast_ref::<Error>().or(carried).map_or(Fault::Ours, Error::fault)
+}
+
+impl fmt::Display for ServeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let who = |peer: &Option<Peer>| match peer {
+            Some(peer) => peer.to_string(),
+            None => "a client".to_owned(),
+        };
+        match self {
+            ServeError::Handler { key, error, .. } => {
+                write!(f, "serving {} failed: {error}", key.escape_ascii())
+            }
+            ServeError::Panic { key, message, .. } => {
+                write!(f, "serving {} panicked: {message}", key.escape_ascii())
+            }
+            ServeError::Rejected { peer, reason } => {
+                write!(f, "turned {} away: {reason}", who(peer))
+            }
+            ServeError::Queue(error) => write!(f, "cannot take requests: {error}"),
+        }
+    }
+}
+
+impl StdError for ServeError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            ServeError::Handler { error, .. } => Some(&**error),
+            ServeError::Queue(error) => Some(error),
+            ServeError::Panic { .. } | ServeError::Rejected { .. } => None,
+        }
+    }
+}
+
+/// A request, and the duty to answer it: with a file, with bytes, bit by bit, or with a refusal.
+///
+/// Dropped unanswered, it tells its client so ([`Error::Aborted`]).
+#[derive(Debug)]
+#[must_use = "a request that is dropped is aborted"]
+pub struct Incoming {
+    transfer: ShmTransfer<Sender, Starting>,
+    timeout: Duration,
+}
+
+impl Incoming {
+    /// What is asked for.
+    pub fn key(&self) -> &[u8] {
+        self.transfer.key()
+    }
+
+    /// Who asks, as the kernel vouches for it; `None` within one process.
+    pub fn peer(&self) -> Option<Peer> {
+        self.transfer.peer()
+    }
+
+    /// Answers that there are no bytes, and why.
+    ///
+    /// # Errors
+    /// [`Error::Stale`] when the client has given up.
+    pub fn refuse(self, why: Refusal) -> Result<()> {
+        self.transfer.refuse(why)
+    }
+
+    /// Answers with a whole file, from its beginning; its own position neither matters nor moves.
+    /// Waits for the client as long as that makes progress.
+    ///
+    /// # Errors
+    /// Those of [`accept`](Self::accept) and [`Outgoing::finish`]; [`Error::Source`] when the file
+    /// cannot be read, [`Error::SizeMismatch`] when it came out shorter than it was: the client
+    /// sees a transfer that broke off.
+    #[cfg(unix)]
+    pub fn send_file(self, file: &File) -> Result<()> {
+        let size = Size::of_file(file).map_err(Error::Source)?;
+        self.accept(size)?.send_file(file).map(drop)
+    }
+
+    /// Answers with these bytes.
+    ///
+    /// # Errors
+    /// Those of [`accept`](Self::accept) and [`Outgoing::finish`].
+    pub fn send_bytes(self, bytes: &[u8]) -> Result<()> {
+        let mut outgoing = self.accept(bytes.len() as u64)?;
+        io::Write::write_all(&mut outgoing, bytes)?;
+        outgoing.finish()
+    }
+
+    /// Answers that so many bytes will come, which are then written one after the other;
+    /// [`Size::Unknown`] for as many as there will be.
+    ///
+    /// # Errors
+    /// [`Error::Stale`] when the client has given up: nothing was sent.
+    pub fn accept(self, size: impl Into<Size>) -> Result<Outgoing> {
+        self.accept_with(size, &())
+    }
+
+    /// As [`accept`](Self::accept), with metadata beside the size.
+    ///
+    /// # Errors
+    /// Also [`Error::Misuse`] for metadata longer than
+    /// [`METADATA_LIMIT`](crate::protocol::METADATA_LIMIT).
+    pub fn accept_with(self, size: impl Into<Size>, metadata: &impl Metadata) -> Result<Outgoing> {
+        let mut transfer = self.transfer.accept_with(size, metadata)?;
+        transfer.set_timeout(self.timeout);
+        Ok(Outgoing { transfer })
+    }
+
+    /// The transfer beneath.
+    pub fn into_transfer(self) -> ShmTransfer<Sender, Starting> {
+        self.transfer
+    }
+}
+
+/// An answer under way: write to it (`io::Write`), and [finish](Self::finish) it.
+///
+/// Dropped before that, it tells its client that the transfer broke off. An answer of known size has
+/// ended with its last byte.
+#[derive(Debug)]
+#[must_use = "an answer that is dropped unfinished breaks off"]
+pub struct Outgoing {
+    transfer: ShmTransfer<Sender, Sending>,
+}
+
+impl Outgoing {
+    /// How many bytes were announced.
+    pub fn size(&self) -> Size {
+        self.transfer.size()
+    }
+
+    /// Bytes handed to the client so far.
+    pub fn sent(&self) -> u64 {
+        self.transfer.sent()
+    }
+
+    /// Sends a file from its beginning, as many bytes as are still to come of the announced size, or
+    /// all of it when the size is unknown, and ends the answer; returns the bytes sent in all.
+    ///
+    /// # Errors
+    /// As [`Incoming::send_file`].
+    #[cfg(unix)]
+    pub fn send_file(self, file: impl AsFd) -> Result<u64> {
+        self.transfer.send_file(file)
+    }
+
+    /// Waits for room for the next chunk, to be filled where it lies.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], after which the call may be made again; [`Error::Cancelled`] or
+    /// [`Error::Disconnected`] when nobody wants the bytes any more.
+    pub fn next_slot(&mut self, deadline: Deadline) -> Result<Slot<'_>> {
+        self.transfer.next_slot(deadline)
+    }
+
+    /// Hands over what was written, and ends the answer.
+    ///
+    /// # Errors
+    /// [`Error::SizeMismatch`] when fewer bytes were written than announced, which the client sees
+    /// as a transfer that broke off; [`Error::Cancelled`] or [`Error::Disconnected`] when the client
+    /// has gone; [`Error::Timeout`] when it takes nothing.
+    pub fn finish(self) -> Result<()> {
+        self.transfer.finish().map(drop)
+    }
+
+    /// The transfer beneath.
+    pub fn into_transfer(self) -> ShmTransfer<Sender, Sending> {
+        self.transfer
+    }
+}
+
+impl io::Write for Outgoing {
+    /// Waits for room as long as the client makes progress.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.transfer.write(bytes)
+    }
+
+    /// Hands over what was written so far.
+    fn flush(&mut self) -> io::Result<()> {
+        self.transfer.flush()
+    }
+}

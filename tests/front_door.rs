@@ -1,0 +1,397 @@
+//! `Client` and `Server`, over every way that requests can go: what a user of the crate meets first.
+
+use std::error::Error as StdError;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use shmferry::channel::InProcess;
+use shmferry::error::{Awaited, Misuse};
+use shmferry::{
+    Address, Client, ClientBuilder, Deadline, Error, Fault, Incoming, Metadata, Refusal,
+    ServeError, Server, Serving, Size,
+};
+use tempfile::TempDir;
+use watchdog::watchdog;
+
+mod watchdog;
+
+/// One way to go, and the place that it needs.
+enum Way {
+    At(Address, Option<TempDir>),
+    InProcess(InProcess),
+}
+
+impl Way {
+    fn all() -> Vec<Way> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let dir = tempfile::tempdir().unwrap();
+        let socket = Address::Unix(dir.path().join("queue.sock"));
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let queue = format!("mq:/shmferry-test-door-{}-{number}", std::process::id());
+        let mut all = vec![Way::At(socket, Some(dir)), Way::InProcess(InProcess::bounded(8))];
+        if cfg!(feature = "posix-mq") {
+            all.push(Way::At(queue.parse().unwrap(), None));
+        }
+        all
+    }
+
+    fn bind(&self) -> Server {
+        match self {
+            Way::At(address, _) => Server::bind(address).unwrap(),
+            Way::InProcess(queue) => Server::with(queue.clone()),
+        }
+    }
+
+    fn client(&self, builder: ClientBuilder) -> Client {
+        match self {
+            Way::At(address, _) => builder.connect(address).unwrap(),
+            Way::InProcess(queue) => builder.in_process(queue).unwrap(),
+        }
+    }
+}
+
+fn small() -> ClientBuilder {
+    Client::builder().segments(2).segment_len(1024).slots(4).timeout(Duration::from_secs(60))
+}
+
+/// Serves with a handler, and asks.
+fn with<F, E>(handler: F, ask: impl Fn(&Client, &Serving))
+where
+    F: Fn(Incoming) -> Result<(), E> + Clone + Send + Sync + 'static,
+    E: Into<Box<dyn StdError + Send + Sync>>,
+{
+    let _watchdog = watchdog();
+    for way in Way::all() {
+        let serving = way.bind().on_error(|_| {}).serve(2, handler.clone()).unwrap();
+        let client = way.client(small());
+        ask(&client, &serving);
+        serving.stop();
+        serving.wait();
+        assert_eq!(client.stats().idle, 2, "every segment has come back");
+    }
+}
+
+#[test]
+fn bytes_files_and_streams_come_as_they_were_sent() {
+    let mut file = tempfile::tempfile().unwrap();
+    let content: Vec<u8> = (0..100_000u32).map(|n| n as u8).collect();
+    file.write_all(&content).unwrap();
+    let file = Arc::new(file);
+    with(
+        move |request| -> shmferry::Result<()> {
+            match request.key() {
+                b"bytes" => request.send_bytes(b"hello"),
+                b"nothing" => request.send_bytes(b""),
+                b"file" => request.send_file(&file),
+                b"status" => request.send_file(&File::open("/proc/self/status")?),
+                b"stream" => {
+                    let mut outgoing = request.accept(Size::Unknown)?;
+                    for number in 0..1000 {
+                        writeln!(outgoing, "line {number}")?;
+                    }
+                    outgoing.finish()
+                }
+                _ => request.refuse(Refusal::NotFound),
+            }
+        },
+        |client, _| {
+            assert_eq!(client.get("bytes").unwrap().read_all().unwrap(), b"hello");
+            assert_eq!(client.get("nothing").unwrap().read_all().unwrap(), b"");
+            let body = client.get("file").unwrap();
+            assert_eq!(body.size(), Size::Known(100_000));
+            assert_eq!(body.read_all().unwrap(), content);
+            let mut sink = tempfile::tempfile().unwrap();
+            assert_eq!(client.get("file").unwrap().copy_to(&sink).unwrap(), 100_000);
+            io::Seek::rewind(&mut sink).unwrap();
+            let mut copied = Vec::new();
+            sink.read_to_end(&mut copied).unwrap();
+            assert_eq!(copied, content);
+            let status = client.get("status").unwrap();
+            assert_eq!(status.size(), Size::Unknown, "procfs does not tell");
+            assert!(status.read_all().unwrap().starts_with(b"Name:"));
+            let mut text = String::new();
+            client.get("stream").unwrap().read_to_string(&mut text).unwrap();
+            assert_eq!(text.lines().count(), 1000);
+        },
+    );
+}
+
+#[test]
+fn a_refusal_comes_with_its_reason() {
+    with(
+        |request| match request.key() {
+            b"other" => request.refuse(Refusal::Other(7)),
+            _ => request.refuse(Refusal::NotFound),
+        },
+        |client, _| {
+            let error = client.get("absent").unwrap_err();
+            assert!(matches!(error, Error::Refused(Refusal::NotFound)), "{error:?}");
+            assert_eq!(error.to_string(), "refused: there is nothing by that key");
+            let error = client.get("other").unwrap_err();
+            assert!(matches!(error, Error::Refused(Refusal::Other(7))), "{error:?}");
+        },
+    );
+}
+
+#[derive(Debug, PartialEq)]
+struct Version(u64);
+
+impl Metadata for Version {
+    fn encode(&self) -> Vec<u8> {
+        self.0.to_le_bytes().to_vec()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Version> {
+        Some(Version(u64::from_le_bytes(bytes.try_into().ok()?)))
+    }
+}
+
+#[test]
+fn metadata_travels_beside_the_size() {
+    with(
+        |request| -> shmferry::Result<()> {
+            let mut outgoing = request.accept_with(2, &Version(9))?;
+            outgoing.write_all(b"ok")?;
+            outgoing.finish()
+        },
+        |client, _| {
+            let body = client.get("key").unwrap();
+            assert_eq!(body.metadata::<Version>().unwrap(), Version(9));
+            assert!(matches!(body.metadata::<()>(), Err(Error::Peer(_))));
+            assert_eq!(body.read_all().unwrap(), b"ok");
+        },
+    );
+}
+
+#[test]
+fn a_handler_that_fails_or_panics_ends_its_own_transfer_only_and_is_told_of() {
+    let _watchdog = watchdog();
+    for way in Way::all() {
+        let (told, errors) = mpsc::channel();
+        let told = Mutex::new(told);
+        let server = way.bind().on_error(move |error| {
+            told.lock().unwrap().send((error.to_string(), error.fault())).unwrap();
+        });
+        let handler = |request: Incoming| -> Result<(), Box<dyn StdError + Send + Sync>> {
+            match request.key() {
+                b"fails" => Err("no disk".into()),
+                b"panics" => panic!("meant to be seen in the test's output"),
+                b"breaks off" => {
+                    let mut outgoing = request.accept(10)?;
+                    outgoing.write_all(b"12345")?;
+                    outgoing.flush()?;
+                    Err("half-way".into())
+                }
+                _ => Ok(request.send_bytes(b"well")?),
+            }
+        };
+        let serving = server.serve(1, handler).unwrap();
+        let client = way.client(small());
+        for (key, text) in [
+            ("fails", "serving fails failed: no disk"),
+            ("panics", "serving panics panicked: meant to be seen in the test's output"),
+        ] {
+            assert!(matches!(client.get(key), Err(Error::Aborted)), "{key}");
+            assert_eq!(errors.recv().unwrap(), (text.to_owned(), Fault::Ours));
+        }
+        let mut body = client.get("breaks off").unwrap();
+        let mut bytes = Vec::new();
+        let error = Error::from(body.read_to_end(&mut bytes).unwrap_err());
+        assert!(matches!(error, Error::Aborted), "{error:?}");
+        assert_eq!(bytes, b"12345", "what was sent before");
+        errors.recv().unwrap();
+
+        assert_eq!(client.get("key").unwrap().read_all().unwrap(), b"well");
+        drop(serving);
+    }
+}
+
+#[test]
+fn a_client_that_leaves_is_its_own_fault() {
+    let _watchdog = watchdog();
+    for way in Way::all() {
+        let (told, errors) = mpsc::channel();
+        let told = Mutex::new(told);
+        let server = way.bind().on_error(move |error| {
+            assert!(matches!(error, ServeError::Handler { .. }));
+            told.lock().unwrap().send(error.fault()).unwrap();
+        });
+        let serving = server.serve(1, |request| request.send_bytes(&[1; 100_000])).unwrap();
+        let client = way.client(small());
+        drop(client.get("key").unwrap());
+        assert_eq!(errors.recv().unwrap(), Fault::Peer);
+        drop(serving);
+    }
+}
+
+#[test]
+fn a_time_out_consumes_nothing_that_can_be_tried_again() {
+    let (let_go, held) = mpsc::channel::<()>();
+    drop(let_go);
+    let held = Arc::new(Mutex::new(held));
+    with(
+        move |request| {
+            let _ = held.lock().unwrap().recv(); // at once: its other end is gone
+            request.send_bytes(&[7; 10])
+        },
+        |client, _| {
+            let hasty = client.clone().with_timeout(Duration::from_millis(5));
+            // All segments in use: the client says so, and works again once one is free.
+            let (one, two) = (client.get("a").unwrap(), client.get("b").unwrap());
+            let error = hasty.get("c").unwrap_err();
+            assert!(matches!(error, Error::Timeout(Awaited::Lease)), "{error:?}");
+            assert_eq!(error.fault(), Fault::Time);
+            drop(one);
+            assert_eq!(client.get("c").unwrap().read_all().unwrap(), [7; 10]);
+            drop(two);
+        },
+    );
+}
+
+#[test]
+fn a_chunk_that_is_late_can_be_waited_for_again() {
+    let (let_go, held) = mpsc::channel::<()>();
+    let held = Arc::new(Mutex::new(held));
+    with(
+        move |request| -> shmferry::Result<()> {
+            let mut outgoing = request.accept(Size::Unknown)?;
+            outgoing.write_all(b"first")?;
+            outgoing.flush()?;
+            held.lock().unwrap().recv().unwrap();
+            outgoing.write_all(b"second")?;
+            outgoing.finish()
+        },
+        move |client, _| {
+            let mut body = client.get("key").unwrap();
+            let soon = || Deadline::after(Duration::from_millis(5));
+            let mut bytes = [0; 5];
+            let mut chunk = body.next_chunk(soon()).unwrap().unwrap();
+            assert_eq!(chunk.copy_to(&mut bytes), 5);
+            drop(chunk);
+            for _ in 0..3 {
+                let error = body.next_chunk(soon()).unwrap_err();
+                assert!(matches!(error, Error::Timeout(Awaited::FilledSlot)), "{error:?}");
+            }
+            let_go.send(()).unwrap();
+            assert_eq!(body.read_all().unwrap(), b"second");
+        },
+    );
+}
+
+#[test]
+fn a_client_may_be_there_before_its_server_and_after_a_restart() {
+    let _watchdog = watchdog();
+    for way in Way::all() {
+        let Way::At(address, _dir) = &way else { continue };
+        let client = way.client(small());
+        let mut asking = {
+            let client = client.clone();
+            Some(thread::spawn(move || client.get("key").unwrap().read_all().unwrap()))
+        };
+        for answer in [&b"one"[..], b"two"] {
+            let handler = move |request: Incoming| request.send_bytes(answer);
+            let serving = Server::bind(address).unwrap().serve(1, handler).unwrap();
+            if let Some(asking) = asking.take() {
+                assert_eq!(asking.join().unwrap(), b"one");
+            }
+            assert_eq!(client.get("key").unwrap().read_all().unwrap(), answer);
+            serving.stop();
+            serving.wait();
+        }
+        let hasty = small().connect_timeout(Duration::ZERO).connect(address).unwrap();
+        let error = hasty.get("key").unwrap_err();
+        assert!(matches!(error, Error::Timeout(Awaited::Server)), "{error:?}");
+    }
+}
+
+#[test]
+fn stopping_lets_what_is_under_way_end() {
+    let _watchdog = watchdog();
+    for way in Way::all() {
+        let (let_go, held) = mpsc::channel::<()>();
+        let held = Mutex::new(held);
+        let serving = way.bind().serve(1, move |request| -> shmferry::Result<()> {
+            let mut outgoing = request.accept(Size::Unknown)?;
+            outgoing.write_all(b"begun, ")?;
+            outgoing.flush()?;
+            held.lock().unwrap().recv().unwrap();
+            outgoing.write_all(b"and ended")?;
+            outgoing.finish()
+        });
+        let serving = serving.unwrap();
+        let client = way.client(small());
+        let body = client.get("key").unwrap();
+        serving.stop();
+        assert!(!serving.wait_until(Deadline::after(Duration::from_millis(5))));
+        let_go.send(()).unwrap();
+        assert_eq!(body.read_all().unwrap(), b"begun, and ended");
+        serving.wait();
+    }
+}
+
+#[test]
+fn more_clients_than_workers_and_segments_are_all_served() {
+    with(
+        |request| {
+            let key = request.key().to_vec();
+            request.send_bytes(&key.repeat(500))
+        },
+        |client, _| {
+            thread::scope(|scope| {
+                for number in 0..64 {
+                    scope.spawn(move || {
+                        for round in 0..20 {
+                            let key = format!("{number}-{round}");
+                            let bytes = client.get(&key).unwrap().read_all().unwrap();
+                            assert_eq!(bytes, key.as_bytes().repeat(500));
+                        }
+                    });
+                }
+            });
+        },
+    );
+}
+
+#[test]
+fn errors_convert_both_ways() {
+    let back = Error::from(io::Error::from(Error::Refused(Refusal::NotFound)));
+    assert!(matches!(back, Error::Refused(Refusal::NotFound)));
+    let plain = Error::from(io::Error::from(io::ErrorKind::UnexpectedEof));
+    assert!(matches!(&plain, Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof));
+    assert_eq!(io::Error::from(plain).kind(), io::ErrorKind::UnexpectedEof);
+    let kind = |error| io::Error::from(error).kind();
+    assert_eq!(kind(Error::Refused(Refusal::NotFound)), io::ErrorKind::NotFound);
+    assert_eq!(kind(Error::Disconnected), io::ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn an_address_that_cannot_be_right_is_told_what_one_looks_like() {
+    for text in ["", "cache.sock", "unix:", "tcp:localhost", "UNIX:/a"] {
+        let error = Client::connect(text).unwrap_err();
+        assert!(matches!(error, Error::Misuse(Misuse::Address(_))), "{text}: {error:?}");
+        assert!(error.to_string().ends_with("an address is unix:PATH or mq:/NAME"), "{error}");
+    }
+    for text in ["mq:", "mq:name", "mq:/", "mq:/..", "mq:/a/b"] {
+        let error = Server::bind(text).unwrap_err();
+        assert!(matches!(error, Error::Misuse(Misuse::QueueName(_))), "{text}: {error:?}");
+    }
+    let long = format!("unix:/{}", "n".repeat(200));
+    let error = Server::bind(&long).unwrap_err();
+    assert!(matches!(error, Error::Misuse(Misuse::PathTooLong { .. })), "{error:?}");
+}
+
+#[test]
+fn a_key_that_is_too_long_costs_no_segment() {
+    with(
+        |request| request.send_bytes(b"x"),
+        |client, _| {
+            let key = vec![b'k'; 4097];
+            assert!(matches!(client.get(&key), Err(Error::Misuse(Misuse::KeyTooLong { .. }))));
+            assert_eq!(client.get(&key[..4096]).unwrap().read_all().unwrap(), b"x");
+        },
+    );
+}
