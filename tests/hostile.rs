@@ -32,9 +32,7 @@ use shmferry::{
     Awaited, Deadline, Error, Fault, Memfd, PeerFault, Refusal, Rejection, Reply, RequestQueue,
     Requester, SegmentPool, Seqpacket, WorkerPool,
 };
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(60))

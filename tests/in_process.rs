@@ -6,9 +6,7 @@ use std::time::Duration;
 use shmferry::{
     Deadline, Error, InProcess, Memfd, RequestQueue, Requester, SegmentPool, WorkerPool,
 };
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(60))

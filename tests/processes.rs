@@ -23,15 +23,13 @@ use shmferry::{
     Receiver, Receiving, Refusal, Rejection, Reply, RequestQueue, Requester, SegmentPool,
     Seqpacket, SeqpacketQueue, SeqpacketRequester, ShmTransfer, Size, WorkerPool,
 };
-use support::{Place, Transport};
-use watchdog::watchdog;
+use shmferry_test_support::watchdog::watchdog;
+use shmferry_test_support::{Place, Transport};
 
 #[path = "processes/forks.rs"]
 mod forks;
 #[path = "processes/queues.rs"]
 mod queues;
-mod support;
-mod watchdog;
 
 /// The library's types for one transport. Addresses are as the programs have them.
 trait Carrier: 'static {

@@ -12,9 +12,7 @@ use shmferry::{
     Deadline, Error, KEY_LIMIT, Memfd, Refusal, Reply, RequestQueue, Requester, SegmentPool,
     Seqpacket, SeqpacketQueue,
 };
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 /// What fits an entry of the ring, in bytes; longer keys go over the connection.
 const KEY_ROOM: usize = 240;

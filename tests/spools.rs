@@ -10,9 +10,7 @@ use shmferry::{
     Awaited, Deadline, Error, InProcess, Memfd, Receiver, Receiving, Reply, RequestQueue,
     Requester, SegmentPool, ShmTransfer, Spool,
 };
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 /// More than a socket's buffers take.
 const LEN: usize = 4 << 20;

@@ -6,9 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use shmferry::{Deadline, WorkerPool, blocking};
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 const PLACES: usize = 2;
 

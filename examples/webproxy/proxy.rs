@@ -4,13 +4,13 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use shmferry::{Awaited, Error, Spool};
+use shmferry_examples::getfile::{Dialect, Reply};
+use shmferry_examples::program::Counter;
 use tracing::{debug, warn};
 
 use super::cache::Cache;
 use super::client::{Client, Found};
-use super::getfile::{Dialect, Reply};
 use super::origin::Origin;
-use super::program::Counter;
 use super::spool::Spooler;
 use super::waiting::Waiting;
 

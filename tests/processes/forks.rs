@@ -12,8 +12,8 @@ use std::sync::mpsc;
 
 use rustix::process::{getpid, getppid, set_parent_process_death_signal};
 use shmferry::{InProcess, Misuse, blocking};
+use shmferry_test_support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 
-use super::support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 use super::*;
 
 /// The tests over one transport.

@@ -9,8 +9,8 @@ use nix::mqueue::{MQ_OFlag, MqAttr, MqdT, mq_close, mq_getattr, mq_open, mq_send
 use nix::sys::stat::Mode as Permissions;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, mknodat, open};
 use shmferry::{Misuse, SendError};
+use shmferry_test_support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 
-use super::support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 use super::*;
 
 const NOBODY: u32 = 65_534;
