@@ -19,4 +19,4 @@ suites=("$@")
 RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 PROPTEST_CASES=${PROPTEST_CASES:-50} \
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
-    /usr/bin/cargo test --locked -Zbuild-std --target aarch64-unknown-linux-gnu "${suites[@]}"
+    /usr/bin/cargo test --locked -p shmferry -Zbuild-std --target aarch64-unknown-linux-gnu "${suites[@]}"

@@ -9,12 +9,12 @@ cd "$(dirname "$0")/.."
 export RUSTUP_DIST_SERVER=http://127.0.0.1:9 RUSTUP_AUTO_INSTALL=0
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/asan CARGO_INCREMENTAL=0
 
-# No doctests, which would run without the sanitizer. All examples are built if all tests are: some run
-# them. `RUSTC_BOOTSTRAP` lets a stable compiler have the sanitizer.
-suites=("$@") examples=()
+# No doctests, which would run without the sanitizer. All programs are built if all tests are: the demo
+# looks for those of another package. `RUSTC_BOOTSTRAP` lets a stable compiler have the sanitizer.
+suites=("$@") programs=()
 if [ $# -eq 0 ]; then
-    suites=(--lib) examples=(--examples)
-    for file in tests/*.rs; do suites+=(--test "$(basename "$file" .rs)"); done
+    suites=(--lib) programs=(--bins)
+    for file in $(basename -as .rs {,examples/,tools/}tests/*.rs | sort -u); do suites+=(--test "$file"); done
 fi
 with_sanitizer() {
     RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" PROPTEST_CASES=${PROPTEST_CASES:-200} \
@@ -35,8 +35,7 @@ for ((i = 0; i < ${#suites[@]}; i++)); do
     fi
 done
 if [ ${#others[@]} -gt 0 ]; then
-    # As programs, which `cargo test` would not build of itself.
-    if [ ${#examples[@]} -gt 0 ]; then with_sanitizer build "${examples[@]}"; fi
+    if [ ${#programs[@]} -gt 0 ]; then with_sanitizer build "${programs[@]}"; fi
     test "${others[@]}"
 fi
 if [ ${#memory[@]} -gt 0 ]; then

@@ -11,8 +11,8 @@ cargo bench --locked --bench control -- --write docs
 cargo bench --locked --bench calls -- --write docs
 
 # Whole programs, by getfile's own bench.
-cargo build --locked --release --examples
-programs=$PWD/target/release/examples
+cargo build --locked --release
+programs=$PWD/target/release
 place=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$place"' EXIT
 mkdir "$place/files"

@@ -10,8 +10,8 @@ if ! command -v strace >/dev/null; then
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; } >/dev/null 2>&1 ||
         echo "strace cannot be installed here"
 fi
-cargo build --locked --release --examples
+cargo build --locked --release
 for transport in unix mq; do
-    cargo run --locked --quiet --release --example chaos -- \
+    cargo run --locked --quiet --release --bin chaos -- \
         --seconds "$seconds" --seed "$seed" --transport "$transport"
 done

@@ -17,18 +17,18 @@ suites=("$@")
 out=$CARGO_TARGET_DIR/profiles
 rm -rf "$out"; mkdir -p "$out"
 export RUSTFLAGS="-Cinstrument-coverage" PROPTEST_CASES=${PROPTEST_CASES:-200}
-LLVM_PROFILE_FILE="$CARGO_TARGET_DIR/build/%p-%m.profraw" cargo test --locked "${suites[@]}" --no-run
+LLVM_PROFILE_FILE="$CARGO_TARGET_DIR/build/%p-%m.profraw" cargo test --locked -p shmferry "${suites[@]}" --no-run
 objects=()
 while read -r binary; do objects+=(-object "$binary"); done < <(
-    cargo test --locked "${suites[@]}" --no-run --message-format=json 2>/dev/null |
+    cargo test --locked -p shmferry "${suites[@]}" --no-run --message-format=json 2>/dev/null |
         sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'
 )
-LLVM_PROFILE_FILE="$out/%p-%m.profraw" cargo test --locked "${suites[@]}" --no-fail-fast
+LLVM_PROFILE_FILE="$out/%p-%m.profraw" cargo test --locked -p shmferry "${suites[@]}" --no-fail-fast
 find "$out" -name '*.profraw' -size +0 >"$out/list"
 "$LLVM_PROFDATA" merge -sparse --failure-mode=all -f "$out/list" -o "$out/all.profdata"
 
 "$LLVM_COV" export "${objects[@]}" -instr-profile "$out/all.profdata" -format=lcov \
-    --ignore-filename-regex='/(registry|rustc|tests|examples)/' >"$out/lcov" 2>/dev/null
+    --ignore-filename-regex='/(registry|rustc|tests|examples|tools)/' >"$out/lcov" 2>/dev/null
 echo
 printf '%-40s %6s %6s %7s\n' file lines run ""
 awk -v root="$PWD/" '

@@ -14,12 +14,13 @@ export LOOM_MAX_PREEMPTIONS=${LOOM_MAX_PREEMPTIONS:-2}
 export RUSTFLAGS="--cfg loom" RUSTUP_DIST_SERVER=http://127.0.0.1:9 RUSTUP_AUTO_INSTALL=0
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/loom CARGO_INCREMENTAL=1
 
-# A copy, to be spoilt, without what the programs and benches need: loom would compile that, too.
+# A copy, to be spoilt, without the programs' packages, nor what only the other tests and the benches
+# need: loom would compile that, too.
 copy=$CARGO_TARGET_DIR/copy
 mkdir -p "$copy"
 fresh() { rm -rf "$copy/src"; cp -r Cargo.lock README.md src "$copy"; }
 fresh
-sed -E '/^\[\[bench\]\]/,/^$/d; /^(clap|image|indicatif|signal-hook|tiny_http|tracing|tracing-subscriber|ureq) = /d' \
+sed -E '/^\[\[bench\]\]/,/^$/d; /^(default-members|members|shmferry-test-support) = /d' \
     Cargo.toml | sed 's/^opt-level = 1$/opt-level = 0\ndebug = false/' >"$copy/Cargo.toml"
 printf '\n[profile.dev.package."*"]\nopt-level = 3\n' >>"$copy/Cargo.toml"
 

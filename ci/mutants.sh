@@ -19,12 +19,13 @@ command -v cargo-mutants >/dev/null || cargo install --locked --quiet cargo-muta
 output=${MUTANTS_OUTPUT:-$PWD/target/mutants}
 mkdir -p "$output"
 
-# A copy, without what only the programs and benches need: each of the jobs would build that, too.
+# A copy, without the programs' packages and the benches: each of the jobs would build those, too.
 copy=$output/copy
 rm -rf "$copy" && mkdir "$copy" && cp -r Cargo.lock README.md src tests "$copy"
-mkdir "$copy/examples" && cp -r examples/common "$copy/examples"
-sed -E '/^\[\[bench\]\]/,/^$/d; /^(clap|image|indicatif|signal-hook|tiny_http|tracing|tracing-subscriber|ureq) = /d' \
-    Cargo.toml >"$copy/Cargo.toml"
+manifest() { # [DEPENDENCY-TO-LEAVE-OUT]
+    sed -E "/^\\[\\[bench\\]\\]/,/^$/d; /^(default-members|members${1:+|$1}) = /d" Cargo.toml >"$copy/Cargo.toml"
+}
+manifest
 
 files=(-f 'src/sync/*.rs' -f 'src/segment/**/*.rs' -f src/protocol.rs -f 'src/protocol/*.rs'
     -f 'src/channel/**/*.rs' -f src/peer.rs -f 'src/peer/*.rs' -f src/workers.rs)
@@ -44,7 +45,10 @@ mutants() {
 unit=(--cargo-arg=--lib)
 quick=(--cargo-arg=--test=conformance --cargo-arg=--test=transfer --cargo-arg=--test=properties --cargo-arg=--test=rings)
 slow=(--cargo-arg=--test=processes --cargo-arg=--test=hostile)
+# The harness of the others would have the library built once more.
+manifest shmferry-test-support
 mutants --timeout 20 "${unit[@]}" "$@" || [ $? -lt 4 ]
+manifest
 case " $* " in *" --list "*) exit ;; esac
 for suites in "25 ${quick[*]}" "150 ${slow[*]}"; do
     # Tests that never end have noticed, too: not to be tried again.

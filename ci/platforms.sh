@@ -20,5 +20,5 @@ fi
 for target in aarch64-apple-darwin x86_64-pc-windows-gnu; do
     echo "== $target"
     RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=target/platforms \
-        /usr/bin/cargo check -q --locked --lib -Zbuild-std=std,panic_abort --target "$target"
+        /usr/bin/cargo check -q --locked -p shmferry --lib -Zbuild-std=std,panic_abort --target "$target"
 done

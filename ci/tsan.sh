@@ -34,4 +34,4 @@ suites=("$@")
 RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 \
     RUSTFLAGS="-Zsanitizer=thread -Clink-arg=-fuse-ld=lld" \
     TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1" PROPTEST_CASES=${PROPTEST_CASES:-200} \
-    /usr/bin/cargo test --locked -Zbuild-std --target x86_64-unknown-linux-gnu "${suites[@]}" -- --test-threads 1
+    /usr/bin/cargo test --locked -p shmferry -Zbuild-std --target x86_64-unknown-linux-gnu "${suites[@]}" -- --test-threads 1

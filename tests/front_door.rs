@@ -14,10 +14,8 @@ use shmferry::{
     Address, Client, ClientBuilder, Deadline, Error, Fault, Incoming, Metadata, Refusal,
     ServeError, Server, Serving, Size,
 };
+use shmferry_test_support::watchdog::watchdog;
 use tempfile::TempDir;
-use watchdog::watchdog;
-
-mod watchdog;
 
 /// One way to go, and the place that it needs.
 enum Way {

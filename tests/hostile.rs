@@ -34,9 +34,7 @@ use shmferry::protocol::Reply;
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::workers::WorkerPool;
 use shmferry::{Deadline, Error, Fault, Refusal};
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(60))

@@ -7,9 +7,7 @@ use shmferry::channel::{InProcess, RequestQueue, Requester};
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::workers::WorkerPool;
 use shmferry::{Deadline, Error};
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(60))

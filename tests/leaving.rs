@@ -13,9 +13,7 @@ use shmferry::channel::{RequestQueue, Requester, Seqpacket, SeqpacketQueue};
 use shmferry::protocol::Reply;
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::{Deadline, Error, Refusal};
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 /// Names the test that a child of this test runs; it is told so by its environment.
 const ALONE: &str = "SHMFERRY_TEST_ALONE";

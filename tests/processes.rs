@@ -27,15 +27,13 @@ use shmferry::protocol::{Receiver, Receiving, Reply, ShmTransfer};
 use shmferry::segment::{Backing, Memfd, SegmentPool};
 use shmferry::workers::WorkerPool;
 use shmferry::{Deadline, Error, Peer, Refusal, Size};
-use support::{Place, Transport};
-use watchdog::watchdog;
+use shmferry_test_support::watchdog::watchdog;
+use shmferry_test_support::{Place, Transport};
 
 #[path = "processes/forks.rs"]
 mod forks;
 #[path = "processes/queues.rs"]
 mod queues;
-mod support;
-mod watchdog;
 
 /// The library's types for one transport. Addresses are as the programs have them.
 trait Carrier: 'static {

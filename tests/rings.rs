@@ -12,9 +12,7 @@ use shmferry::channel::{KEY_LIMIT, RequestQueue, Requester, Seqpacket, Seqpacket
 use shmferry::protocol::Reply;
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::{Deadline, Error, Refusal};
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 /// What fits an entry of the ring, in bytes; longer keys go over the connection.
 const KEY_ROOM: usize = 240;

@@ -11,9 +11,7 @@ use shmferry::error::Awaited;
 use shmferry::protocol::{Receiver, Receiving, Reply, ShmTransfer, Spool};
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::{Deadline, Error};
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 /// More than a socket's buffers take.
 const LEN: usize = 4 << 20;

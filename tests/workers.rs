@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use shmferry::Deadline;
 use shmferry::workers::{WorkerPool, blocking};
-use watchdog::watchdog;
-
-mod watchdog;
+use shmferry_test_support::watchdog::watchdog;
 
 const PLACES: usize = 2;
 

@@ -18,8 +18,7 @@ use tracing::level_filters::LevelFilter;
 use tracing::{debug, info, warn};
 use tracing_subscriber::EnvFilter;
 
-#[path = "signals.rs"]
-mod signals;
+use super::signals;
 
 /// How long running transfers may go on after the first signal.
 const GRACE: Duration = Duration::from_secs(5);

@@ -1,30 +1,17 @@
 //! `simplecached`: serves a manifest's files, or a directory, through the segments of its clients.
 
-#[path = "../common/address.rs"]
-mod address;
-#[path = "../common/getfile.rs"]
-#[allow(dead_code, reason = "webproxy and clients need other parts of it")]
-mod getfile;
-#[path = "../common/program.rs"]
-#[allow(dead_code, reason = "webproxy needs other parts of it")]
-mod program;
-#[path = "../common/serve.rs"]
-mod serve;
-#[path = "../common/store.rs"]
-mod store;
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use address::Address;
 use clap::{Parser, value_parser};
-use program::{Quit, Stop};
-use serve::Service;
 use shmferry::Peer;
 use shmferry::channel::{PosixMq, RequestQueue, Seqpacket};
-use store::Store;
+use shmferry_examples::address::Address;
+use shmferry_examples::program::{self, Quit, Stop};
+use shmferry_examples::serve::Service;
+use shmferry_examples::store::Store;
 use tracing::{info, warn};
 
 /// Serve files to webproxy through shared memory.

@@ -12,8 +12,10 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use shmferry::protocol::{Receiver, Receiving, ShmTransfer, Spool, send_all};
 use shmferry::workers::blocking;
 use shmferry::{Deadline, Error, Result};
+use shmferry_examples::getfile::{
+    Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request,
+};
 
-use super::getfile::{Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request};
 use super::waiting::{Entry, GRACE, Waiting};
 
 /// How long, and for how many bytes, a client may go on sending after its reply. Closing on unread

@@ -7,9 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
+use shmferry_examples::program::Pace;
 use tracing::warn;
-
-use super::program::Pace;
 
 /// Clients that wait to be accepted, as the system caps it.
 const BACKLOG: i32 = 4096;

@@ -1,24 +1,11 @@
 //! `webproxy`: answers GETFILE requests from a cache's segments, from an HTTP origin, or from both.
 
-#[path = "../common/address.rs"]
-mod address;
 mod cache;
 mod client;
-#[path = "../common/getfile.rs"]
-#[allow(dead_code, reason = "clients and tests need other parts of it")]
-mod getfile;
 mod listener;
 mod origin;
-#[path = "../common/program.rs"]
-mod program;
 mod proxy;
-#[path = "../common/serve.rs"]
-#[allow(dead_code, reason = "simplecached needs other parts of it")]
-mod serve;
 mod spool;
-#[path = "../common/store.rs"]
-#[allow(dead_code, reason = "simplecached needs other parts of it")]
-mod store;
 mod waiting;
 
 use std::net::{IpAddr, Ipv4Addr};
@@ -27,21 +14,21 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use address::Address;
 use cache::Cache;
 use clap::{Parser, value_parser};
-use getfile::Dialect;
 use listener::Listener;
 use origin::{BaseUrl, BaseUrlParser, Origin};
-use program::{Quit, Stop};
 use proxy::Proxy;
-use serve::Service;
 use shmferry::channel::Seqpacket;
 use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue};
 use shmferry::segment::{Backing, Memfd};
 use shmferry::segment::{SegmentPool, SegmentPoolBuilder};
 use shmferry::workers::WorkerPool;
-use store::Store;
+use shmferry_examples::address::Address;
+use shmferry_examples::getfile::Dialect;
+use shmferry_examples::program::{self, Quit, Stop};
+use shmferry_examples::serve::Service;
+use shmferry_examples::store::Store;
 use tracing::info;
 
 /// Serve files over GETFILE.

@@ -6,13 +6,13 @@ use std::time::Duration;
 use shmferry::Error;
 use shmferry::error::Awaited;
 use shmferry::protocol::Spool;
+use shmferry_examples::getfile::{Dialect, Reply};
+use shmferry_examples::program::Counter;
 use tracing::{debug, warn};
 
 use super::cache::Cache;
 use super::client::{Client, Found};
-use super::getfile::{Dialect, Reply};
 use super::origin::Origin;
-use super::program::Counter;
 use super::spool::Spooler;
 use super::waiting::Waiting;
 

@@ -1,11 +1,7 @@
 //! Any bytes as a GETFILE request, and as a reply in both dialects.
 #![no_main]
 
-#[path = "../../examples/common/getfile.rs"]
-#[allow(dead_code, reason = "the programs use parts that need no test")]
-mod getfile;
-
-use getfile::{
+use shmferry_examples::getfile::{
     Dialect, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, ParsedReply, ParsedRequest, encode_reply, encode_request,
     parse_reply, parse_request,
 };

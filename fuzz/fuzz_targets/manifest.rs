@@ -1,19 +1,13 @@
 //! Any bytes as a manifest, and its keys looked up; any bytes as a key beneath a directory.
 #![no_main]
 
-#[path = "../../examples/common/getfile.rs"]
-#[allow(dead_code, reason = "the programs use parts that need no test")]
-mod getfile;
-#[path = "../../examples/common/store.rs"]
-#[allow(dead_code, reason = "the programs use parts that need no test")]
-mod store;
-
 use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use shmferry::Size;
-use store::Store;
+use shmferry_examples::getfile;
+use shmferry_examples::store::Store;
 
 /// A directory with two files to name. It is not removed: `TMPDIR` says where it is.
 static PLACE: LazyLock<PathBuf> = LazyLock::new(|| {

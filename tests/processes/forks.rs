@@ -14,8 +14,8 @@ use rustix::process::{getpid, getppid, set_parent_process_death_signal};
 use shmferry::channel::InProcess;
 use shmferry::error::Misuse;
 use shmferry::workers::blocking;
+use shmferry_test_support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 
-use super::support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 use super::*;
 
 /// The tests over one transport.

@@ -10,8 +10,8 @@ use nix::sys::stat::Mode as Permissions;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, mknodat, open};
 use shmferry::channel::SendError;
 use shmferry::error::Misuse;
+use shmferry_test_support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 
-use super::support::{SHARED_MEMORY, names_in, queue_exists, wait_until};
 use super::*;
 
 const NOBODY: u32 = 65_534;

@@ -1,12 +1,10 @@
 //! Who reaches a `webproxy`: from where, and past how many others that say nothing.
 
-mod support;
-
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::time::Instant;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
-use support::{Answer, Client, LARGE, Place, Program, ok, pattern, wait_until};
+use shmferry_test_support::{Answer, Client, LARGE, Place, Program, ok, pattern, wait_until};
 
 // ---------------------------------------------------------------- from where
 
@@ -49,18 +47,6 @@ fn both_address_families_reach_a_webproxy_that_listens_on_all_of_ipv6() {
     let mut client = Client::to(SocketAddr::from((Ipv6Addr::LOCALHOST, proxy.address().port())));
     client.request("/a");
     assert_eq!(client.answer(), ok("hello"));
-}
-
-/// `localhost` may stand for `::1` first, where nothing listens by default.
-#[test]
-fn getfile_finds_a_webproxy_at_localhost() {
-    let place = Place::new();
-    place.write("root/a", "hello");
-    let proxy = place.run("webproxy", ["-p", "0", "--root", "root"]).listening();
-    let port = proxy.address().port().to_string();
-    let args = ["-s", "localhost", "-p", &port, "-o", "fetched", "/a"];
-    place.run("getfile", args).finish().assert_code(0);
-    assert_eq!(std::fs::read(place.path("fetched")).unwrap(), b"hello");
 }
 
 // ---------------------------------------------------------------- past how many

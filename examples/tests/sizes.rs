@@ -1,16 +1,15 @@
 //! Files of every size through the real programs, and memory: how little a transfer takes, and what
 //! happens when there is not enough.
 
-#[macro_use]
-mod support;
-
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::thread;
 
 use image::{ImageFormat, Rgb, RgbImage};
-use support::{Answer, Client, Dice, LARGE, PLAIN, Place, Program, Transport, noise, ok};
+use shmferry_test_support::{
+    Answer, Client, Dice, LARGE, PLAIN, Place, Program, Transport, noise, ok, over_both,
+};
 
 over_both! {
     files_of_every_size_arrive_whole_through_one_slot,

@@ -3,17 +3,14 @@
 //!
 //! `--timeout 600` is ten times the watchdog: whoever waited for it would not live to see it.
 
-#[macro_use]
-mod support;
-
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 
-use support::{
+use shmferry_test_support::{
     Answer, Client, Dice, LARGE, PLAIN, Place, Program, Signal, Stalled, Transport, noise, ok,
-    wait_until,
+    over_both, wait_until,
 };
 
 over_both! {

@@ -1,13 +1,11 @@
 //! The main job in one command: builds and starts both programs, fetches files through them, checks
 //! every byte, tells how it went, and leaves nothing behind.
 //!
-//! `cargo run --release --example demo`, and `-- --stay` to keep it running.
+//! `cargo run --release --bin demo`, and `-- --stay` to keep it running.
 
 mod child;
 mod running;
 mod samples;
-#[path = "../common/signals.rs"]
-mod signals;
 
 use std::convert::Infallible;
 use std::ffi::OsString;
@@ -21,6 +19,7 @@ use child::{Child, Interrupt};
 use clap::{Parser, Subcommand};
 use running::Running;
 use samples::Sample;
+use shmferry_examples::signals;
 
 /// Start simplecached and webproxy, fetch files through them, and check every byte.
 #[derive(Parser)]
@@ -128,9 +127,9 @@ fn build(interrupt: &Interrupt) -> Result<PathBuf> {
         "build",
         "--quiet",
         "--manifest-path",
-        concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"),
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"),
     ]);
-    build.args(["--example", "simplecached", "--example", "webproxy", "--example", "getfile"]);
+    build.args(["--bin", "simplecached", "--bin", "webproxy", "--bin", "getfile"]);
     if programs.components().any(|part| part.as_os_str() == "release") {
         build.arg("--release");
     }

@@ -1,14 +1,13 @@
 //! How the programs start: what they refuse, what they hint at, and how a signal ends the start.
 
-#[macro_use]
-mod support;
-
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 
 use rustix::fs::{CWD, Mode, OFlags, mkfifoat};
-use support::{Answer, PLAIN, Place, Program, Signal, Transport, ok, wait_until};
+use shmferry_test_support::{
+    Answer, PLAIN, Place, Program, Signal, Transport, ok, over_both, wait_until,
+};
 
 over_both! {
     a_signal_while_the_pool_is_made_ends_the_start_in_order,

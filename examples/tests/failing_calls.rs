@@ -1,12 +1,11 @@
 //! System calls that fail in a running program. They fail by `strace`: where it is not installed, or may
 //! not trace, these tests say so and check nothing.
 
-#[macro_use]
-mod support;
-
 use std::process::{Child, Command, Stdio};
 
-use support::{Answer, LARGE, Place, Program, Signal, Transport, noise, ok, wait_until};
+use shmferry_test_support::{
+    Answer, LARGE, Place, Program, Signal, Transport, noise, ok, over_both, wait_until,
+};
 
 /// Has calls fail from now on, until it is dropped.
 struct Strace(Child);

@@ -2,11 +2,6 @@
 
 mod bench;
 mod download;
-#[path = "../common/getfile.rs"]
-#[allow(dead_code, reason = "servers and tests need other parts of it")]
-mod protocol;
-#[path = "../common/signals.rs"]
-mod signals;
 
 use std::{
     io::{self, Read, Write},
@@ -20,6 +15,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 use protocol::{Dialect, Malformed, ParsedReply, Reply};
+use shmferry_examples::{getfile as protocol, signals};
 
 /// Download files from a GETFILE server, or measure one.
 #[derive(Parser)]

@@ -2,14 +2,12 @@
 //!
 //! `--timeout 600` is ten times the watchdog: whoever waited for it would not live to see it.
 
-#[path = "../examples/common/signals.rs"]
-mod signals;
-#[macro_use]
-mod support;
-
 use std::net::TcpStream;
 
-use support::{Answer, LARGE, Place, Program, Signal, Transport, noise, wait_until};
+use shmferry_examples::signals;
+use shmferry_test_support::{
+    Answer, LARGE, Place, Program, Signal, Transport, noise, over_both, wait_until,
+};
 
 over_both! {
     sigint_lets_a_transfer_end_and_leaves_a_stalled_one,

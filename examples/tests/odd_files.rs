@@ -1,14 +1,12 @@
 //! Files that are not as plain as they look: leased ones, and those whose size is not their length.
 
-mod support;
-
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use support::{PLAIN, Place, Program, ok, wait_until};
+use shmferry_test_support::{PLAIN, Place, Program, ok, wait_until};
 
 /// A write lease on a file: a program that opens it is held up until the lease is given back.
 struct Lease {

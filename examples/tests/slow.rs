@@ -1,13 +1,12 @@
 //! Clients that read slowly: never cut as long as they read, and not in the way of others.
 
-#[macro_use]
-mod support;
-
 use std::io::Read;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::{Answer, Client, LARGE, Place, Stalled, Transport, noise, ok, wait_until};
+use shmferry_test_support::{
+    Answer, Client, LARGE, Place, Program, Stalled, Transport, noise, ok, over_both, wait_until,
+};
 
 over_both! {
     a_client_that_reads_slowly_but_steadily_is_never_cut,
@@ -132,7 +131,7 @@ fn a_disk_without_room_leaves_bodies_where_they_are(over: Transport) {
     let mut limited = place.command_limited("-f 16384", "webproxy");
     let address = place.cache_address();
     limited.args(["-p", "0", "-n", "2", "--timeout", "5", "--cache", &address]);
-    let proxy = support::Program::spawn(&mut limited).listening();
+    let proxy = Program::spawn(&mut limited).listening();
     thread::scope(|scope| {
         let readers: Vec<_> = (0..2)
             .map(|_| {

@@ -1,20 +1,16 @@
 //! The `demo` program, interrupted at every stage: both of its programs end, and its files go.
 
-#[path = "../examples/common/signals.rs"]
-mod signals;
-mod support;
-
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use rustix::fs::FileType;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
-use support::{names_in, wait_until};
+use shmferry_examples::signals;
+use shmferry_test_support::{names_in, wait_until};
 use tempfile::TempDir;
 
 /// What shows that the demo has come so far.
@@ -115,7 +111,7 @@ impl Demo {
             .arg(&cargo)
             .status();
         assert!(written.unwrap().success());
-        let mut child = Command::new(demo())
+        let mut child = Command::new(env!("CARGO_BIN_EXE_demo"))
             .arg("--stay")
             .env("TMPDIR", temporary.path())
             .env("CARGO", &cargo)
@@ -197,12 +193,4 @@ impl Drop for Demo {
         }
         wait_until("all are gone", || self.living().is_empty());
     }
-}
-
-/// Examples are built beside the tests.
-fn demo() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let demo = test.parent().map(Path::parent).unwrap().unwrap().join("examples/demo");
-    assert!(demo.exists(), "run cargo build --examples first: there is no {demo:?}");
-    demo
 }

@@ -1,8 +1,5 @@
 //! `simplecached` and `webproxy`, run for real: what they serve, refuse, and leave behind.
 
-#[macro_use]
-mod support;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -13,8 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use support::{
-    Answer, Client, Place, Program, Signal, Transport, WATCHDOG, names_in, pattern, wait_until,
+use shmferry_test_support::{
+    Answer, Client, Place, Program, Signal, Transport, WATCHDOG, names_in, over_both, pattern,
+    wait_until,
 };
 
 over_both! {

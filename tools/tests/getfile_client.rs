@@ -1,8 +1,5 @@
 //! The `getfile` program, run for real against small scripted servers.
 
-#[path = "../examples/common/signals.rs"]
-mod signals;
-
 use std::{
     ffi::OsStr,
     fs::{self, File, Permissions},
@@ -21,6 +18,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
+use shmferry_examples::signals;
 use tempfile::TempDir;
 
 /// What nothing here may take, however busy the machine.
@@ -739,10 +737,7 @@ fn pattern(len: usize) -> Vec<u8> {
 
 /// The program, to be run in `place`.
 fn getfile(place: &TempDir) -> Command {
-    let test = std::env::current_exe().unwrap();
-    let program = test.parent().unwrap().with_file_name("examples").join("getfile");
-    assert!(program.exists(), "run cargo build --examples first: there is no {program:?}");
-    let mut command = Command::new(program);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_getfile"));
     command.current_dir(place.path());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command

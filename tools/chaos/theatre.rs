@@ -114,7 +114,7 @@ impl Theatre {
         for recipe in &recipes {
             if !recipe.path.exists() {
                 return Err(format!(
-                    "build the examples first: there is no {}",
+                    "build the programs first, with `cargo build`: there is no {}",
                     recipe.path.display()
                 ));
             }

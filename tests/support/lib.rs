@@ -2,8 +2,7 @@
 //! files and sockets, and a raw GETFILE client.
 //!
 //! ```ignore
-//! mod support;
-//! use support::{Answer, Place};
+//! use shmferry_test_support::{Answer, Place, Signal};
 //!
 //! let place = Place::new();
 //! place.write("files/a", b"hello");
@@ -16,7 +15,8 @@
 //!
 //! Nothing here asserts a maximum time: every wait ends by what it waits for, or fails the test at
 //! the [`WATCHDOG`].
-#![allow(dead_code, reason = "each test file needs other parts of it")]
+
+pub mod watchdog;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -61,14 +61,14 @@ pub enum Transport {
 
 /// Makes each of these functions, which take a [`Transport`], a test over either: `unix::NAME` and
 /// `mq::NAME`.
-#[allow(unused_macros, reason = "each test file needs other parts of this one")]
+#[macro_export]
 macro_rules! over_both {
     ($($test:ident,)*) => {
         mod unix {
-            $(#[test] fn $test() { super::$test(super::Transport::Unix) })*
+            $(#[test] fn $test() { super::$test($crate::Transport::Unix) })*
         }
         mod mq {
-            $(#[test] fn $test() { super::$test(super::Transport::Mq) })*
+            $(#[test] fn $test() { super::$test($crate::Transport::Mq) })*
         }
     };
 }
@@ -256,6 +256,12 @@ impl Place {
     }
 }
 
+impl Default for Place {
+    fn default() -> Place {
+        Place::new()
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         if self.transport == Transport::Mq {
@@ -297,12 +303,15 @@ static SPAWNED: Mutex<Vec<(PathBuf, i32)>> = Mutex::new(Vec::new());
 
 const LOOPBACK: [&str; 4] = ["-p", "0", "--listen", "127.0.0.1"];
 
-/// Where a program is. Examples are built beside the tests: `TARGET/deps/TEST-HASH`,
-/// `TARGET/examples/NAME`.
+/// Where a program is. The programs are built beside the directory of the tests:
+/// `TARGET/PROFILE/deps/TEST-HASH`, `TARGET/PROFILE/NAME`.
 fn path_of(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    let program = test.parent().unwrap().with_file_name("examples").join(name);
-    assert!(program.exists(), "run cargo build --examples first: there is no {program:?}");
+    let program = test.parent().unwrap().with_file_name(name);
+    assert!(
+        program.exists(),
+        "there is no {program:?}: run `cargo build` first, with the same profile as the tests"
+    );
     program
 }
 

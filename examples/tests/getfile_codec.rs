@@ -1,10 +1,6 @@
 //! The GETFILE codec: every malformed header, every split, every limit, in both dialects.
 
-#[path = "../examples/common/getfile.rs"]
-#[allow(dead_code, reason = "the programs use parts that need no test")]
-mod getfile;
-
-use getfile::{
+use shmferry_examples::getfile::{
     Dialect, MAX_PATH_LEN, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, Malformed, ParsedReply,
     ParsedRequest, Reply, check_path, encode_reply, encode_request, parse_reply, parse_request,
 };

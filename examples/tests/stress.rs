@@ -1,13 +1,12 @@
 //! A lot of everything at once through the real programs: whole files, misses, malformed requests, clients
 //! that leave and clients that dawdle. Alone in its file, so that nothing else runs beside it.
 
-#[macro_use]
-mod support;
-
 use std::sync::Mutex;
 use std::thread;
 
-use support::{Answer, Dice, LARGE, Place, Program, Transport, noise, ok, wait_until};
+use shmferry_test_support::{
+    Answer, Dice, LARGE, Place, Program, Transport, noise, ok, over_both, wait_until,
+};
 
 over_both! {
     a_hundred_thousand_requests_at_random_cost_no_byte_no_descriptor_and_no_thread,

@@ -1,12 +1,9 @@
 //! Chaos: simplecached, webproxy and their clients, while whatever can go wrong goes wrong.
 //!
-//! `cargo build --release --examples`, then
-//! `cargo run --release --example chaos -- --seconds 60 --transport mq`. Decisions are at random, and the same again for
-//! the same `--seed`; when each comes to pass is up to the machine.
+//! `cargo build --release`, then
+//! `cargo run --release --bin chaos -- --seconds 60 --transport mq`. Decisions are at random, and
+//! the same again for the same `--seed`; when each comes to pass is up to the machine.
 
-#[path = "../common/address.rs"]
-#[allow(dead_code, reason = "the programs need other parts of it")]
-mod address;
 mod asker;
 mod census;
 mod chance;
@@ -15,9 +12,6 @@ mod crowd;
 mod fault;
 mod files;
 mod gate;
-#[path = "../common/getfile.rs"]
-#[allow(dead_code, reason = "servers and tests need other parts of it")]
-mod getfile;
 mod limits;
 mod member;
 mod memory;
@@ -41,6 +35,7 @@ use crowd::Stage;
 use fault::{Fault, Spared};
 use files::Files;
 use record::Group;
+use shmferry_examples::{address, getfile};
 use theatre::{LATE, ROLES, Role, Theatre};
 use users::Users;
 

@@ -1,12 +1,11 @@
 //! A cache that is restarted in order, under load: no request is lost that a successor can serve.
 
-#[macro_use]
-mod support;
-
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 
-use support::{Answer, LARGE, Place, Transport, noise, ok, wait_until};
+use shmferry_test_support::{
+    Answer, LARGE, Place, Signal, Transport, noise, ok, over_both, wait_until,
+};
 
 over_both! {
     an_orderly_restart_under_load_fails_no_request,
@@ -46,7 +45,7 @@ fn an_orderly_restart_under_load_fails_no_request(over: Transport) {
             });
             let under_way = proxy.stall("/large");
             let leaving = cache.take().unwrap();
-            leaving.signal(support::Signal::TERM);
+            leaving.signal(Signal::TERM);
             wait_until("it had left its address", || place.is_swept());
             // The successor comes at once, or when the old one has ended, as supervisors have it.
             if n % 2 == 0 {
@@ -77,7 +76,7 @@ fn a_cache_that_winds_down_makes_room_for_its_successor_at_once(over: Transport)
     let proxy = place.webproxy(["-n", "4", "--timeout", "60"]).listening();
     let under_way = proxy.stall("/large");
     assert_eq!(proxy.get("/which"), ok("old"));
-    old.signal(support::Signal::TERM);
+    old.signal(Signal::TERM);
     wait_until("it had left its address", || place.is_swept());
     let new = place.simplecached(["-c", "new"]).listening();
     assert_eq!(proxy.get("/which"), ok("new"));
@@ -99,7 +98,7 @@ fn a_successor_that_starts_only_when_the_old_cache_has_ended_is_waited_for(over:
     let old = place.simplecached(["-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "4", "--timeout", "120"]).listening();
     let under_way = proxy.stall("/large");
-    old.signal(support::Signal::TERM);
+    old.signal(Signal::TERM);
     wait_until("it had left its address", || place.is_swept());
     let mut client = proxy.connect();
     client.request("/a");

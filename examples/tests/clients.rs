@@ -1,13 +1,12 @@
 //! Clients of the real programs that stall, vanish, dawdle or say nothing, and what the others notice of
 //! it.
 
-#[macro_use]
-mod support;
-
 use std::io::{Read, Write};
 use std::thread;
 
-use support::{Answer, Client, LARGE, Place, Program, Stalled, Transport, noise, ok, wait_until};
+use shmferry_test_support::{
+    Answer, Client, LARGE, Place, Program, Stalled, Transport, noise, ok, over_both, wait_until,
+};
 
 over_both! {
     clients_that_stall_do_not_slow_down_those_that_read,

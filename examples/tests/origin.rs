@@ -1,7 +1,5 @@
 //! `webproxy` in front of an HTTP origin: what it asks for, what it believes, and what it keeps.
 
-mod support;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -10,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use support::{Answer, Client, Place, Program, ok, pattern, wait_until};
+use shmferry_test_support::{Answer, Client, Place, Program, ok, pattern, wait_until};
 
 // ---------------------------------------------------------------- an origin that records
 
