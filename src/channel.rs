@@ -21,7 +21,7 @@ mod leaving;
 mod lock_file;
 #[cfg(target_os = "linux")]
 mod poller;
-#[cfg(target_os = "linux")]
+#[cfg(feature = "posix-mq")]
 mod posix_mq;
 #[cfg(target_os = "linux")]
 mod reconnect;
@@ -29,7 +29,9 @@ mod reconnect;
 mod seqpacket;
 
 pub use in_process::InProcess;
-#[cfg(target_os = "linux")]
+#[cfg(feature = "posix-mq")]
+pub use posix_mq::Named;
+#[cfg(all(target_os = "linux", feature = "posix-mq"))]
 pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};
 #[cfg(target_os = "linux")]
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};

@@ -156,6 +156,8 @@
 //!   machine has available.
 //!
 //! # Features
+//! - `posix-mq` (on): the queue [`PosixMq`] and named segments, with the crates `nix` and
+//!   `shared_memory`. Without it, on Linux, there are the socket and the queue within a process.
 //! - `raw-sync` (off): sleep by the crate `raw_sync`, as systems without a futex would have to. For
 //!   testing that; slower, and weaker when a peer is killed. Both processes must be built alike, or
 //!   attaching fails with a mismatch of versions.
@@ -168,8 +170,8 @@
 //! The byte layout and the rules that the comments cite (L, P, S) are in `docs/protocol.md`, the
 //! decisions in `docs/design.md`, and what used to break in `docs/failure-modes.md`.
 #![deny(missing_docs)]
-// Excused in `segment/mapping.rs`, `segment/named/ending.rs`, `peer/credentials.rs`, `process.rs`
-// and `sync/raw_sync.rs`, where each block carries its proof.
+// Excused in `segment/mapping.rs`, `peer/credentials.rs`, `process.rs`, `sync/raw_sync.rs`, and
+// `ending.rs` and `memory.rs` in `channel/posix_mq/named`, where each block carries its proof.
 #![deny(unsafe_code)]
 // The library returns errors; only a defect of its own may panic.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
@@ -186,15 +188,18 @@ mod own_file;
 mod peer;
 mod process;
 mod protocol;
+mod random;
 mod segment;
 mod sync;
 mod workers;
 
+#[cfg(feature = "posix-mq")]
+pub use channel::Named;
 pub use channel::{InProcess, KEY_LIMIT, Request, RequestQueue, Requester, SendError};
+#[cfg(all(target_os = "linux", feature = "posix-mq"))]
+pub use channel::{PosixMq, PosixMqQueue, PosixMqRequester};
 #[cfg(target_os = "linux")]
-pub use channel::{
-    PosixMq, PosixMqQueue, PosixMqRequester, Seqpacket, SeqpacketQueue, SeqpacketRequester,
-};
+pub use channel::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
 pub use error::{Awaited, Error, Fault, LayoutMismatch, Misuse, PeerFault, Rejection, Result};
 pub use peer::Peer;
 pub use protocol::{
@@ -208,7 +213,7 @@ pub use segment::Memfd;
 #[cfg(not(loom))]
 pub use segment::SharedByte;
 pub use segment::{
-    Backing, Geometry, Lease, Named, PoolId, PoolStats, ReadSlots, Segment, SegmentId, SegmentPool,
+    Backing, Geometry, Lease, PoolId, PoolStats, ReadSlots, Segment, SegmentId, SegmentPool,
     SegmentPoolBuilder, WriteSlots,
 };
 pub use sync::Deadline;

@@ -1,5 +1,6 @@
 //! Clients of the real programs that stall, vanish, dawdle or say nothing, and what the others notice of
 //! it.
+#![cfg(feature = "posix-mq")]
 
 #[macro_use]
 mod support;

@@ -1,4 +1,5 @@
 //! The `demo` program, interrupted at every stage: both of its programs end, and its files go.
+#![cfg(feature = "posix-mq")]
 
 #[path = "../examples/common/signals.rs"]
 mod signals;

@@ -1,6 +1,7 @@
 //! The real programs, asked to end in the middle of transfers.
 //!
 //! `--timeout 600` is ten times the watchdog: whoever waited for it would not live to see it.
+#![cfg(feature = "posix-mq")]
 
 #[path = "../examples/common/signals.rs"]
 mod signals;

@@ -1,5 +1,6 @@
 //! System calls that fail in a running program. They fail by `strace`: where it is not installed, or may
 //! not trace, these tests say so and check nothing.
+#![cfg(feature = "posix-mq")]
 
 #[macro_use]
 mod support;

@@ -2,6 +2,7 @@
 //! transfer.
 //!
 //! `--timeout 600` is ten times the watchdog: whoever waited for it would not live to see it.
+#![cfg(feature = "posix-mq")]
 
 #[macro_use]
 mod support;

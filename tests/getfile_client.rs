@@ -1,4 +1,5 @@
 //! The `getfile` program, run for real against small scripted servers.
+#![cfg(feature = "posix-mq")]
 
 #[path = "../examples/common/signals.rs"]
 mod signals;

@@ -1,4 +1,5 @@
 //! Who reaches a `webproxy`: from where, and past how many others that say nothing.
+#![cfg(feature = "posix-mq")]
 
 mod support;
 

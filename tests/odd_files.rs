@@ -1,4 +1,5 @@
 //! Files that are not as plain as they look: leased ones, and those whose size is not their length.
+#![cfg(feature = "posix-mq")]
 
 mod support;
 

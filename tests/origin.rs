@@ -1,4 +1,5 @@
 //! `webproxy` in front of an HTTP origin: what it asks for, what it believes, and what it keeps.
+#![cfg(feature = "posix-mq")]
 
 mod support;
 

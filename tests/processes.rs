@@ -2,6 +2,7 @@
 //! misbehaving, foreign.
 //!
 //! The other process is this test's own executable, run again with a role in its environment.
+#![cfg(feature = "posix-mq")]
 
 use std::env;
 use std::fs;

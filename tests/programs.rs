@@ -1,4 +1,5 @@
 //! `simplecached` and `webproxy`, run for real: what they serve, refuse, and leave behind.
+#![cfg(feature = "posix-mq")]
 
 #[macro_use]
 mod support;

@@ -1,4 +1,5 @@
 //! A cache that is restarted in order, under load: no request is lost that a successor can serve.
+#![cfg(feature = "posix-mq")]
 
 #[macro_use]
 mod support;

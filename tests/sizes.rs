@@ -1,5 +1,6 @@
 //! Files of every size through the real programs, and memory: how little a transfer takes, and what
 //! happens when there is not enough.
+#![cfg(feature = "posix-mq")]
 
 #[macro_use]
 mod support;

@@ -1,4 +1,5 @@
 //! Clients that read slowly: never cut as long as they read, and not in the way of others.
+#![cfg(feature = "posix-mq")]
 
 #[macro_use]
 mod support;

@@ -1,4 +1,5 @@
 //! How the programs start: what they refuse, what they hint at, and how a signal ends the start.
+#![cfg(feature = "posix-mq")]
 
 #[macro_use]
 mod support;

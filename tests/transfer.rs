@@ -10,9 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use shmferry::{
-    Awaited, Backing, Deadline, Error, Fault, InProcess, METADATA_LIMIT, Memfd, Misuse, Named,
-    PosixMq, Receiver, Receiving, Reply, RequestQueue, Requester, SegmentPool, Sender, Seqpacket,
-    ShmTransfer, Size, Starting,
+    Awaited, Backing, Deadline, Error, Fault, InProcess, METADATA_LIMIT, Memfd, Misuse, Receiver,
+    Receiving, Reply, RequestQueue, Requester, SegmentPool, Sender, Seqpacket, ShmTransfer, Size,
+    Starting,
 };
 
 /// Every test, over either backing.
@@ -21,8 +21,9 @@ macro_rules! over_both {
         mod memfd {
             $(#[test] fn $test() { super::$test::<super::Memfd>() })*
         }
+        #[cfg(feature = "posix-mq")]
         mod named {
-            $(#[test] fn $test() { super::$test::<super::Named>() })*
+            $(#[test] fn $test() { super::$test::<shmferry::Named>() })*
         }
     };
 }
@@ -679,7 +680,10 @@ fn a_pool_is_what_its_builder_says_unless_told_otherwise() {
 fn a_request_goes_only_where_its_pool_is_known() {
     let dir = tempfile::tempdir().unwrap();
     turns_a_stranger_away(|ours| Seqpacket::new(dir.path().join("s")).requester(ours).unwrap());
-    turns_a_stranger_away(|ours| PosixMq::new("/shmferry-test-nowhere").unwrap().requester(ours));
+    #[cfg(feature = "posix-mq")]
+    turns_a_stranger_away(|ours| {
+        shmferry::PosixMq::new("/shmferry-test-nowhere").unwrap().requester(ours)
+    });
 }
 
 fn turns_a_stranger_away<B: Backing, R: Requester<B>>(

@@ -67,6 +67,7 @@ impl LockFile {
 }
 
 /// The pid that the lock file of a server tells; `None` if there is none, or it is not this user's.
+#[cfg_attr(not(feature = "posix-mq"), allow(dead_code))]
 pub(super) fn holder(path: &Path) -> Option<u32> {
     let mut told = String::new();
     open(path, OFlags::RDONLY).ok()?.take(LONGEST_PID).read_to_string(&mut told).ok()?;

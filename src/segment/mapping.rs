@@ -19,9 +19,6 @@ use std::fmt;
 use std::io;
 use std::ptr::{self, NonNull};
 
-use shared_memory::Shmem;
-
-use crate::process::Origin;
 #[cfg(target_os = "linux")]
 use crate::sync::atomic::AtomicU64;
 use crate::sync::atomic::{AtomicU8, Relaxed};
@@ -60,18 +57,24 @@ enum Keeper {
     /// Made here: unmapped when dropped.
     #[cfg(target_os = "linux")]
     Ours,
-    /// Made by crate `shared_memory`, which unmaps it, and removes its name if this process, the
-    /// one at `Origin`, made that.
-    Crate(Shmem, Origin),
+    /// Mapped elsewhere: this unmaps it when it is dropped.
+    Other(#[expect(dead_code, reason = "kept for its drop")] Box<dyn Mapped>),
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread (M1), and beside plain values
-// `Mapping` keeps only the crate's `Shmem`, which is no more than an address, a length, a
-// descriptor and a name: none of them has to do with the thread that made it, and nothing of it is
-// used but its drop, once, and what that needs (`set_owner`), through `&mut`.
+/// Memory that is mapped already, and is unmapped when this is dropped.
+///
+/// # Safety
+/// From `base` on, `len` bytes are readable and writable until this is dropped, their backing does
+/// not shrink, and nobody has references to them (M1 to M4).
+pub(crate) unsafe trait Mapped: Send + Sync + 'static {
+    fn base(&self) -> *mut u8;
+    fn len(&self) -> usize;
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread (M1), and all else that `Mapping` keeps
+// is `Send`.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4), and
-// the `Shmem` not at all.
+// SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4).
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -87,7 +90,11 @@ impl Mapping {
         mapping.protect_slots()?;
         Ok(mapping)
     }
+}
 
+/// Named memory.
+#[cfg_attr(not(feature = "posix-mq"), allow(dead_code))]
+impl Mapping {
     /// Maps named memory that was opened and checked, by that same descriptor: its name may lead
     /// elsewhere by now. Fails with `INVAL` for memory that is not long enough.
     #[cfg(target_os = "linux")]
@@ -104,22 +111,18 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Takes over a mapping of named memory. Fails with `InvalidInput` for one that is not long enough.
-    pub(crate) fn named(
-        memory: Shmem,
+    /// Takes over memory that is mapped already. Fails with `InvalidInput` if it is not long enough.
+    pub(crate) fn kept(
+        memory: impl Mapped,
         geometry: Geometry,
         slots_writable: bool,
     ) -> io::Result<Mapping> {
-        let base = NonNull::new(memory.as_ptr()).filter(|base| base.addr().get() % PAGE == 0);
+        let base = NonNull::new(memory.base()).filter(|base| base.addr().get() % PAGE == 0);
         let Some(base) = base.filter(|_| memory.len() >= geometry.mapped_len()) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let mapping = Mapping {
-            base,
-            geometry,
-            slots_writable,
-            keeper: Keeper::Crate(memory, Origin::here()),
-        };
+        let mapping =
+            Mapping { base, geometry, slots_writable, keeper: Keeper::Other(Box::new(memory)) };
         #[cfg(target_os = "linux")]
         mapping.populate()?;
         #[cfg(unix)]
@@ -138,7 +141,9 @@ impl Mapping {
             populated => populated,
         }
     }
+}
 
+impl Mapping {
     /// Takes the right to write to the slots away, if this side only reads them (rule L4), and if the
     /// header does not share a page with them.
     #[cfg(unix)]
@@ -214,7 +219,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        match &mut self.keeper {
+        match self.keeper {
             #[cfg(target_os = "linux")]
             Keeper::Ours => {
                 let (base, len) = (self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len());
@@ -223,10 +228,7 @@ impl Drop for Mapping {
                 let unmapped = unsafe { rustix::mm::munmap(base, len) };
                 debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
             }
-            Keeper::Crate(memory, origin) if !origin.is_here() => {
-                memory.set_owner(false); // the name is the parent's
-            }
-            Keeper::Crate(..) => {}
+            Keeper::Other(_) => {}
         }
     }
 }
@@ -238,7 +240,7 @@ pub(crate) struct Words {
     len: usize,
 }
 
-// SAFETY: as for `Mapping`, without a `Shmem`.
+// SAFETY: as for `Mapping`.
 #[cfg(target_os = "linux")]
 unsafe impl Send for Words {}
 // SAFETY: through `&Words` the memory is reached by atomics only.

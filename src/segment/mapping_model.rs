@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use loom::cell::UnsafeCell;
 use rustix::io::Errno;
-use shared_memory::Shmem;
 
 use crate::sync::atomic::AtomicU64;
 
@@ -22,6 +21,16 @@ pub(crate) struct Mapping {
     memory: Arc<Memory>,
     geometry: Geometry,
     slots_writable: bool,
+}
+
+/// As that of `mapping.rs`.
+///
+/// # Safety
+/// Nobody asks it for anything here.
+#[allow(dead_code)]
+pub(crate) unsafe trait Mapped: Send + Sync + 'static {
+    fn base(&self) -> *mut u8;
+    fn len(&self) -> usize;
 }
 
 struct Memory {
@@ -55,7 +64,7 @@ impl Mapping {
         Err(Errno::NOSYS)
     }
 
-    pub(crate) fn named(_: Shmem, _: Geometry, _: bool) -> io::Result<Mapping> {
+    pub(crate) fn kept(_: impl Mapped, _: Geometry, _: bool) -> io::Result<Mapping> {
         Err(io::ErrorKind::Unsupported.into())
     }
 

@@ -13,17 +13,17 @@ use crate::channel::leaving::Leaving;
 use crate::channel::lock_file::LockFile;
 use crate::channel::poller::Poller;
 use crate::error::{Awaited, Error, Result};
-use crate::peer::{Lifeline, Link, Peer, Watch, on_hang_up};
+use crate::peer::{Link, Peer, Watch, on_hang_up};
 use crate::process::Origin;
 use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
-use crate::segment::{
-    Geometry, Owner, PoolId, Segment, SegmentId, WriteSlots, attach_named, sweep, sweep_aside,
-};
+use crate::segment::{Geometry, PoolId, Segment, SegmentId, WriteSlots};
 use crate::sync::{Deadline, lock};
 
-use super::Policy;
+use super::builder::Policy;
+use super::lifeline::Lifeline;
 use super::mqueue::Mqueue;
 use super::name::Name;
+use super::named::{Owner, attach, sweep, sweep_aside};
 use super::wire::{MAX_MESSAGE, Message};
 
 /// The token of the message queue in the poller.
@@ -257,7 +257,7 @@ impl Client {
             found.last_used = *clock;
             return Ok(Arc::clone(&found.segment));
         }
-        let segment = Arc::new(attach_named(owner, id, geometry)?);
+        let segment = Arc::new(attach(owner, id, geometry)?);
         if segments.len() >= limit
             && let Some(oldest) =
                 segments.iter().min_by_key(|(_, used)| used.last_used).map(|(&index, _)| index)

@@ -12,11 +12,13 @@ use crate::channel::lock_file::holder;
 use crate::channel::reconnect::{self, Connect, ConnectTimeout, Reconnecting};
 use crate::channel::{Request, Requester, SendError};
 use crate::error::{Awaited, Error, Misuse, Result};
-use crate::peer::{Lifeline, Link, Peer, Watch, has_open, is_held, on_hang_up};
-use crate::segment::{Named, SegmentPool};
+use crate::peer::{Link, Peer, Watch, on_hang_up};
+use crate::segment::SegmentPool;
 use crate::sync::Deadline;
 use crate::workers;
 
+use super::Named;
+use super::lifeline::{Lifeline, has_open, is_held};
 use super::mqueue::Mqueue;
 use super::name::Name;
 use super::wire::{HEAD, Message};
@@ -66,7 +68,7 @@ impl PosixMqRequester {
 }
 
 impl Requester<Named> for PosixMqRequester {
-    /// Waits for the server until the deadline, or for less if [told so](super::PosixMq::absence), and
+    /// Waits for the server until the deadline, or for less if [told so](super::PosixMq::connect_timeout), and
     /// for room in its queue. A request that was sent to a server that then dies ends with
     /// [`Error::Disconnected`].
     ///

@@ -17,7 +17,7 @@ use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, flock, fstat, lsta
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::own_file;
+use crate::own_file::{open_own, taken_by};
 use crate::process::Origin;
 
 /// How long whoever sweeps a new lifeline by mistake may take to remove it, in moments.
@@ -43,7 +43,7 @@ impl Lifeline {
                 // Somebody who sweeps took it for a dead one's, before it was locked, and removes it.
                 Err(Errno::EXIST) if (1..SWEPT).contains(&attempt) => thread::sleep(MOMENT),
                 Err(errno) => {
-                    let taken = if errno == Errno::EXIST { own_file::taken(&path) } else { None };
+                    let taken = if errno == Errno::EXIST { taken(&path) } else { None };
                     return Err(taken.unwrap_or_else(|| Error::os("making a lifeline")(errno)));
                 }
             }
@@ -115,9 +115,14 @@ impl Drop for Lifeline {
     }
 }
 
+/// The error for a name that was to be made and is taken; `None` if nothing stands there by now.
+pub(super) fn taken(path: &Path) -> Option<Error> {
+    lstat(path).ok().map(|found| taken_by(path, &found))
+}
+
 /// Opens this user's FIFO, without waiting for the other end; `None` if nothing stands there.
 fn open_fifo(path: &Path, access: OFlags) -> Result<Option<OwnedFd>> {
-    match own_file::open_own(path, access, Mode::empty(), FileType::Fifo, "opening a lifeline") {
+    match open_own(path, access, Mode::empty(), FileType::Fifo, "opening a lifeline") {
         Ok(fifo) => Ok(Some(fifo)),
         Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
@@ -140,79 +145,4 @@ fn stands_at(path: &Path, fifo: &OwnedFd) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::peer::on_hang_up;
-    use std::sync::{Arc, mpsc};
-
-    #[test]
-    fn a_lifeline_tells_its_followers_of_its_end() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("life");
-        assert!(Lifeline::follow(&path).unwrap().is_none());
-        let held = Lifeline::hold(path.clone()).unwrap();
-        let followed = Arc::new(Lifeline::follow(&path).unwrap().unwrap());
-        assert!(is_held(&*followed));
-        assert!(has_open(std::process::id(), &*followed) && !has_open(1, &*followed));
-        assert!(Lifeline::inherit(&path).unwrap().is_none() && path.exists(), "it lives");
-        let (told, end) = mpsc::channel();
-        let _watch = on_hang_up(Arc::clone(&followed), move || told.send(()).unwrap()).unwrap();
-        assert!(end.try_recv().is_err());
-        drop(held);
-        end.recv_timeout(Duration::from_secs(30)).unwrap();
-        assert!(!is_held(&*followed));
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn a_lifeline_is_told_from_another_by_its_file_and_not_by_its_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("life");
-        let held = Lifeline::hold(path.clone()).unwrap();
-        let followed = Lifeline::follow(&path).unwrap().unwrap();
-        assert!(stands_at(&path, &followed));
-        std::fs::remove_file(&path).unwrap();
-        let _other = Lifeline::hold(path.clone()).unwrap();
-        assert!(!stands_at(&path, &followed), "another has its name");
-        // A child has files open, but not this one.
-        let mut child = std::process::Command::new("cat");
-        let mut child = child.stdin(std::process::Stdio::piped()).spawn().unwrap();
-        assert!(!has_open(child.id(), &followed));
-        assert!(has_open(std::process::id(), &followed));
-        drop(child.stdin.take());
-        child.wait().unwrap();
-        drop(held);
-    }
-
-    #[test]
-    fn what_a_dead_owner_left_is_inherited_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("life");
-        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        assert!(Lifeline::follow(&path).unwrap().is_none(), "nobody holds it");
-        let inherited = Lifeline::inherit(&path).unwrap().unwrap();
-        assert!(Lifeline::inherit(&path).unwrap().is_none());
-        assert!(Lifeline::follow(&path).unwrap().is_none(), "an heir is no owner");
-        drop(inherited);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn only_a_fifo_is_a_lifeline() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("life");
-        std::fs::write(&path, "a file").unwrap();
-        let us = rustix::process::geteuid().as_raw();
-        let told = |result: Result<()>| match result {
-            Err(Error::NameTaken { path: named, kind, uid }) => {
-                (named == path).then_some((kind, uid))
-            }
-            other => panic!("{other:?}"),
-        };
-        let a_file = Some(("a regular file", us));
-        assert_eq!(told(Lifeline::follow(&path).map(drop)), a_file);
-        assert_eq!(told(Lifeline::inherit(&path).map(drop)), a_file);
-        assert_eq!(told(Lifeline::hold(path.clone()).map(drop)), a_file);
-        assert!(path.exists());
-    }
-}
+mod tests;

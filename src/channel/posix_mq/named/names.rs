@@ -13,12 +13,11 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
 use rustix::shm;
 
+use crate::channel::posix_mq::lifeline::{self, Lifeline};
 use crate::error::{Error, LayoutMismatch, Result};
-use crate::own_file;
-use crate::peer::Lifeline;
 use crate::process::PerProcess;
+use crate::segment::{Geometry, PoolId, available_memory};
 
-use super::super::{Geometry, PoolId, available_memory};
 use super::Owner;
 
 /// Where Linux keeps POSIX shared memory.
@@ -56,7 +55,7 @@ pub(super) fn allocate(name: &str, geometry: Geometry) -> Result<()> {
 
 /// The error for a name of a new segment that is taken; `None` if it is free by now.
 pub(super) fn taken(name: &str) -> Option<Error> {
-    own_file::taken(&path(name))
+    lifeline::taken(&path(name))
 }
 
 /// Opens what stands at a segment's name, and checks that it is safe to map.
