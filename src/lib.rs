@@ -159,8 +159,8 @@
 //! - `posix-mq` (on): the queue [`PosixMq`] and named segments, with the crates `nix` and
 //!   `shared_memory`. Without it, on Linux, there are the socket and the queue within a process.
 //! - `raw-sync` (off): sleep by the crate `raw_sync`, as systems without a futex would have to. For
-//!   testing that; slower, and weaker when a peer is killed. Both processes must be built alike, or
-//!   attaching fails with a mismatch of versions.
+//!   testing that; slower, and without a promise once a peer was killed. Both processes must be
+//!   built alike, or attaching fails with a mismatch of versions.
 //!
 //! # When not to use it
 //! - If the receiver can open the file itself, or be handed its descriptor, let it.

@@ -38,8 +38,8 @@ struct Memory {
     slots: Vec<UnsafeCell<Vec<u8>>>,
 }
 
-// SAFETY: the cells are reached by `with` and `with_mut` only, and loom ends a model in which two of
-// these, one of them the latter, are not ordered.
+// SAFETY: the cells are reached by `with` and `with_mut` only, and loom ends a model in which two
+// of these, one of them the latter, are not ordered.
 unsafe impl Sync for Memory {}
 
 impl Mapping {

@@ -16,8 +16,8 @@ use super::{Named, PosixMqQueue, PosixMqRequester};
 /// Where a POSIX message queue is, for processes of one user.
 ///
 /// One server takes requests from many clients, each with a pool of its own. Either side may start
-/// first, and each outlives the other. There is no connection: each side learns of the other's death
-/// from a FIFO that the living hold open in `/dev/shm`, at once and without polling.
+/// first, and each outlives the other. There is no connection: each side learns of the other's
+/// death from a FIFO that the living hold open in `/dev/shm`, at once and without polling.
 ///
 /// ```
 /// use shmferry::{Deadline, Named, PosixMq, Refusal, Reply, RequestQueue, Requester, SegmentPool};
@@ -87,15 +87,16 @@ impl PosixMq {
         self.name.as_str()
     }
 
-    /// The most requests that wait in the queue until a worker takes them; 10 unless told otherwise,
-    /// which is what Linux allows by default (`/proc/sys/fs/mqueue/msg_max`). Beyond it, `send` waits.
+    /// The most requests that wait in the queue until a worker takes them; 10 unless told
+    /// otherwise, which is what Linux allows by default (`/proc/sys/fs/mqueue/msg_max`). Beyond it,
+    /// `send` waits.
     pub fn capacity(mut self, requests: u32) -> Self {
         self.policy.capacity = requests;
         self
     }
 
-    /// The most segments of one client that a server keeps mapped; 1024 unless told otherwise. Beyond
-    /// it, it unmaps the one used longest ago, and maps it again when it is named again.
+    /// The most segments of one client that a server keeps mapped; 1024 unless told otherwise.
+    /// Beyond it, it unmaps the one used longest ago, and maps it again when it is named again.
     pub fn max_segments(mut self, segments: u32) -> Self {
         self.policy.max_segments = segments.max(1);
         self
@@ -108,9 +109,9 @@ impl PosixMq {
         self
     }
 
-    /// As [`connect_timeout`](Self::connect_timeout), but only once the client has found a server: how long it waits
-    /// for the successor of one that is gone. As long as the server has said that it ends and still
-    /// lives, the time does not count.
+    /// As [`connect_timeout`](Self::connect_timeout), but only once the client has found a server:
+    /// how long it waits for the successor of one that is gone. As long as the server has said that
+    /// it ends and still lives, the time does not count.
     pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {
         self.policy.connect_timeout.after_loss = Some(timeout);
         self
@@ -126,8 +127,8 @@ impl PosixMq {
         self
     }
 
-    /// Serves at this name. What a dead server left is taken over: its queue is replaced by an empty
-    /// one, since whoever waited for an answer has learned of its death.
+    /// Serves at this name. What a dead server left is taken over: its queue is replaced by an
+    /// empty one, since whoever waited for an answer has learned of its death.
     ///
     /// # Errors
     /// [`Error::AddressInUse`] when a living server is there; [`Error::NameTaken`] when something
@@ -138,8 +139,8 @@ impl PosixMq {
         PosixMqQueue::bind(self.name, self.policy)
     }
 
-    /// A client of the server at this name, for requests with segments of `pool`. Looks for the server
-    /// when it first has something to send.
+    /// A client of the server at this name, for requests with segments of `pool`. Looks for the
+    /// server when it first has something to send.
     pub fn requester(self, pool: &SegmentPool<Named>) -> PosixMqRequester {
         PosixMqRequester::new(self.name, self.policy.connect_timeout, pool)
     }

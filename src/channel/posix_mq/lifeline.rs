@@ -1,8 +1,8 @@
 //! A lifeline: a FIFO that its owner holds open and locked, so that the kernel tells of its end.
 //!
 //! Where no connection links two processes, each follows the other's lifeline: it hangs up when its
-//! owner dies or drops it, whatever the reason. The lock tells a dead owner's lifeline from a living
-//! one's, for whoever clears up after the dead (rule L3).
+//! owner dies or drops it, whatever the reason. The lock tells a dead owner's lifeline from a
+//! living one's, for whoever clears up after the dead (rule L3).
 
 use std::fs;
 use std::io;
@@ -40,7 +40,8 @@ impl Lifeline {
             let mode = Mode::RUSR | Mode::WUSR;
             match mknodat(CWD, &path, FileType::Fifo, mode, 0) {
                 Ok(()) => {}
-                // Somebody who sweeps took it for a dead one's, before it was locked, and removes it.
+                // Somebody who sweeps took it for a dead one's, before it was locked, and removes
+                // it.
                 Err(Errno::EXIST) if (1..SWEPT).contains(&attempt) => thread::sleep(MOMENT),
                 Err(errno) => {
                     let taken = if errno == Errno::EXIST { taken(&path) } else { None };
@@ -74,8 +75,8 @@ impl Lifeline {
         Lifeline { path, is_named: AtomicBool::new(true), _fifo: fifo, origin: Origin::here() }
     }
 
-    /// Removes the name, for a successor's lifeline to take its place. Followers stay with this one.
-    /// Does nothing in a child of `fork`: the name is its parent's.
+    /// Removes the name, for a successor's lifeline to take its place. Followers stay with this
+    /// one. Does nothing in a child of `fork`: the name is its parent's.
     pub(crate) fn remove_name(&self) {
         if self.origin.is_here() && self.is_named.swap(false, Relaxed) {
             // Nothing can be done about a failure here; a later owner sweeps it.
@@ -98,8 +99,9 @@ pub(crate) fn is_held(fifo: impl AsFd) -> bool {
     !matches!(rustix::io::read(fifo, &mut [0; 1]), Ok(0))
 }
 
-/// Whether a process, as we number it, is the owner of a lifeline that is followed, or has it open like us:
-/// a pid that its owner told may mean another process here, where the two see different numbers.
+/// Whether a process, as we number it, is the owner of a lifeline that is followed, or has it open
+/// like us: a pid that its owner told may mean another process here, where the two see different
+/// numbers.
 pub(crate) fn has_open(pid: u32, fifo: impl AsFd) -> bool {
     let (Ok(fifo), Ok(open)) = (fstat(fifo), fs::read_dir(format!("/proc/{pid}/fd"))) else {
         return false;

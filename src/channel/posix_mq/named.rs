@@ -1,4 +1,4 @@
-//! The `Named` backing: POSIX shared memory with a name, by crate `shared_memory`, and what that lacks.
+//! The `Named` backing: POSIX shared memory with a name, by crate `shared_memory`.
 //!
 //! The crate makes, maps and removes the memory, for its owner. Added here: blocks are allocated
 //! before anyone touches them; a peer opens a name once, checks what it has opened, and maps just
@@ -28,12 +28,13 @@ pub(super) use names::{sweep, sweep_aside};
 
 use memory::Memory;
 
-/// Segments in POSIX shared memory, which the peer opens by name. For processes of one user: whoever
-/// may open a name may also resize what it stands for, and so harm those that have it mapped.
+/// Segments in POSIX shared memory, which the peer opens by name. For processes of one user:
+/// whoever may open a name may also resize what it stands for, and so harm those that have it
+/// mapped.
 ///
-/// The names begin with `shmferry-`, the owner's pid and the pool; only this user may open them. They
-/// go with the pool. What a killed owner leaves is removed by a server that sees it die, or when the next
-/// pool of this kind is made, or the next [`PosixMq`](crate::PosixMq) is bound.
+/// The names begin with `shmferry-`, the owner's pid and the pool; only this user may open them.
+/// They go with the pool. What a killed owner leaves is removed by a server that sees it die, or
+/// when the next pool of this kind is made, or the next [`PosixMq`](crate::PosixMq) is bound.
 #[derive(Debug)]
 pub struct Named(Owner);
 
@@ -135,7 +136,8 @@ impl sealed::Backing for Named {
     }
 }
 
-/// Opens and maps a segment that a peer named, checking all that is claimed of it first (rules L1, L2).
+/// Opens and maps a segment that a peer named, checking all that is claimed of it first (rules L1,
+/// L2).
 pub(super) fn attach(
     owner: Owner,
     id: SegmentId,

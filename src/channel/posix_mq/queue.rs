@@ -32,7 +32,8 @@ const QUEUE: u64 = 0;
 /// How many messages that lead to nothing a worker takes before it looks at the time again.
 const BATCH: usize = 64;
 
-/// How often the queue is looked at after `close`: it is full with 10 requests, unless told otherwise.
+/// How often the queue is looked at after `close`: it is full with 10 requests, unless told
+/// otherwise.
 const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(5);
 
 /// Takes requests at one name. Shared by many workers, by reference or in an `Arc`.
@@ -302,8 +303,8 @@ impl RequestQueue for PosixMqQueue {
         self.shared.poller.close();
         let mut leaving = lock(&self.leaving);
         if leaving.is_none() {
-            // Without a thread for it, what comes after this waits until the queue is dropped, and is
-            // asked again then.
+            // Without a thread for it, what comes after this waits until the queue is dropped, and
+            // is asked again then.
             *leaving = self.shared.start_leaving().ok();
         }
     }

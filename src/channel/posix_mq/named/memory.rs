@@ -27,15 +27,15 @@ impl Drop for Memory {
     }
 }
 
-// SAFETY: a `Shmem` is an address, a length, a descriptor and a name. None of them has to do with the
-// thread that made it: a mapping belongs to the process.
+// SAFETY: a `Shmem` is an address, a length, a descriptor and a name. None of them has to do with
+// the thread that made it: a mapping belongs to the process.
 unsafe impl Send for Memory {}
 // SAFETY: through `&Memory` nothing is reached but the address and the length, which never change.
 unsafe impl Sync for Memory {}
 
-// SAFETY: the crate maps `len` bytes for reading and writing, unmaps them when the `Shmem` is dropped
-// and not before, and gives out references to them by `unsafe` functions only, which nobody calls.
-// Named memory can be resized only by processes of this user, which are trusted not to (M1).
+// SAFETY: the crate maps `len` bytes for reading and writing, unmaps them when the `Shmem` is
+// dropped and not before, and gives out references to them by `unsafe` functions only, which nobody
+// calls. Named memory can be resized only by processes of this user, which are trusted not to (M1).
 unsafe impl Mapped for Memory {
     fn base(&self) -> *mut u8 {
         self.memory.as_ptr()
