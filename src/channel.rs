@@ -21,16 +21,17 @@ mod leaving;
 mod lock_file;
 #[cfg(target_os = "linux")]
 mod poller;
-#[cfg(target_os = "linux")]
+#[cfg(feature = "posix-mq")]
 mod posix_mq;
 #[cfg(target_os = "linux")]
 mod reconnect;
 #[cfg(target_os = "linux")]
 mod seqpacket;
 
-pub use crate::segment::Named;
 pub use in_process::InProcess;
-#[cfg(target_os = "linux")]
+#[cfg(feature = "posix-mq")]
+pub use posix_mq::Named;
+#[cfg(all(target_os = "linux", feature = "posix-mq"))]
 pub use posix_mq::{PosixMq, PosixMqQueue, PosixMqRequester};
 #[cfg(target_os = "linux")]
 pub use seqpacket::{Seqpacket, SeqpacketQueue, SeqpacketRequester};
@@ -53,14 +54,14 @@ pub trait Requester<B: Backing>: Send + Sync {
     /// Hands the request back, unsent, with the reason.
     fn send(&self, request: Request<B>, deadline: Deadline) -> Result<(), SendError<B>>;
 
-    /// Asks for `key` through a leased segment: sends the request, and waits for the reply until the
-    /// deadline. A request that its server did not take, because it ended, goes to the successor:
-    /// that no sender has taken it is certain, and so it is answered once at most.
+    /// Asks for `key` through a leased segment: sends the request, and waits for the reply until
+    /// the deadline. A request that its server did not take, because it ended, goes to the
+    /// successor: that no sender has taken it is certain, and so it is answered once at most.
     ///
     /// # Errors
     /// Those of [`send`](Self::send) and of [`reply`](ShmTransfer::reply).
-    /// [`Error::Disconnected`] means that a server took the request, and is gone; or that the deadline
-    /// passed before a successor could be asked.
+    /// [`Error::Disconnected`] means that a server took the request, and is gone; or that the
+    /// deadline passed before a successor could be asked.
     fn ask(&self, lease: Lease<B>, key: &[u8], deadline: Deadline) -> Result<Reply> {
         let mut lease = lease;
         for attempt in 0.. {

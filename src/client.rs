@@ -11,11 +11,11 @@ use std::time::Duration;
 use crate::address::Address;
 #[cfg(target_os = "linux")]
 use crate::channel::InProcess;
-#[cfg(all(target_os = "linux", feature = "posix-mq"))]
-use crate::channel::PosixMq;
 use crate::channel::Requester;
 #[cfg(target_os = "linux")]
 use crate::channel::Seqpacket;
+#[cfg(all(target_os = "linux", feature = "posix-mq"))]
+use crate::channel::{Named, PosixMq};
 use crate::error::{Error, Result};
 #[cfg(target_os = "linux")]
 use crate::protocol::Spool;
@@ -24,8 +24,6 @@ use crate::protocol::{
 };
 #[cfg(target_os = "linux")]
 use crate::segment::Memfd;
-#[cfg(all(target_os = "linux", feature = "posix-mq"))]
-use crate::segment::Named;
 use crate::segment::{Backing, PoolStats, SegmentPool};
 use crate::sync::Deadline;
 

@@ -137,7 +137,7 @@
 //!
 //! # Features
 //! - `posix-mq` (on): requests over POSIX message queues, `mq:/NAME`, and named segments. Without
-//!   it the crate needs 15 packages, itself included.
+//!   it the crate needs 13 packages, itself included.
 //! - `tracing` (off): errors of servers as events of the crate `tracing`.
 //! - `raw-sync` (off): sleep by the crate `raw_sync`, as systems without a futex would have to. For
 //!   testing that; slower, and nothing is promised after a peer is killed. Both processes must be
@@ -172,6 +172,7 @@ mod own_file;
 mod peer;
 mod process;
 pub mod protocol;
+mod random;
 pub mod segment;
 mod server;
 mod sync;

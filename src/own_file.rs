@@ -33,11 +33,6 @@ pub(crate) fn open_own(
     }
 }
 
-/// The error for a name that was to be made and is taken; `None` if nothing stands there by now.
-pub(crate) fn taken(path: &Path) -> Option<Error> {
-    lstat(path).ok().map(|found| taken_by(path, &found))
-}
-
 pub(crate) fn taken_by(path: &Path, found: &Stat) -> Error {
     let kind = match FileType::from_raw_mode(found.st_mode) {
         FileType::RegularFile => "a regular file",

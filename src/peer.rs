@@ -18,8 +18,6 @@ mod background_close;
 #[cfg(target_os = "linux")]
 mod credentials;
 #[cfg(target_os = "linux")]
-mod lifeline;
-#[cfg(target_os = "linux")]
 mod watcher;
 
 #[cfg(target_os = "linux")]
@@ -29,8 +27,6 @@ pub(crate) use credentials::untaken;
 pub(crate) fn untaken(_: std::os::fd::BorrowedFd<'_>) -> Option<u64> {
     None
 }
-#[cfg(target_os = "linux")]
-pub(crate) use lifeline::{Lifeline, has_open, is_held};
 #[cfg(target_os = "linux")]
 pub(crate) use watcher::{Watch, on_hang_up};
 

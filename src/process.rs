@@ -140,6 +140,7 @@ impl<T: Default + Send + Sync> PerProcess<T> {
     }
 
     /// The value of this process, if it was ever asked for here.
+    #[cfg_attr(not(feature = "posix-mq"), allow(dead_code))]
     pub(crate) fn get_if_made(&self) -> Option<&'static T> {
         Self::value_here(self.current.load(Ordering::Acquire))
     }

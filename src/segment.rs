@@ -14,7 +14,6 @@ mod header;
 mod mapping;
 #[cfg(target_os = "linux")]
 mod memfd;
-mod named;
 mod pool;
 
 #[cfg(target_os = "linux")]
@@ -22,20 +21,19 @@ pub(crate) use header::LAYOUT_VERSION;
 #[cfg(all(test, not(loom)))]
 pub(crate) use header::Turn;
 pub(crate) use header::{ChunkLen, HEADER_LEN, Header, MAX_METADATA, Phase};
+#[cfg(feature = "posix-mq")]
+pub(crate) use mapping::Mapped;
 pub(crate) use mapping::Mapping;
 #[cfg(target_os = "linux")]
 pub(crate) use mapping::Words;
 #[cfg(target_os = "linux")]
 pub(crate) use memfd::{attach as attach_memfd, attach_words, create_words};
-#[cfg(target_os = "linux")]
-pub(crate) use named::{Owner, attach as attach_named, sweep, sweep_aside};
 pub(crate) use pool::{NO_GENERATION, PooledSegment, SegmentGuard};
 
 #[cfg(not(loom))]
 pub use mapping::SharedByte;
 #[cfg(target_os = "linux")]
 pub use memfd::Memfd;
-pub use named::Named;
 pub use pool::{Lease, PoolStats, SegmentPool, SegmentPoolBuilder};
 
 /// A pool, told apart from every other pool on the machine by a random number.
@@ -261,7 +259,7 @@ pub(crate) mod sealed {
 
 /// Bytes of memory that the system can still give, where it says so.
 #[cfg(target_os = "linux")]
-fn available_memory() -> Option<u64> {
+pub(crate) fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)

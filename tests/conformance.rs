@@ -2,13 +2,11 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
 use shmferry::channel::{
-    InProcess, KEY_LIMIT, Named, PosixMq, PosixMqQueue, RequestQueue, Requester, SendError,
-    Seqpacket, SeqpacketQueue,
+    InProcess, KEY_LIMIT, RequestQueue, Requester, SendError, Seqpacket, SeqpacketQueue,
 };
 use shmferry::error::{Awaited, Misuse};
 use shmferry::protocol::Reply;
@@ -44,25 +42,12 @@ fn in_process() -> Ends<Memfd> {
     in_process_of()
 }
 
-fn in_process_named() -> Ends<Named> {
-    in_process_of()
-}
-
 fn seqpacket() -> Ends<Memfd> {
     let dir = tempfile::tempdir().unwrap();
     let (pool, path) = (pool(4), dir.path().join("queue.sock"));
     let queue: SeqpacketQueue = Seqpacket::new(&path).bind().unwrap();
     let requester = Seqpacket::new(&path).requester(&pool).unwrap();
     Ends { pool, requester: Box::new(requester), queue: Arc::new(queue), _dir: Some(dir) }
-}
-
-fn posix_mq() -> Ends<Named> {
-    static NAMES: AtomicUsize = AtomicUsize::new(0);
-    let name = format!("/shmferry-test-{}-{}", std::process::id(), NAMES.fetch_add(1, Relaxed));
-    let pool = pool(4);
-    let queue: PosixMqQueue = PosixMq::new(&name).unwrap().bind().unwrap();
-    let requester = PosixMq::new(&name).unwrap().requester(&pool);
-    Ends { pool, requester: Box::new(requester), queue: Arc::new(queue), _dir: None }
 }
 
 macro_rules! conforms {
@@ -85,7 +70,29 @@ macro_rules! conforms {
         }
     )*};
 }
-conforms!(in_process, in_process_named, seqpacket, posix_mq);
+conforms!(in_process, seqpacket);
+
+#[cfg(feature = "posix-mq")]
+mod by_name {
+    use super::*;
+    use shmferry::channel::{Named, PosixMq, PosixMqQueue};
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    conforms!(in_process_named, posix_mq);
+
+    fn in_process_named() -> Ends<Named> {
+        in_process_of()
+    }
+
+    fn posix_mq() -> Ends<Named> {
+        static NAMES: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("/shmferry-test-{}-{}", std::process::id(), NAMES.fetch_add(1, Relaxed));
+        let pool = pool(4);
+        let queue: PosixMqQueue = PosixMq::new(&name).unwrap().bind().unwrap();
+        let requester = PosixMq::new(&name).unwrap().requester(&pool);
+        Ends { pool, requester: Box::new(requester), queue: Arc::new(queue), _dir: None }
+    }
+}
 
 fn body_of(reply: Reply) -> Vec<u8> {
     match reply {

@@ -2,6 +2,7 @@
 //! misbehaving, foreign.
 //!
 //! The other process is this test's own executable, run again with a role in its environment.
+#![cfg(all(feature = "posix-mq", not(feature = "raw-sync")))]
 
 use std::env;
 use std::fs;
@@ -535,11 +536,10 @@ fn a_server_killed_between_chunks<C: Carrier>() {
     let error = body.next_chunk(Deadline::NEVER).map(drop).unwrap_err();
     assert!(matches!(error, Error::Disconnected), "{error}");
     drop(body);
-    // The sender is dead for certain: its segment can be used again as it is (rule P6). But not if
-    // its semaphores may have been left in any state, as raw_sync's.
+    // The sender is dead for certain: its segment can be used again as it is (rule P6).
     let _server = Other::start("serve", &place);
     assert!(read_all(ask::<C>(&requester, &pool, 5000).unwrap()) == pattern(5000));
-    assert_eq!(pool.stats().retired, u64::from(cfg!(feature = "raw-sync")));
+    assert_eq!(pool.stats().retired, 0);
 }
 
 /// What lingers holds on to its dead sender's descriptor: it must not wait until nothing else is idle.
@@ -556,7 +556,7 @@ fn segments_of_a_killed_server_do_not_linger<C: Carrier>() {
     server.kill();
     assert_eq!(pool.stats().quarantined, 1);
     let limit = soon();
-    while pool.stats().quarantined > 0 && !cfg!(feature = "raw-sync") {
+    while pool.stats().quarantined > 0 {
         assert!(!limit.has_passed(), "it lingers, though its sender is dead");
         drop(pool.lease(soon()).unwrap());
         thread::yield_now();
@@ -862,8 +862,8 @@ impl Stranger {
     }
 }
 
-/// Of the layout, which the parker is a part of.
-const VERSION: u32 = if cfg!(feature = "raw-sync") { 1 | 1 << 16 } else { 1 };
+/// Of the layout.
+const VERSION: u32 = 1;
 
 fn hello(version: u32, slots: u32, slot_len: u32) -> Vec<u8> {
     let mut bytes = vec![1];

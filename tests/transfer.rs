@@ -9,7 +9,7 @@ use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue, Requester, Seqpacket};
+use shmferry::channel::{InProcess, RequestQueue, Requester, Seqpacket};
 use shmferry::error::{Awaited, Misuse};
 use shmferry::protocol::{
     METADATA_LIMIT, Receiver, Receiving, Reply, Sender, ShmTransfer, Starting,
@@ -23,8 +23,9 @@ macro_rules! over_both {
         mod memfd {
             $(#[test] fn $test() { super::$test::<super::Memfd>() })*
         }
+        #[cfg(feature = "posix-mq")]
         mod named {
-            $(#[test] fn $test() { super::$test::<super::Named>() })*
+            $(#[test] fn $test() { super::$test::<shmferry::channel::Named>() })*
         }
     };
 }
@@ -681,7 +682,10 @@ fn a_pool_is_what_its_builder_says_unless_told_otherwise() {
 fn a_request_goes_only_where_its_pool_is_known() {
     let dir = tempfile::tempdir().unwrap();
     turns_a_stranger_away(|ours| Seqpacket::new(dir.path().join("s")).requester(ours).unwrap());
-    turns_a_stranger_away(|ours| PosixMq::new("/shmferry-test-nowhere").unwrap().requester(ours));
+    #[cfg(feature = "posix-mq")]
+    turns_a_stranger_away(|ours| {
+        shmferry::channel::PosixMq::new("/shmferry-test-nowhere").unwrap().requester(ours)
+    });
 }
 
 fn turns_a_stranger_away<B: Backing, R: Requester<B>>(

@@ -13,8 +13,9 @@ use crate::error::{Error, Result};
 use crate::own_file::open_own;
 use crate::process::Origin;
 
-/// Locked by this process. Dropping it removes the file; but what a predecessor has left in it stays until
-/// it is [signed](Self::sign): it tells the next one that there may be more to clear up.
+/// Locked by this process. Dropping it removes the file; but what a predecessor has left in it
+/// stays until it is [signed](Self::sign): it tells the next one that there may be more to clear
+/// up.
 pub(super) struct LockFile {
     path: PathBuf,
     file: File,
@@ -42,7 +43,8 @@ impl LockFile {
                 }
                 Err(errno) => return Err(Error::os("flock")(errno)),
             }
-            // A server that ends removes the file: is what we locked still the one that stands there?
+            // A server that ends removes the file: is what we locked still the one that stands
+            // there?
             let locked = file.metadata().map_err(Error::os("fstat"))?;
             match fs::symlink_metadata(path) {
                 Ok(found) if (found.dev(), found.ino()) == (locked.dev(), locked.ino()) => {}
@@ -53,7 +55,8 @@ impl LockFile {
         }
     }
 
-    /// Says who holds it, with a note for a successor. To be called when what the predecessor left is gone.
+    /// Says who holds it, with a note for a successor. To be called when what the predecessor left
+    /// is gone.
     pub(super) fn sign(&mut self, note: &str) -> Result<()> {
         let content = format!("{}\n{note}", std::process::id());
         let file = &mut self.file;
@@ -67,6 +70,7 @@ impl LockFile {
 }
 
 /// The pid that the lock file of a server tells; `None` if there is none, or it is not this user's.
+#[cfg_attr(not(feature = "posix-mq"), allow(dead_code))]
 pub(super) fn holder(path: &Path) -> Option<u32> {
     let mut told = String::new();
     open(path, OFlags::RDONLY).ok()?.take(LONGEST_PID).read_to_string(&mut told).ok()?;

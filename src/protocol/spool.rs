@@ -13,6 +13,7 @@ use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::random::random;
 use crate::sync::{Deadline, wait_ready};
 
 use super::sink::send_all_telling;
@@ -220,9 +221,7 @@ fn make_unnamed() -> io::Result<File> {
         return Ok(file);
     }
     // File systems that cannot make one: under a name, for a moment.
-    let mut random = [0; 8];
-    getrandom::fill(&mut random)?;
-    let path = dir.join(format!("shmferry-spool-{:016x}", u64::from_ne_bytes(random)));
+    let path = dir.join(format!("shmferry-spool-{:016x}", random()?));
     let file = options.create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;
     Ok(file)

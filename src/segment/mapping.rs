@@ -1,16 +1,16 @@
 //! A segment's memory in this process: maps it, and moves bytes into slots and out of them.
 //!
 //! The invariants that every block rests on:
-//! - **M1** `base` is the start of a mapping of at least `geometry.mapped_len()` bytes, readable, that
-//!   lives until the `Mapping` is dropped, and whose backing does not shrink: it was sealed before it
-//!   was mapped, or it is named memory that only processes of this user can open, and of those we trust
-//!   that none resizes it.
+//! - **M1** `base` is the start of a mapping of at least `geometry.mapped_len()` bytes, readable,
+//!   that lives until the `Mapping` is dropped, and whose backing does not shrink: it was sealed
+//!   before it was mapped, or it is named memory that only processes of this user can open, and of
+//!   those we trust that none resizes it.
 //! - **M2** The first `HEADER_LEN` bytes of it are writable too.
 //! - **M3** So are the slots, if `slots_writable`.
-//! - **M4** Into the memory of M1 there are no references but to `Header`, which is all atomics (and cells,
-//!   with the `raw_sync` parker), and to `SharedByte`s, which are atomics that can only be read. Otherwise,
-//!   slots are touched through raw pointers and by system calls (rule S1): a peer that breaks rule P3 can
-//!   spoil the bytes that are read, and nothing else.
+//! - **M4** Into the memory of M1 there are no references but to `Header`, which is all atomics
+//!   (and cells, with the `raw_sync` parker), and to `SharedByte`s, which are atomics that can only
+//!   be read. Otherwise, slots are touched through raw pointers and by system calls (rule S1): a
+//!   peer that breaks rule P3 can spoil the bytes that are read, and nothing else.
 #![allow(unsafe_code)]
 
 #[cfg(unix)]
@@ -19,9 +19,6 @@ use std::fmt;
 use std::io;
 use std::ptr::{self, NonNull};
 
-use shared_memory::Shmem;
-
-use crate::process::Origin;
 #[cfg(target_os = "linux")]
 use crate::sync::atomic::AtomicU64;
 use crate::sync::atomic::{AtomicU8, Relaxed};
@@ -29,7 +26,8 @@ use crate::sync::atomic::{AtomicU8, Relaxed};
 use super::header::{HEADER_LEN, Header};
 use super::{Geometry, PAGE};
 
-/// A byte that another process can write at any time: each [`read`](Self::read) may find another value.
+/// A byte that another process can write at any time: each [`read`](Self::read) may find another
+/// value.
 #[repr(transparent)]
 pub struct SharedByte(AtomicU8);
 
@@ -60,18 +58,24 @@ enum Keeper {
     /// Made here: unmapped when dropped.
     #[cfg(target_os = "linux")]
     Ours,
-    /// Made by crate `shared_memory`, which unmaps it, and removes its name if this process, the
-    /// one at `Origin`, made that.
-    Crate(Shmem, Origin),
+    /// Mapped elsewhere: this unmaps it when it is dropped.
+    Other(#[expect(dead_code, reason = "kept for its drop")] Box<dyn Mapped>),
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread (M1), and beside plain values
-// `Mapping` keeps only the crate's `Shmem`, which is no more than an address, a length, a
-// descriptor and a name: none of them has to do with the thread that made it, and nothing of it is
-// used but its drop, once, and what that needs (`set_owner`), through `&mut`.
+/// Memory that is mapped already, and is unmapped when this is dropped.
+///
+/// # Safety
+/// From `base` on, `len` bytes are readable and writable until this is dropped, their backing does
+/// not shrink, and nobody has references to them (M1 to M4).
+pub(crate) unsafe trait Mapped: Send + Sync + 'static {
+    fn base(&self) -> *mut u8;
+    fn len(&self) -> usize;
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread (M1), and all else that `Mapping`
+// keeps is `Send`.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4), and
-// the `Shmem` not at all.
+// SAFETY: as above; through `&Mapping` the memory is reached by atomics and raw copies only (M4).
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -87,7 +91,11 @@ impl Mapping {
         mapping.protect_slots()?;
         Ok(mapping)
     }
+}
 
+/// Named memory.
+#[cfg_attr(not(feature = "posix-mq"), allow(dead_code))]
+impl Mapping {
     /// Maps named memory that was opened and checked, by that same descriptor: its name may lead
     /// elsewhere by now. Fails with `INVAL` for memory that is not long enough.
     #[cfg(target_os = "linux")]
@@ -104,22 +112,19 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Takes over a mapping of named memory. Fails with `InvalidInput` for one that is not long enough.
-    pub(crate) fn named(
-        memory: Shmem,
+    /// Takes over memory that is mapped already. Fails with `InvalidInput` if it is not long
+    /// enough.
+    pub(crate) fn kept(
+        memory: impl Mapped,
         geometry: Geometry,
         slots_writable: bool,
     ) -> io::Result<Mapping> {
-        let base = NonNull::new(memory.as_ptr()).filter(|base| base.addr().get() % PAGE == 0);
+        let base = NonNull::new(memory.base()).filter(|base| base.addr().get() % PAGE == 0);
         let Some(base) = base.filter(|_| memory.len() >= geometry.mapped_len()) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let mapping = Mapping {
-            base,
-            geometry,
-            slots_writable,
-            keeper: Keeper::Crate(memory, Origin::here()),
-        };
+        let mapping =
+            Mapping { base, geometry, slots_writable, keeper: Keeper::Other(Box::new(memory)) };
         #[cfg(target_os = "linux")]
         mapping.populate()?;
         #[cfg(unix)]
@@ -138,9 +143,11 @@ impl Mapping {
             populated => populated,
         }
     }
+}
 
-    /// Takes the right to write to the slots away, if this side only reads them (rule L4), and if the
-    /// header does not share a page with them.
+impl Mapping {
+    /// Takes the right to write to the slots away, if this side only reads them (rule L4), and if
+    /// the header does not share a page with them.
     #[cfg(unix)]
     fn protect_slots(&self) -> rustix::io::Result<()> {
         use rustix::mm::{MprotectFlags, mprotect};
@@ -177,9 +184,10 @@ impl Mapping {
     /// Bytes of a slot, where they are.
     pub(crate) fn slot_bytes(&self, slot: u32, offset: usize, len: usize) -> &[SharedByte] {
         let from = self.slot_range(slot, offset, len).cast::<SharedByte>();
-        // SAFETY: `from` is valid for `len` reads as long as `self` lives (M1 and the range check). Every
-        // bit pattern is a `SharedByte`, and it may change under a shared reference. Nothing but relaxed
-        // loads of a byte can be done with it, which are allowed in memory that is mapped read-only.
+        // SAFETY: `from` is valid for `len` reads as long as `self` lives (M1 and the range check).
+        // Every bit pattern is a `SharedByte`, and it may change under a shared reference. Nothing
+        // but relaxed loads of a byte can be done with it, which are allowed in memory that is
+        // mapped read-only.
         unsafe { std::slice::from_raw_parts(from, len) }
     }
 
@@ -214,7 +222,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        match &mut self.keeper {
+        match self.keeper {
             #[cfg(target_os = "linux")]
             Keeper::Ours => {
                 let (base, len) = (self.base.as_ptr().cast::<c_void>(), self.geometry.mapped_len());
@@ -223,10 +231,7 @@ impl Drop for Mapping {
                 let unmapped = unsafe { rustix::mm::munmap(base, len) };
                 debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
             }
-            Keeper::Crate(memory, origin) if !origin.is_here() => {
-                memory.set_owner(false); // the name is the parent's
-            }
-            Keeper::Crate(..) => {}
+            Keeper::Other(_) => {}
         }
     }
 }
@@ -238,7 +243,7 @@ pub(crate) struct Words {
     len: usize,
 }
 
-// SAFETY: as for `Mapping`, without a `Shmem`.
+// SAFETY: as for `Mapping`.
 #[cfg(target_os = "linux")]
 unsafe impl Send for Words {}
 // SAFETY: through `&Words` the memory is reached by atomics only.
@@ -258,9 +263,9 @@ impl std::ops::Deref for Words {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping is page-aligned, readable and writable for `len` bytes as long as `self`
-        // lives (`map_sealed`); every bit pattern is a valid atomic, and atomics may change under a
-        // shared reference, whoever changes them.
+        // SAFETY: the mapping is page-aligned, readable and writable for `len` bytes as long as
+        // `self` lives (`map_sealed`); every bit pattern is a valid atomic, and atomics may change
+        // under a shared reference, whoever changes them.
         unsafe {
             std::slice::from_raw_parts(
                 self.base.as_ptr().cast::<AtomicU64>(),
@@ -273,16 +278,17 @@ impl std::ops::Deref for Words {
 #[cfg(target_os = "linux")]
 impl Drop for Words {
     fn drop(&mut self) {
-        // SAFETY: this is the whole mapping of `map_sealed`; `deref` borrows from `self`, so that no
-        // reference into it is left.
+        // SAFETY: this is the whole mapping of `map_sealed`; `deref` borrows from `self`, so that
+        // no reference into it is left.
         let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast::<c_void>(), self.len) };
         debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
     }
 }
 
 /// Maps `len` bytes of a descriptor for reading and writing, and makes their pages present in this
-/// process (rule L2). Fails with `INVAL` for one that is not long enough, or not sealed against becoming
-/// shorter: M1 rests on that, and so it is checked here, whatever the caller has checked for its messages.
+/// process (rule L2). Fails with `INVAL` for one that is not long enough, or not sealed against
+/// becoming shorter: M1 rests on that, and so it is checked here, whatever the caller has checked
+/// for its messages.
 #[cfg(target_os = "linux")]
 fn map_sealed(fd: impl std::os::fd::AsFd, len: usize) -> rustix::io::Result<NonNull<u8>> {
     use rustix::fs::{SealFlags, fcntl_get_seals};
@@ -345,8 +351,8 @@ mod by_kernel {
             assert!(self.slots_writable, "slots are mapped read-only");
             let to = self.slot_range(slot, offset, len);
             let file_offset = FileOffset::try_from(file_offset).map_err(io::Error::other)?;
-            // SAFETY: the kernel writes at most `len` bytes to `to`, which is valid for them (M1, M3,
-            // the range check), and no reference to them exists (M4).
+            // SAFETY: the kernel writes at most `len` bytes to `to`, which is valid for them (M1,
+            // M3, the range check), and no reference to them exists (M4).
             let read = unsafe { pread(file.as_raw_fd(), to.cast::<c_void>(), len, file_offset) };
             usize::try_from(read).map_err(|_| io::Error::last_os_error())
         }
@@ -362,8 +368,8 @@ mod by_kernel {
         ) -> io::Result<usize> {
             let from = self.slot_range(slot, offset, len).cast::<c_void>();
             let flags = libc::MSG_DONTWAIT | NO_SIGNAL;
-            // SAFETY: the kernel reads at most `len` bytes from `from`, which is valid for them (M1 and
-            // the range check).
+            // SAFETY: the kernel reads at most `len` bytes from `from`, which is valid for them (M1
+            // and the range check).
             let mut sent = unsafe { libc::send(sink.as_raw_fd(), from, len, flags) };
             if sent < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOTSOCK) {
                 let len = at_once(sink, len)?;
@@ -374,8 +380,8 @@ mod by_kernel {
         }
     }
 
-    /// How much of `len` bytes can be written to what is no socket without blocking. A pipe that polls
-    /// as writable takes `PIPE_BUF` bytes; a file takes everything.
+    /// How much of `len` bytes can be written to what is no socket without blocking. A pipe that
+    /// polls as writable takes `PIPE_BUF` bytes; a file takes everything.
     fn at_once(sink: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
         if FileType::from_raw_mode(fstat(sink)?.st_mode) != FileType::Fifo {
             return Ok(len);

@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use loom::cell::UnsafeCell;
 use rustix::io::Errno;
-use shared_memory::Shmem;
 
 use crate::sync::atomic::AtomicU64;
 
@@ -24,13 +23,23 @@ pub(crate) struct Mapping {
     slots_writable: bool,
 }
 
+/// As that of `mapping.rs`.
+///
+/// # Safety
+/// Nobody asks it for anything here.
+#[allow(dead_code)]
+pub(crate) unsafe trait Mapped: Send + Sync + 'static {
+    fn base(&self) -> *mut u8;
+    fn len(&self) -> usize;
+}
+
 struct Memory {
     header: Header,
     slots: Vec<UnsafeCell<Vec<u8>>>,
 }
 
-// SAFETY: the cells are reached by `with` and `with_mut` only, and loom ends a model in which two of
-// these, one of them the latter, are not ordered.
+// SAFETY: the cells are reached by `with` and `with_mut` only, and loom ends a model in which two
+// of these, one of them the latter, are not ordered.
 unsafe impl Sync for Memory {}
 
 impl Mapping {
@@ -55,7 +64,7 @@ impl Mapping {
         Err(Errno::NOSYS)
     }
 
-    pub(crate) fn named(_: Shmem, _: Geometry, _: bool) -> io::Result<Mapping> {
+    pub(crate) fn kept(_: impl Mapped, _: Geometry, _: bool) -> io::Result<Mapping> {
         Err(io::ErrorKind::Unsupported.into())
     }
 

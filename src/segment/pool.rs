@@ -10,6 +10,7 @@ use crate::error::{Awaited, Error, Misuse, Result};
 use crate::peer::Link;
 use crate::process::Origin;
 use crate::protocol::Ended;
+use crate::random::random;
 use crate::sync::atomic::Relaxed;
 use crate::sync::modelled::{Mutex, lock, yield_now};
 use crate::sync::{Deadline, FairSemaphore, Interrupted, Semaphore};
@@ -227,9 +228,7 @@ impl<B: Backing> SegmentPoolBuilder<B> {
             });
         }
 
-        let mut random = [0; 8];
-        getrandom::fill(&mut random).map_err(Error::os("getrandom"))?;
-        let id = PoolId(u64::from_ne_bytes(random));
+        let id = PoolId(random().map_err(Error::os("getrandom"))?);
         let shared = Shared {
             id,
             geometry,

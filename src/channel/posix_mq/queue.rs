@@ -13,17 +13,17 @@ use crate::channel::leaving::Leaving;
 use crate::channel::lock_file::LockFile;
 use crate::channel::poller::Poller;
 use crate::error::{Awaited, Error, Result};
-use crate::peer::{Lifeline, Link, Peer, Watch, on_hang_up};
+use crate::peer::{Link, Peer, Watch, on_hang_up};
 use crate::process::Origin;
 use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
-use crate::segment::{
-    Geometry, Owner, PoolId, Segment, SegmentId, WriteSlots, attach_named, sweep, sweep_aside,
-};
+use crate::segment::{Geometry, PoolId, Segment, SegmentId, WriteSlots};
 use crate::sync::{Deadline, lock};
 
-use super::Policy;
+use super::builder::Policy;
+use super::lifeline::Lifeline;
 use super::mqueue::Mqueue;
 use super::name::Name;
+use super::named::{Owner, attach, sweep, sweep_aside};
 use super::wire::{MAX_MESSAGE, Message};
 
 /// The token of the message queue in the poller.
@@ -32,7 +32,8 @@ const QUEUE: u64 = 0;
 /// How many messages that lead to nothing a worker takes before it looks at the time again.
 const BATCH: usize = 64;
 
-/// How often the queue is looked at after `close`: it is full with 10 requests, unless told otherwise.
+/// How often the queue is looked at after `close`: it is full with 10 requests, unless told
+/// otherwise.
 const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(5);
 
 /// Takes requests at one name. Shared by many workers, by reference or in an `Arc`.
@@ -257,7 +258,7 @@ impl Client {
             found.last_used = *clock;
             return Ok(Arc::clone(&found.segment));
         }
-        let segment = Arc::new(attach_named(owner, id, geometry)?);
+        let segment = Arc::new(attach(owner, id, geometry)?);
         if segments.len() >= limit
             && let Some(oldest) =
                 segments.iter().min_by_key(|(_, used)| used.last_used).map(|(&index, _)| index)
@@ -302,8 +303,8 @@ impl RequestQueue for PosixMqQueue {
         self.shared.poller.close();
         let mut leaving = lock(&self.leaving);
         if leaving.is_none() {
-            // Without a thread for it, what comes after this waits until the queue is dropped, and is
-            // asked again then.
+            // Without a thread for it, what comes after this waits until the queue is dropped, and
+            // is asked again then.
             *leaving = self.shared.start_leaving().ok();
         }
     }

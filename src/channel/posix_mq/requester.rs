@@ -12,11 +12,13 @@ use crate::channel::lock_file::holder;
 use crate::channel::reconnect::{self, Connect, ConnectTimeout, Reconnecting};
 use crate::channel::{Request, Requester, SendError};
 use crate::error::{Awaited, Error, Misuse, Result};
-use crate::peer::{Lifeline, Link, Peer, Watch, has_open, is_held, on_hang_up};
-use crate::segment::{Named, SegmentPool};
+use crate::peer::{Link, Peer, Watch, on_hang_up};
+use crate::segment::SegmentPool;
 use crate::sync::Deadline;
 use crate::workers;
 
+use super::Named;
+use super::lifeline::{Lifeline, has_open, is_held};
 use super::mqueue::Mqueue;
 use super::name::Name;
 use super::wire::{HEAD, Message};
@@ -66,9 +68,9 @@ impl PosixMqRequester {
 }
 
 impl Requester<Named> for PosixMqRequester {
-    /// Waits for the server until the deadline, or for less if [told so](super::PosixMq::connect_timeout), and
-    /// for room in its queue. A request that was sent to a server that then dies ends with
-    /// [`Error::Disconnected`].
+    /// Waits for the server until the deadline, or for less if [told
+    /// so](super::PosixMq::connect_timeout), and for room in its queue. A request that was sent to
+    /// a server that then dies ends with [`Error::Disconnected`].
     ///
     /// # Errors
     /// Also [`Error::Misuse`] for a key longer than the queue takes, where the system's limit on
@@ -93,9 +95,9 @@ impl Connect for Connector {
 
     fn connect(&self, _deadline: Deadline) -> Result<Option<Connection>> {
         let Some(lifeline) = Lifeline::follow(&self.name.lifeline())? else { return Ok(None) };
-        // A server makes its lifeline last: the queue and the pid in the lock file are its own, if it
-        // still lives when we have them.
-        // Without a pid that is the server's here, it is never dead for certain, and segments are retired.
+        // A server makes its lifeline last: the queue and the pid in the lock file are its own, if
+        // it still lives when we have them. Without a pid that is the server's here, it is never
+        // dead for certain, and segments are retired.
         let pid = holder(&self.name.lock()).filter(|&pid| has_open(pid, &lifeline));
         let Some(queue) = Mqueue::open(&self.name)? else { return Ok(None) };
         let link = Arc::new(Link::to_sender(Peer { pid, uid: geteuid().as_raw() }));

@@ -20,8 +20,8 @@ static REGISTERED: AtomicBool = AtomicBool::new(false);
 /// Has the names of a pool removed when the process ends in order before it.
 pub(super) fn outlived_by(owner: Owner) {
     if !REGISTERED.load(Ordering::Relaxed) {
-        // SAFETY: the handler takes nothing, does not unwind, and runs while its code is there: of a
-        // library that is unloaded, the system runs the handlers first. Twice does no harm.
+        // SAFETY: the handler takes nothing, does not unwind, and runs while its code is there: of
+        // a library that is unloaded, the system runs the handlers first. Twice does no harm.
         let failed = unsafe { libc::atexit(remove_all) };
         // Without it the names are left to the next pool, as those of a killed process are.
         debug_assert_eq!(failed, 0);

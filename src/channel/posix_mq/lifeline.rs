@@ -1,8 +1,8 @@
 //! A lifeline: a FIFO that its owner holds open and locked, so that the kernel tells of its end.
 //!
 //! Where no connection links two processes, each follows the other's lifeline: it hangs up when its
-//! owner dies or drops it, whatever the reason. The lock tells a dead owner's lifeline from a living
-//! one's, for whoever clears up after the dead (rule L3).
+//! owner dies or drops it, whatever the reason. The lock tells a dead owner's lifeline from a
+//! living one's, for whoever clears up after the dead (rule L3).
 
 use std::fs;
 use std::io;
@@ -17,7 +17,7 @@ use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, flock, fstat, lsta
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::own_file;
+use crate::own_file::{open_own, taken_by};
 use crate::process::Origin;
 
 /// How long whoever sweeps a new lifeline by mistake may take to remove it, in moments.
@@ -40,10 +40,11 @@ impl Lifeline {
             let mode = Mode::RUSR | Mode::WUSR;
             match mknodat(CWD, &path, FileType::Fifo, mode, 0) {
                 Ok(()) => {}
-                // Somebody who sweeps took it for a dead one's, before it was locked, and removes it.
+                // Somebody who sweeps took it for a dead one's, before it was locked, and removes
+                // it.
                 Err(Errno::EXIST) if (1..SWEPT).contains(&attempt) => thread::sleep(MOMENT),
                 Err(errno) => {
-                    let taken = if errno == Errno::EXIST { own_file::taken(&path) } else { None };
+                    let taken = if errno == Errno::EXIST { taken(&path) } else { None };
                     return Err(taken.unwrap_or_else(|| Error::os("making a lifeline")(errno)));
                 }
             }
@@ -74,8 +75,8 @@ impl Lifeline {
         Lifeline { path, is_named: AtomicBool::new(true), _fifo: fifo, origin: Origin::here() }
     }
 
-    /// Removes the name, for a successor's lifeline to take its place. Followers stay with this one.
-    /// Does nothing in a child of `fork`: the name is its parent's.
+    /// Removes the name, for a successor's lifeline to take its place. Followers stay with this
+    /// one. Does nothing in a child of `fork`: the name is its parent's.
     pub(crate) fn remove_name(&self) {
         if self.origin.is_here() && self.is_named.swap(false, Relaxed) {
             // Nothing can be done about a failure here; a later owner sweeps it.
@@ -98,8 +99,9 @@ pub(crate) fn is_held(fifo: impl AsFd) -> bool {
     !matches!(rustix::io::read(fifo, &mut [0; 1]), Ok(0))
 }
 
-/// Whether a process, as we number it, is the owner of a lifeline that is followed, or has it open like us:
-/// a pid that its owner told may mean another process here, where the two see different numbers.
+/// Whether a process, as we number it, is the owner of a lifeline that is followed, or has it open
+/// like us: a pid that its owner told may mean another process here, where the two see different
+/// numbers.
 pub(crate) fn has_open(pid: u32, fifo: impl AsFd) -> bool {
     let (Ok(fifo), Ok(open)) = (fstat(fifo), fs::read_dir(format!("/proc/{pid}/fd"))) else {
         return false;
@@ -115,9 +117,14 @@ impl Drop for Lifeline {
     }
 }
 
+/// The error for a name that was to be made and is taken; `None` if nothing stands there by now.
+pub(super) fn taken(path: &Path) -> Option<Error> {
+    lstat(path).ok().map(|found| taken_by(path, &found))
+}
+
 /// Opens this user's FIFO, without waiting for the other end; `None` if nothing stands there.
 fn open_fifo(path: &Path, access: OFlags) -> Result<Option<OwnedFd>> {
-    match own_file::open_own(path, access, Mode::empty(), FileType::Fifo, "opening a lifeline") {
+    match open_own(path, access, Mode::empty(), FileType::Fifo, "opening a lifeline") {
         Ok(fifo) => Ok(Some(fifo)),
         Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
@@ -140,79 +147,4 @@ fn stands_at(path: &Path, fifo: &OwnedFd) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::peer::on_hang_up;
-    use std::sync::{Arc, mpsc};
-
-    #[test]
-    fn a_lifeline_tells_its_followers_of_its_end() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("life");
-        assert!(Lifeline::follow(&path).unwrap().is_none());
-        let held = Lifeline::hold(path.clone()).unwrap();
-        let followed = Arc::new(Lifeline::follow(&path).unwrap().unwrap());
-        assert!(is_held(&*followed));
-        assert!(has_open(std::process::id(), &*followed) && !has_open(1, &*followed));
-        assert!(Lifeline::inherit(&path).unwrap().is_none() && path.exists(), "it lives");
-        let (told, end) = mpsc::channel();
-        let _watch = on_hang_up(Arc::clone(&followed), move || told.send(()).unwrap()).unwrap();
-        assert!(end.try_recv().is_err());
-        drop(held);
-        end.recv_timeout(Duration::from_secs(30)).unwrap();
-        assert!(!is_held(&*followed));
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn a_lifeline_is_told_from_another_by_its_file_and_not_by_its_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("life");
-        let held = Lifeline::hold(path.clone()).unwrap();
-        let followed = Lifeline::follow(&path).unwrap().unwrap();
-        assert!(stands_at(&path, &followed));
-        std::fs::remove_file(&path).unwrap();
-        let _other = Lifeline::hold(path.clone()).unwrap();
-        assert!(!stands_at(&path, &followed), "another has its name");
-        // A child has files open, but not this one.
-        let mut child = std::process::Command::new("cat");
-        let mut child = child.stdin(std::process::Stdio::piped()).spawn().unwrap();
-        assert!(!has_open(child.id(), &followed));
-        assert!(has_open(std::process::id(), &followed));
-        drop(child.stdin.take());
-        child.wait().unwrap();
-        drop(held);
-    }
-
-    #[test]
-    fn what_a_dead_owner_left_is_inherited_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("life");
-        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        assert!(Lifeline::follow(&path).unwrap().is_none(), "nobody holds it");
-        let inherited = Lifeline::inherit(&path).unwrap().unwrap();
-        assert!(Lifeline::inherit(&path).unwrap().is_none());
-        assert!(Lifeline::follow(&path).unwrap().is_none(), "an heir is no owner");
-        drop(inherited);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn only_a_fifo_is_a_lifeline() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("life");
-        std::fs::write(&path, "a file").unwrap();
-        let us = rustix::process::geteuid().as_raw();
-        let told = |result: Result<()>| match result {
-            Err(Error::NameTaken { path: named, kind, uid }) => {
-                (named == path).then_some((kind, uid))
-            }
-            other => panic!("{other:?}"),
-        };
-        let a_file = Some(("a regular file", us));
-        assert_eq!(told(Lifeline::follow(&path).map(drop)), a_file);
-        assert_eq!(told(Lifeline::inherit(&path).map(drop)), a_file);
-        assert_eq!(told(Lifeline::hold(path.clone()).map(drop)), a_file);
-        assert!(path.exists());
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! Names in the file system of shared memory: allocated, checked, and swept when their owner is gone.
+//! Names in the file system of shared memory: allocated, checked, swept when their owner is gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirEntry};
@@ -13,12 +13,11 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
 use rustix::shm;
 
+use crate::channel::posix_mq::lifeline::{self, Lifeline};
 use crate::error::{Error, LayoutMismatch, Result};
-use crate::own_file;
-use crate::peer::Lifeline;
 use crate::process::PerProcess;
+use crate::segment::{Geometry, PoolId, available_memory};
 
-use super::super::{Geometry, PoolId, available_memory};
 use super::Owner;
 
 /// Where Linux keeps POSIX shared memory.
@@ -46,7 +45,8 @@ pub(super) fn available() -> Option<u64> {
     }
 }
 
-/// Gives a new segment its blocks, so that a full file system is an error now and not a SIGBUS later.
+/// Gives a new segment its blocks, so that a full file system is an error now and not a SIGBUS
+/// later.
 pub(super) fn allocate(name: &str, geometry: Geometry) -> Result<()> {
     let fd = shm::open(name, shm::OFlags::RDWR, Mode::empty()).map_err(Error::os("shm_open"))?;
     let len = geometry.mapped_len() as u64;
@@ -56,7 +56,7 @@ pub(super) fn allocate(name: &str, geometry: Geometry) -> Result<()> {
 
 /// The error for a name of a new segment that is taken; `None` if it is free by now.
 pub(super) fn taken(name: &str) -> Option<Error> {
-    own_file::taken(&path(name))
+    lifeline::taken(&path(name))
 }
 
 /// Opens what stands at a segment's name, and checks that it is safe to map.
@@ -91,8 +91,8 @@ fn path(name: &str) -> PathBuf {
     format!("{SHARED_MEMORY}{name}").into()
 }
 
-/// Removes what owners that are gone have left, among this user's names; never a living owner's. What
-/// cannot be read or removed is left for another time.
+/// Removes what owners that are gone have left, among this user's names; never a living owner's.
+/// What cannot be read or removed is left for another time.
 pub(crate) fn sweep() {
     let Ok(entries) = fs::read_dir(SHARED_MEMORY) else { return };
     let mut left: BTreeMap<Owner, BTreeSet<u32>> = BTreeMap::new();
@@ -101,8 +101,8 @@ pub(crate) fn sweep() {
         left.entry(owner).or_default().extend(index);
     }
     for (owner, indices) in left {
-        // Locked by us until its names are gone; without a lifeline, the owner was ending already, and
-        // these are what it did not come to.
+        // Locked by us until its names are gone; without a lifeline, the owner was ending already,
+        // and these are what it did not come to.
         let gone = match Lifeline::inherit(&owner.lifeline()) {
             Ok(Some(lifeline)) => Some(lifeline),
             Ok(None) if !owner.lifeline().exists() => None,
