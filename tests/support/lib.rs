@@ -303,9 +303,9 @@ static SPAWNED: Mutex<Vec<(PathBuf, i32)>> = Mutex::new(Vec::new());
 
 const LOOPBACK: [&str; 4] = ["-p", "0", "--listen", "127.0.0.1"];
 
-/// Where a program is. The programs are built beside the directory of the tests:
+/// Where a program is; panics if it was not built. The programs are built beside the directory of the tests:
 /// `TARGET/PROFILE/deps/TEST-HASH`, `TARGET/PROFILE/NAME`.
-fn path_of(name: &str) -> PathBuf {
+pub fn path_of(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let program = test.parent().unwrap().with_file_name(name);
     assert!(

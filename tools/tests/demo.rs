@@ -10,7 +10,7 @@ use std::thread;
 use rustix::fs::FileType;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use shmferry_examples::signals;
-use shmferry_test_support::{names_in, wait_until};
+use shmferry_test_support::{names_in, path_of, wait_until};
 use tempfile::TempDir;
 
 /// What shows that the demo has come so far.
@@ -99,6 +99,8 @@ impl Demo {
     /// Starts it with a stand-in for cargo: the programs are built already. The stand-in says that
     /// it runs, and reads from a pipe until [`wait_for`](Self::wait_for) writes to that.
     fn start() -> Demo {
+        // Those of another package are built with all tests, not with this one alone.
+        let _ = ["simplecached", "webproxy"].map(path_of);
         let temporary = TempDir::new().unwrap();
         let other = TempDir::new().unwrap();
         let cargo = other.path().join("cargo");
