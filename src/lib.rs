@@ -188,3 +188,8 @@ pub use segment::PoolStats;
 pub use server::ServerBuilder;
 pub use server::{Incoming, Outgoing, ServeError, Server, Serving};
 pub use sync::Deadline;
+
+/// README's code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,4 +1,5 @@
-//! The documents keep to the code: every test that `docs/failure-modes.md` names exists.
+//! The documents keep to the code: README shows the examples as they are, and every test that
+//! `docs/failure-modes.md` names exists.
 
 use std::fs;
 use std::path::Path;
@@ -20,5 +21,37 @@ fn every_test_that_is_named_exists() {
             ["(", "<"].iter().any(|after| source.contains(&format!("fn {test}{after}")))
         });
         assert!(exists, "{file}.rs has no test {test}");
+    }
+}
+
+#[test]
+fn readme_shows_the_examples_as_they_are() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
+    let readme = read("README.md");
+    for example in ["examples/serve.rs", "examples/fetch.rs"] {
+        let code = read(example);
+        assert!(readme.contains(&format!("```rust,no_run\n{code}```")), "{example} differs");
+        assert!(code.lines().count() <= 20, "{example} is long for a first look");
+    }
+}
+
+#[test]
+fn every_variant_of_error_is_explained() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
+    let (source, answers) = (read("src/error.rs"), read("docs/errors.md"));
+    let body = source.split_once("pub enum Error {").unwrap().1.split_once("\n}").unwrap().0;
+    let variants = body.lines().filter_map(|line| {
+        let name = line.strip_prefix("    ")?;
+        name.starts_with(char::is_uppercase).then(|| name.split(['(', ' ', ',']).next().unwrap())
+    });
+    let variants: Vec<_> = variants.collect();
+    assert!(variants.len() > 15, "{variants:?}");
+    for variant in variants {
+        assert!(
+            answers.contains(&format!("`{variant}`")),
+            "docs/errors.md says nothing of {variant}"
+        );
     }
 }
