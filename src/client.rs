@@ -71,6 +71,16 @@ impl Client {
     }
 
     /// Describes a client with other numbers.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let client = Client::builder().segments(16).segment_len(512 << 10).slots(4).in_process(&queue)?;
+    /// assert_eq!(client.stats().segments, 16);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn builder() -> ClientBuilder {
         ClientBuilder {
             segments: 8,
@@ -85,6 +95,19 @@ impl Client {
     }
 
     /// A client over a pool and a queue of one's own choice.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// use shmferry::segment::{Memfd, SegmentPool};
+    ///
+    /// let pool = SegmentPool::<Memfd>::builder().segments(2).create()?;
+    /// let client = Client::with(pool, queue);
+    /// assert_eq!(client.get("key")?.read_all()?, b"hello");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn with<B: Backing>(pool: SegmentPool<B>, queue: impl Requester<B> + 'static) -> Client {
         let route = Arc::new((pool, queue));
         Client { route, timeout: DEFAULT_TIMEOUT, lease_timeout: DEFAULT_TIMEOUT }
@@ -92,6 +115,19 @@ impl Client {
 
     /// The same client with another [timeout](ClientBuilder::timeout), for all that it asks from now
     /// on. Clones made before keep theirs.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// use std::time::Duration;
+    ///
+    /// let hasty = client.clone().with_timeout(Duration::from_millis(20));
+    /// let (_one, _two) = (client.get("a")?, client.get("b")?); // all segments
+    /// assert!(matches!(hasty.get("c"), Err(Error::Timeout(_))));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn with_timeout(mut self, timeout: Duration) -> Client {
         self.timeout = timeout;
         self.lease_timeout = timeout;
@@ -102,6 +138,19 @@ impl Client {
     /// answer: up to the timeout for a segment, and up to the timeout for the server.
     ///
     /// A request that a server did not take, because it ended, goes to its successor.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| match request.key() {
+    /// #     b"/greeting" => request.send_bytes(b"hello"),
+    /// #     _ => request.refuse(Refusal::NotFound),
+    /// # })?;
+    /// assert_eq!(client.get("/greeting")?.read_all()?, b"hello");
+    /// assert!(matches!(client.get("/absent"), Err(Error::Refused(Refusal::NotFound))));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Refused`] when the server has no bytes for this key, with its reason.
@@ -116,6 +165,18 @@ impl Client {
     /// As [`get`](Self::get), with one deadline for all of it. The body's own waits last up to the
     /// timeout each, as ever.
     ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// use std::time::Duration;
+    ///
+    /// let deadline = Deadline::after(Duration::from_secs(2));
+    /// assert_eq!(client.get_before("key", deadline)?.read_all()?, b"hello");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// Those of [`get`](Self::get).
     pub fn get_before(&self, key: impl AsRef<[u8]>, deadline: Deadline) -> Result<Body> {
@@ -123,6 +184,17 @@ impl Client {
     }
 
     /// How the segments are doing at this moment.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let body = client.get("key")?;
+    /// assert_eq!((client.stats().segments, client.stats().idle), (2, 1));
+    /// # drop(body);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn stats(&self) -> PoolStats {
         self.route.stats()
     }
@@ -318,11 +390,33 @@ pub struct Body {
 
 impl Body {
     /// How many bytes are to come in all, as the server has announced.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let body = client.get("key")?;
+    /// assert_eq!(body.size(), Size::Known(5));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn size(&self) -> Size {
         self.transfer.size()
     }
 
     /// What the server attached.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| {
+    /// #     request.accept_with(0, &String::from("text/plain"))?.finish()
+    /// # })?;
+    /// let body = client.get("key")?;
+    /// assert_eq!(body.metadata::<String>()?, "text/plain");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Peer`] when it does not read as an `M`.
@@ -331,11 +425,31 @@ impl Body {
     }
 
     /// How long this body waits without progress, instead of the client's timeout.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let mut body = client.get("key")?;
+    /// body.set_timeout(std::time::Duration::from_secs(5));
+    /// assert_eq!(body.read_all()?, b"hello");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.transfer.set_timeout(timeout);
     }
 
     /// Reads everything that is still to come into memory.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// assert_eq!(client.get("key")?.read_all()?, b"hello");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// What ended the transfer, or [`Error::Timeout`] when the server made no progress. What had
@@ -353,6 +467,16 @@ impl Body {
     /// returns the bytes copied. Waits as long as there is progress on both sides within the
     /// timeout.
     ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let file = tempfile::tempfile()?; // or a socket, or a pipe
+    /// assert_eq!(client.get("key")?.copy_to(&file)?, 5);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// What ended the transfer; [`Error::Sink`] when the descriptor fails, [`Error::Timeout`] when
     /// it takes nothing, after each of which the call may be made again, and goes on.
@@ -365,6 +489,20 @@ impl Body {
     /// socket takes nothing, the rest is set aside in `spool`, so that a slow reader does not keep
     /// the segment.
     ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// use shmferry::protocol::Spool;
+    /// use std::os::unix::net::UnixStream;
+    ///
+    /// let spool = Spool::new(1 << 30); // at most so many bytes in temporary files
+    /// let (socket, _reader) = UnixStream::pair()?;
+    /// assert_eq!(client.get("key")?.copy_to_or_spool(&socket, &spool)?, 5);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// Those of [`copy_to`](Self::copy_to).
     #[cfg(target_os = "linux")]
@@ -373,6 +511,18 @@ impl Body {
     }
 
     /// Waits for the next chunk, or what is unread of the current one; `None` at the end.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let mut body = client.get("key")?;
+    /// while let Some(chunk) = body.next_chunk(Deadline::NEVER)? {
+    ///     assert!(!chunk.is_empty() && chunk.bytes().len() == chunk.len());
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Timeout`], after which the call may be made again; or, for good, what ended the

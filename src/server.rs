@@ -68,6 +68,15 @@ impl Server {
     /// A dead server's leftovers are taken over. A server that becomes a daemon binds after its
     /// last fork.
     ///
+    /// ```
+    /// # use shmferry::*;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("cache.sock");
+    /// let server = Server::bind(path.as_path())?; // or "unix:PATH", or "mq:/NAME"
+    /// assert!(matches!(Server::bind(path.as_path()), Err(Error::AddressInUse { .. })));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::AddressInUse`] when a living process serves there; [`Error::NameTaken`] when
     /// something else stands there; [`Error::Misuse`] for an address that cannot be right;
@@ -82,18 +91,43 @@ impl Server {
     }
 
     /// Describes a server with other bounds.
+    ///
+    /// ```
+    /// # use shmferry::*;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("cache.sock");
+    /// let server = Server::builder().max_clients(16).max_bytes(64 << 20).bind(path.as_path())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[cfg(target_os = "linux")]
     pub fn builder() -> ServerBuilder {
         ServerBuilder::default()
     }
 
     /// A server of a queue of one's own choice: [`InProcess`](crate::channel::InProcess), say.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// assert_eq!(client.get("key")?.read_all()?, b"hello");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn with(queue: impl RequestQueue + 'static) -> Server {
         Server { queue: Arc::new(queue), timeout: DEFAULT_TIMEOUT, hook: Arc::default() }
     }
 
     /// How long a transfer waits for a client that takes nothing; 30 seconds by default. One that
     /// reads slowly but steadily is never given up.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let server = Server::with(queue).timeout(std::time::Duration::from_secs(5));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn timeout(mut self, timeout: Duration) -> Server {
         self.timeout = timeout;
         self
@@ -104,6 +138,17 @@ impl Server {
     /// Without a hook, and without the feature `tracing`, errors other than a client's leaving are
     /// written to standard error. The hook is called by the thread that met the error: whatever it
     /// does holds up that worker.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let server = Server::with(queue).on_error(|error| match error.fault() {
+    ///     Fault::Peer | Fault::Time => {} // a client left
+    ///     _ => eprintln!("{error}"),
+    /// });
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn on_error(self, hook: impl Fn(&ServeError) + Send + Sync + 'static) -> Server {
         let _ = self.hook.0.set(Box::new(hook));
         self
@@ -287,6 +332,17 @@ impl Serving {
     /// Stops taking requests, from any thread. Transfers under way go on: [`wait`](Self::wait) for
     /// them. The address is free for a successor from here on, and what was not taken is sent to
     /// it.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// # let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// serving.stop();
+    /// serving.wait();
+    /// assert!(client.get("key").is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn stop(&self) {
         self.inner.queue.close();
     }
@@ -297,6 +353,19 @@ impl Serving {
     }
 
     /// As [`wait`](Self::wait), up to a deadline; `false` if that came first.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// # let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// use std::time::Duration;
+    ///
+    /// assert!(!serving.wait_until(Deadline::after(Duration::from_millis(1))));
+    /// serving.stop();
+    /// assert!(serving.wait_until(Deadline::after(Duration::from_secs(30))));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn wait_until(&self, deadline: Deadline) -> bool {
         self.inner.workers.join(deadline)
     }
@@ -411,16 +480,50 @@ pub struct Incoming {
 
 impl Incoming {
     /// What is asked for.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let _serving = Server::with(queue).serve(2, |request| {
+    ///     let key = request.key().to_vec();
+    ///     request.send_bytes(&key)
+    /// })?;
+    /// assert_eq!(client.get("echo")?.read_all()?, b"echo");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn key(&self) -> &[u8] {
         self.transfer.key()
     }
 
     /// Who asks, as the kernel vouches for it; `None` within one process.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let _serving = Server::with(queue).serve(2, |request| match request.peer() {
+    ///     Some(peer) if peer.uid == 0 => request.send_bytes(b"for root only"),
+    ///     Some(_) => request.refuse(Refusal::NotFound),
+    ///     None => request.send_bytes(b"for this very process"),
+    /// })?;
+    /// assert_eq!(client.get("key")?.read_all()?, b"for this very process");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn peer(&self) -> Option<Peer> {
         self.transfer.peer()
     }
 
     /// Answers that there are no bytes, and why.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let _serving = Server::with(queue).serve(2, |request| request.refuse(Refusal::Other(7)))?;
+    /// assert!(matches!(client.get("key"), Err(Error::Refused(Refusal::Other(7)))));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Stale`] when the client has given up.
@@ -430,6 +533,19 @@ impl Incoming {
 
     /// Answers with a whole file, from its beginning; its own position neither matters nor moves.
     /// Waits for the client as long as that makes progress.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// use std::fs::File;
+    ///
+    /// let _serving = Server::with(queue).serve(2, |request| {
+    ///     request.send_file(&File::open("/proc/self/status")?)
+    /// })?;
+    /// assert!(client.get("key")?.read_all()?.starts_with(b"Name:"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// Those of [`accept`](Self::accept) and [`Outgoing::finish`]; [`Error::Source`] when the file
@@ -443,6 +559,15 @@ impl Incoming {
 
     /// Answers with these bytes.
     ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let _serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// assert_eq!(client.get("key")?.read_all()?, b"hello");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// Those of [`accept`](Self::accept) and [`Outgoing::finish`].
     pub fn send_bytes(self, bytes: &[u8]) -> Result<()> {
@@ -454,6 +579,23 @@ impl Incoming {
     /// Answers that so many bytes will come, which are then written one after the other;
     /// [`Size::Unknown`] for as many as there will be.
     ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// use std::io::Write;
+    ///
+    /// let _serving = Server::with(queue).serve(2, |request| -> Result<()> {
+    ///     let mut outgoing = request.accept(Size::Unknown)?;
+    ///     for number in 0..3 {
+    ///         writeln!(outgoing, "line {number}")?;
+    ///     }
+    ///     outgoing.finish()
+    /// })?;
+    /// assert_eq!(client.get("key")?.read_all()?, b"line 0\nline 1\nline 2\n");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Stale`] when the client has given up: nothing was sent.
     pub fn accept(self, size: impl Into<Size>) -> Result<Outgoing> {
@@ -461,6 +603,22 @@ impl Incoming {
     }
 
     /// As [`accept`](Self::accept), with metadata beside the size.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// use std::io::Write;
+    ///
+    /// let _serving = Server::with(queue).serve(2, |request| -> Result<()> {
+    ///     let mut outgoing = request.accept_with(2, &String::from("text/plain"))?;
+    ///     outgoing.write_all(b"ok")?;
+    ///     outgoing.finish()
+    /// })?;
+    /// let body = client.get("key")?;
+    /// assert_eq!(body.metadata::<String>()?, "text/plain");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// Also [`Error::Misuse`] for metadata longer than
@@ -494,12 +652,45 @@ impl Outgoing {
     }
 
     /// Bytes handed to the client so far.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// use std::io::Write;
+    ///
+    /// let _serving = Server::with(queue).serve(2, |request| -> Result<()> {
+    ///     let mut outgoing = request.accept(5)?;
+    ///     assert_eq!((outgoing.size(), outgoing.sent()), (Size::Known(5), 0));
+    ///     outgoing.write_all(b"hello")?;
+    ///     assert_eq!(outgoing.sent(), 5);
+    ///     outgoing.finish()
+    /// })?;
+    /// assert_eq!(client.get("key")?.read_all()?, b"hello");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn sent(&self) -> u64 {
         self.transfer.sent()
     }
 
     /// Sends a file from its beginning, as many bytes as are still to come of the announced size, or
     /// all of it when the size is unknown, and ends the answer; returns the bytes sent in all.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// use std::fs::File;
+    ///
+    /// let _serving = Server::with(queue).serve(2, |request| -> Result<()> {
+    ///     let file = File::open("/proc/self/status")?;
+    ///     let sent = request.accept(Size::of_file(&file)?)?.send_file(&file)?;
+    ///     assert!(sent > 0);
+    ///     Ok(())
+    /// })?;
+    /// assert!(client.get("key")?.read_all()?.starts_with(b"Name:"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// As [`Incoming::send_file`].
@@ -509,6 +700,19 @@ impl Outgoing {
     }
 
     /// Waits for room for the next chunk, to be filled where it lies.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let _serving = Server::with(queue).serve(2, |request| -> Result<()> {
+    ///     let mut outgoing = request.accept(Size::Unknown)?;
+    ///     outgoing.next_slot(Deadline::NEVER)?.send(b"one chunk")?;
+    ///     outgoing.finish()
+    /// })?;
+    /// assert_eq!(client.get("key")?.read_all()?, b"one chunk");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Timeout`], after which the call may be made again; [`Error::Cancelled`] or
