@@ -69,7 +69,7 @@ seeded "transfer: no fence before the sleep"        $s $m '/let slept/,/let slep
 seeded "transfer: no fence before the wake"         $s $m 's/^        fence\(SeqCst\); \/\/ pair 2$//'
 seeded "a cancellation published without Release"   $s $m::a_receiver 's/self.word.fetch_or\(POISON, Release\)/self.word.fetch_or(POISON, Relaxed)/'
 seeded "a cancellation seen without Acquire"        $s $m::a_receiver 's/self.word.load\(Acquire\) & POISON/self.word.load(Relaxed) \& POISON/'
-seeded "poison told before permits are drained"     $s $m::an_abort 's/if seen & !POISON == 0 \{/if seen \& POISON != 0 || seen == 0 {/; s/if seen == POISON/if seen != 0/'
+seeded "poison told before permits are drained"     $s $m::an_abort 's/if seen & !POISON == 0 \{/if seen \& POISON != 0 || seen == 0 {/; s/seen == POISON;/seen != 0;/'
 
 h=segment/header.rs
 seeded "a turn taken without Acquire"               $h $m 's/compare_exchange\(from, to, AcqRel, Acquire\)/compare_exchange(from, to, Release, Relaxed)/; s/self.0.load\(Acquire\)/self.0.load(Relaxed)/'
@@ -94,15 +94,15 @@ seeded "a chunk that wakes nobody"                  $t $m '/fn hand_over/,/^    
 seeded "a wake-up put off with nothing left to fill" $t $m 's/&& can_put_off\(.*/\&\& true;/'
 seeded "a chunk word written after its permit"      $t $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            self.side.hand_over\(permit, self.state.in_batches\);/self.side.hand_over(permit, self.state.in_batches); self.side.header().chunks[slot].store(chunk);/; s/^            self.side.end\(Phase::Finished, permit\)/{ self.side.segment.header().chunks[slot].store(chunk); self.side.end(Phase::Finished, permit) }/'
 seeded "a slot written before it is free"           $t $m 's/^            self.state.permit = Some\(match deadline \{$/self.side.segment.writable().write_slot(self.state.cursor, 0, \&[0]);&/'
-seeded "a cover that overlooks a severed link"      peer.rs $m::a_severed 's/^            subject.poison\(\);$//'
-seeded "a severed link that poisons nothing"        peer.rs $m::a_severed 's/^        state.registered.values\(\).*$//'
+seeded "a cover that overlooks a severed link"      peer/link.rs $m::a_severed 's/^            subject.poison\(\);$//'
+seeded "a severed link that poisons nothing"        peer/link.rs $m::a_severed 's/^        state.registered.values\(\).*$//'
 seeded "a sender that has itself covered by no link" $t $m 's/^            registration.cover\(.*//'
 seeded "covered before it has accepted"             $t $m::a_link_severed_while_its_sender_leaves '/fn take_up/,/^    \}/s/let header = self.segment.header\(\);/&if let Some(registration) = \&self.registration { registration.cover(Arc::clone(\&self.segment) as _); }/'
 seeded "in reach of the link after an abort"        $t $m::a_link_severed_while_its_sender_aborts '/fn abort/,/^    \}/s/^            self.registration = None;$//'
 seeded "a request dropped by its sender, not aborted" $t $m::an_abort_before '/fn abort/,/^    \}/s/if self.phase == Phase::Offered .*\{/if self.phase == Phase::Offered {/'
 seeded "an abort of what was never taken up"        $t $m::a_late_accept '/fn abort/,/^    \}/s/if matches!\(self.phase, Phase::Accepted \| Phase::Announced\)/if true/'
-seeded "a segment poisoned after its enrolment ended" peer.rs $m::a_request_sent_after 's/^        state.registered.values\(\).*/let all: Vec<_> = state.registered.values().flatten().cloned().collect(); drop(state); all.iter().for_each(|registered| registered.poison());/'
-seeded "an enrolment that never ends"               peer.rs $m::a_link_severed_late 's/^        state.registered.remove\(&self.number\);//'
+seeded "a segment poisoned after its enrolment ended" peer/link.rs $m::a_request_sent_after 's/^        state.registered.values\(\).*/let all: Vec<_> = state.registered.values().flatten().cloned().collect(); drop(state); all.iter().for_each(|registered| registered.poison());/'
+seeded "an enrolment that never ends"               peer/link.rs $m::a_link_severed_late 's/^        state.registered.remove\(&self.number\);//'
 e=segment.rs
 seeded "a receiver's link that poisons the sender's wait" $e $m::a_severed 's/self.header\(\).filled.poison\(\);/self.header().free.poison();/'
 seeded "a receiver's link that poisons both waits"  $e $m::a_sender_is_not_stopped 's/self.header\(\).filled.poison\(\);/&self.header().free.poison();/'

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use crate::segment::SegmentId;
+use crate::id::SegmentId;
 
 /// The result of every fallible call in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -181,6 +181,7 @@ mod error;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
+mod id;
 #[cfg(target_os = "linux")]
 mod own_file;
 mod peer;
