@@ -58,7 +58,7 @@ seeded "poison seen without Acquire"           $s semaphore::model 's/let mut se
 seeded "no fence before the sleep"             $s semaphore::model '/let slept/,/let slept/!s/^            fence\(SeqCst\); \/\/ pair 2$//'
 seeded "no fence before the wake"              $s semaphore::model 's/^        fence\(SeqCst\); \/\/ pair 2$//'
 seeded "a sleeper that does not say so"        $s semaphore::model 's/self.sleepers.fetch_add\(1, Relaxed\);//; s/self.sleepers.fetch_sub\(1, Relaxed\);//'
-seeded "a post that does not wake"             $s semaphore::model '/fn post/,/^    }/s/self.wake\(\);//'
+seeded "a post that does not wake"             sync/semaphore/testing.rs semaphore::model '/fn post/,/^    }/s/self.wake\(\);//'
 seeded "nothing that wakes"                    $s semaphore::model 's/self.parker.unpark_all\(&self.word\);$//'
 
 # The same, through a whole transfer.
@@ -80,27 +80,29 @@ seeded "a sender counted as off while it sends"     $h $m 's/matches!\(self, Idl
 seeded "a withdrawn request counted as held"        $h $m 's/Aborted \| Withdrawn\)/Aborted)/'
 
 t=protocol/sender.rs
-seeded "a late request accepted whatever its generation" $t $m 's/header.turn.advance\(self.generation, Phase::Offered, Phase::Accepted\)/{ self.generation = header.turn.load()?.0; header.turn.advance(self.generation, Phase::Offered, Phase::Accepted) }/'
-seeded "an accept that takes no turn"               $t $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Accepted\).is_err\(\)/if header.turn.phase_of(self.generation) != Some(Phase::Offered)/'
+c=protocol/sender/slot.rs
+w=segment/writer.rs
+seeded "a late request accepted whatever its generation" $w $m 's/^        segment.header\(\).turn.advance\(generation, Phase::Offered/let generation = segment.header().turn.load().ok()?.0; &/'
+seeded "an accept that takes no turn" $w $m 's/^        segment.header\(\).turn.advance\(generation, Phase::Offered, Phase::Accepted\).ok\(\)\?;$/if segment.header().turn.phase_of(generation) != Some(Phase::Offered) { return None; }/'
 seeded "the last turn before the last permit"       $t $m '/fn end/,/^    }/{s/^        header.filled.add\(permit\);$//; s/^        header.filled.wake\(\);.*/header.filled.add(permit); header.filled.wake();/}'
 seeded "an end that does not wake"                  $t $m '/fn end/,/^    }/s/^        header.filled.wake\(\);.*//'
-seeded "an end that leaves no turn"                 $t $m '/fn end/,/^    }/s/header.turn.advance\(.*\);/Ok::<(), PeerFault>(());/'
-seeded "out of reach of the link after the last turn" $t $m '/fn end/,/^    }/{s/^        self.registration = None;$//; s/^        self.phase = phase;$/&self.registration = None;/}'
-seeded "the last turn before the poison"            $t $m '/fn abort/,/^    }/{s/^            header.filled.set_poison\(\);$//; s/^            header.filled.wake\(\);.*/header.filled.poison();/}'
-seeded "an abort that does not wake"                $t $m '/fn abort/,/^    }/s/^            header.filled.wake\(\);.*//'
-seeded "an abort that poisons nothing"              $t $m '/fn abort/,/^    }/s/^            header.filled.set_poison\(\);$//'
-seeded "an abort that leaves no turn"               $t $m '/fn abort/,/^    }/s/^            let _ = header.turn.advance\(.*//'
-seeded "a chunk that wakes nobody"                  $t $m '/fn hand_over/,/^    }/s/^            header.filled.wake\(\);//'
-seeded "a wake-up put off with nothing left to fill" $t $m 's/&& can_put_off\(.*/\&\& true;/'
-seeded "a chunk word written after its permit"      $t $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            self.side.hand_over\(permit, self.state.in_batches\);/self.side.hand_over(permit, self.state.in_batches); self.side.header().chunks[slot].store(chunk);/; s/^            self.side.end\(Phase::Finished, permit\)/{ self.side.segment.header().chunks[slot].store(chunk); self.side.end(Phase::Finished, permit) }/'
-seeded "a slot written before it is free"           $t $m 's/^            self.state.permit = Some\(match deadline \{$/self.side.segment.writable().write_slot(self.state.cursor, 0, \&[0]);&/'
+seeded "an end that leaves no turn" $t $m '/fn end/,/^    }/s/let left = writer.leave\(phase\);/let left = Ok::<(), PeerFault>(()); drop(writer);/'
+seeded "out of reach of the link after the last turn" $w $m '/fn leave/,/^    }/{s/^        drop\(self.registration\);$//; s/^        self.segment.header\(\).turn.advance.*/let left = &; drop(self.registration); left/}'
+seeded "the last turn before the poison"            $t $m '/fn abort/,/^    }/{s/^        header.filled.set_poison\(\);$//; s/^        header.filled.wake\(\);.*/header.filled.poison();/}'
+seeded "an abort that does not wake"                $t $m '/fn abort/,/^    }/s/^        header.filled.wake\(\);.*//'
+seeded "an abort that poisons nothing"              $t $m '/fn abort/,/^    }/s/^        header.filled.set_poison\(\);$//'
+seeded "an abort that leaves no turn" $t $m '/fn abort/,/^    }/s/let _ = writer.leave\(.*/drop(writer);/'
+seeded "a chunk that wakes nobody" $t $m '/fn hand_over/,/^    }/s/^            header.filled.wake\(\);//'
+seeded "a wake-up put off with nothing left to fill" $t $m 's/&& self.waiter.can_put_off\(.*/\&\& slots > 0/'
+seeded "a chunk word written after its permit" $c $m 's/^        header.chunks\[self.state.cursor as usize\].store\(chunk\);$/let slot = self.state.cursor as usize;/; s/^            return self.side.end\(Phase::Finished, permit\);/let end = self.side.end(Phase::Finished, permit); self.side.segment.header().chunks[slot].store(chunk); return end;/; s/^        self.side.hand_over\(permit, self.state.in_batches\);/&self.side.segment.header().chunks[slot].store(chunk);/'
+seeded "a slot written before it is free" $c $m 's/^            self.state.permit = Some\(match deadline \{$/self.side.writer()?.write(self.state.cursor, 0, \&[0]);&/'
 seeded "a cover that overlooks a severed link"      peer/link.rs $m::a_severed 's/^            subject.poison\(\);$//'
 seeded "a severed link that poisons nothing"        peer/link.rs $m::a_severed 's/^        state.registered.values\(\).*$//'
-seeded "a sender that has itself covered by no link" $t $m 's/^            registration.cover\(.*//'
-seeded "covered before it has accepted"             $t $m::a_link_severed_while_its_sender_leaves '/fn take_up/,/^    \}/s/let header = self.segment.header\(\);/&if let Some(registration) = \&self.registration { registration.cover(Arc::clone(\&self.segment) as _); }/'
-seeded "in reach of the link after an abort"        $t $m::a_link_severed_while_its_sender_aborts '/fn abort/,/^    \}/s/^            self.registration = None;$//'
-seeded "a request dropped by its sender, not aborted" $t $m::an_abort_before '/fn abort/,/^    \}/s/if self.phase == Phase::Offered .*\{/if self.phase == Phase::Offered {/'
-seeded "an abort of what was never taken up"        $t $m::a_late_accept '/fn abort/,/^    \}/s/if matches!\(self.phase, Phase::Accepted \| Phase::Announced\)/if true/'
+seeded "a sender that has itself covered by no link" $w $m 's/^        registration.cover\(.*//'
+seeded "covered before it has accepted" $w $m::a_link_severed_while_its_sender_leaves '/fn accept/,/^    \}/s/^        segment.header\(\).turn.advance/registration.cover(Arc::clone(segment) as _); &/'
+seeded "in reach of the link after an abort" $w $m::a_link_severed_while_its_sender_aborts '/fn leave/,/^    \}/{s/^        drop\(self.registration\);$//; s/^        self.segment.header\(\).turn.advance.*/let left = &; drop(self.registration); left/}'
+seeded "a request dropped by its sender, not aborted" $t $m::an_abort_before '/fn abort/,/^    \}/s/^            let _ = self.take_up\(\);.*//'
+seeded "an abort of what was never taken up" $t $m::a_late_accept '/fn abort/,/^    \}/s/^        let Some\(writer\) = self.stand.leave.*/self.header().filled.set_poison(); &/'
 seeded "a segment poisoned after its enrolment ended" peer/link.rs $m::a_request_sent_after 's/^        state.registered.values\(\).*/let all: Vec<_> = state.registered.values().flatten().cloned().collect(); drop(state); all.iter().for_each(|registered| registered.poison());/'
 seeded "an enrolment that never ends"               peer/link.rs $m::a_link_severed_late 's/^        state.registered.remove\(&self.number\);//'
 e=segment.rs
@@ -109,40 +111,43 @@ seeded "a receiver's link that poisons both waits"  $e $m::a_sender_is_not_stopp
 seeded "a sender's link that poisons the receiver's wait" $e $m::a_severed 's/self.header\(\).free.poison\(\);/self.header().filled.poison();/'
 seeded "a sender's link that poisons both waits"    $e $m::a_sender_whose_link 's/self.header\(\).free.poison\(\);/&self.header().filled.poison();/'
 
-seeded "a segment claimed before its turn is taken" $t $m::what_a '/fn take_up/,/^    }/{s/^        let header = self.segment.header\(\);$/& if !self.segment.claim() { self.phase = Phase::Idle; return Err(Error::Stale); }/; s/^        if !self.segment.claim\(\) \{$/if false {/; s/^            self.phase = Phase::Idle; \/\/ never ours.*/self.segment.disclaim(); &/}'
-seeded "a claim that outlasts the transfer"         $t $m::the_next_generation '/fn end/,/^    }/s/^        self.segment.disclaim\(\);.*//'
-seeded "a claim that outlasts an abort"             $t $m::what_an_aborting '/fn abort/,/^    }/s/^            self.segment.disclaim\(\);.*//'
-bound=3 seeded "a claim given back after the last turn" $t $m::the_next_generation '/fn end/,/^    }/{s/^        self.segment.disclaim\(\);.*//; s/^        self.phase = phase;$/self.segment.disclaim(); &/}'
+seeded "a segment claimed before its turn is taken" $w $m::what_a '/fn accept/,/^    }/{s/^        segment.header\(\).turn.advance.*/if segment.is_claimed.swap(true, Acquire) { return None; } if segment.header().turn.advance(generation, Phase::Offered, Phase::Accepted).is_err() { segment.is_claimed.store(false, Release); return None; }/; s/^        if segment.is_claimed.swap\(true, Acquire\) \{$/if false {/}'
+seeded "a claim that outlasts the transfer" $w $m::the_next_generation 's/^        self.segment.is_claimed.store\(false, Release\);$//'
+seeded "a claim that outlasts an abort" $w $m::what_an_aborting 's/^        self.segment.is_claimed.store\(false, Release\);$//'
+bound=3 seeded "a claim given back after the last turn" $w $m::the_next_generation '/fn leave/,/^    }/{s/^        self.segment.is_claimed.store\(false, Release\);$//; s/^        self.segment.header\(\).turn.advance.*/let left = &; self.segment.is_claimed.store(false, Release); left/}'
 
 r=protocol/receiver.rs
+k=protocol/receiver/chunk.rs
 seeded "a cancellation that does not wake"          $r $m 's/^            header.free.poison\(\);$/header.free.set_poison();/'
 seeded "a receiver that goes without a word"        $r $m 's/^            header.free.poison\(\);$//'
 seeded "no withdrawal"                              $r $m 's/^        let _ = header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\);$//'
 seeded "a withdrawal after accepting was left open" $r $m 's/Some\(Phase::Accepted \| Phase::Announced\) = header.turn.phase_of/Some(Phase::Announced) = header.turn.phase_of/'
-seeded "a link that ends after the segment is given back" $r $m::a_link_severed_while_its_receiver '/fn end\(&mut self\)/,/^    \}/s/self.offer.end\(\)/self.offer.link()/; s/give_back\(self.generation, link\);/give_back(self.generation, link); self.offer.end();/'
+seeded "a link that ends after the segment is given back" $r $m::a_link_severed_while_its_receiver '/fn end\(&mut self\)/,/^    \}/s/self.offer.end\(\)/self.offer.link()/; s/give_back\(ended\);/give_back(ended); self.offer.end();/'
 seeded "permits left over from the last transfer"   $r $m 's/^        header.filled.reset\(0\);$//'
 seeded "free slots left over from the last transfer" $r $m 's/^        header.free.reset\(.*//'
 seeded "a cancellation left over from the last transfer" $r $m 's/^        header.receiver.cancelled.store\(0, Relaxed\);$//'
 seeded "reset after the offer"                      $r $m 's/^        header.filled.reset\(0\);$//; s/^        header.free.reset\(.*//; s/^        header.turn.open_next\(generation\)$/let next = header.turn.open_next(generation); header.filled.reset(0); header.free.reset(segment.geometry().slot_count()); next/'
-seeded "a slot that goes back unannounced"          $r $m 's/^                header.free.wake\(\);$//'
-seeded "a slot read after it went back"             $r $m 's/^            header.free.add\(permit\);$/&self.side.guard.segment.readable().read_slot((self.state.cursor + slots - 1) % slots, 0, \&mut [0]);/'
+seeded "a slot that goes back unannounced"          $k $m 's/^                header.free.wake\(\);$//'
+seeded "a slot read after it went back"             $k $m 's/^            header.free.add\(permit\);$/&self.side.guard.segment.readable().read_slot((self.state.cursor + slots - 1) % slots, 0, \&mut [0]);/'
 
-p=segment/pool.rs
-seeded "a segment reclaimed while its sender is on it" $p $m '/^fn reclaim/,/^}/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'
-seeded "a segment leased again, reclaimed or not"   $p $m 's/^        if reclaim\(segment, generation\) \{/if reclaim(segment, generation) || true {/; s/Candidate::Idle\(pooled\) if pooled.is_sound\(\) =>/Candidate::Idle(pooled) =>/; s/if first.is_sound\(\) \{/if first.is_sound() || true {/'
-seeded "a lingering segment leased as it is"        $p $m 's/if (workers::blocking.*settle.*\)\)) \{/if \1 || true {/'
-seeded "a wait for a late sender that nothing ends" $p $m 's/filled.wait\(recheck\)/filled.wait(deadline)/'
-seeded "a hang-up taken for a death"                $p $m::a_hang_up 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) || true {/'
-seeded "a death that is not looked for"             $p $m::a_segment_whose_sender_died 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) \&\& false {/'
-seeded "a dead sender's segment leased as it is"    $p $m::a_segment_whose_sender_died 's/&& turn.advance\(self.generation, phase, Phase::Idle\).is_ok\(\);/\&\& true;/'
-seeded "a dead sender's last step overlooked"       $p $m::a_sender_that_dies 's/&& turn.advance\(self.generation, phase, Phase::Idle\).is_ok\(\);/\&\& { let _ = turn.advance(self.generation, phase, Phase::Idle); true };/'
-seeded "a segment that was left, leased as it is"   $p $m::a_segment_is_leased 's/=> return reclaim\(&self.pooled.segment, self.generation\)/=> return true/'
-seeded "a grace that is never over"                 $p $m::a_sender_that_stands_still '/fn settle/,/^    \}/s/if deadline.has_passed\(\)/if false/'
-seeded "a segment leased when the grace is over"    $p $m::a_segment_whose_sender_lingers '/fn settle/,/^    \}/s/^                return false;/return true;/'
+p=segment/pool/shared.rs
+d=segment/pool/quarantine.rs
+seeded "a segment reclaimed while its sender is on it" $d $m '/fn reclaim/,/^    }/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'
+seeded "a segment leased again, reclaimed or not" $p $m 's/^        if ended.reclaim\(segment\) \{/if ended.reclaim(segment) || true {/; s/\(Some\(pooled\), _\) if pooled.is_sound\(\) =>/(Some(pooled), _) if true =>/; s/if is_alone && first.is_sound\(\)/if is_alone/'
+seeded "a lingering segment leased as it is"        $p $m 's/if (blocking.*settle.*\)\)) \{/if \1 || true {/'
+seeded "a wait for a late sender that nothing ends" $d $m 's/filled.wait\(recheck\)/filled.wait(deadline)/'
+seeded "a hang-up taken for a death"                $d $m::a_hang_up 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) || true {/'
+seeded "a death that is not looked for"             $d $m::a_segment_whose_sender_died 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) \&\& false {/'
+seeded "a dead sender's segment leased as it is"    $d $m::a_segment_whose_sender_died 's/&& header.turn.advance\(\*generation, phase, Phase::Idle\).is_ok\(\);/\&\& true;/'
+seeded "a dead sender's last step overlooked"       $d $m::a_sender_that_dies 's/&& header.turn.advance\(\*generation, phase, Phase::Idle\).is_ok\(\);/\&\& { let _ = header.turn.advance(*generation, phase, Phase::Idle); true };/'
+seeded "a segment that was left, leased as it is"   $d $m::a_segment_is_leased 's/=> return self.ended.reclaim\(.*\),/=> return true,/'
+seeded "a grace that is never over"                 $d $m::a_sender_that_stands_still '/fn settle/,/^    \}/s/if deadline.has_passed\(\)/if false/'
+seeded "a segment leased when the grace is over"    $d $m::a_segment_whose_sender_lingers '/fn settle/,/^    \}/s/^                return false;/return true;/'
 seeded "a segment that cannot be replaced, lost"    $p $m::a_segment_that_cannot '/fn take_slowly\(/,/^    \}/s/^                    self.put_quarantined\(quarantined\);$//'
-seeded "what lingers beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if quarantined.settle\(.*\) =>/if quarantined.settle(Deadline::after(Duration::ZERO)) || true =>/; s/Candidate::Idle\(pooled\) if pooled.is_sound\(\) =>/Candidate::Idle(pooled) =>/; s/if first.is_sound\(\) \{/if first.is_sound() || true {/'
+seeded "what lingers beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if quarantined.settle\(.*\) =>/if quarantined.settle(Deadline::after(Duration::ZERO)) || true =>/; s/\(Some\(pooled\), _\) if pooled.is_sound\(\) =>/(Some(pooled), _) if true =>/; s/if is_alone && first.is_sound\(\)/if is_alone/'
 
-f=protocol.rs
+f=protocol/offer.rs
+v=protocol/wait.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
 seeded "a dropped request that is not withdrawn"    $f $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\).is_ok\(\)/if header.turn.load().is_err()/'
 seeded "a request enrolled after its transfer is over" $f $m::a_request_sent_after '/fn sent_over/,/^    \}/s/if !matches!\(\*state, OfferState::Over\) \{/{/'
@@ -151,14 +156,14 @@ seeded "a request withdrawn although it was sent"   $f $m::one_slot '/fn abandon
 seeded "a dropped request that poisons what a sender has" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/Phase::Withdrawn\).is_ok\(\)/Phase::Withdrawn).is_ok() || true/'
 seeded "a dropped request that lets go before it poisons" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/if matches!\(\*state, OfferState::Unsent\) \{/let unsent = matches!(*state, OfferState::Unsent); drop(state); if unsent {/'
 
-seeded "a look at the link that loses what was filled"  $f $m::what_was_filled 's/return semaphore.try_wait\(\).map_err\(.*/return Err(Interrupted::Poisoned);/'
-seeded "a sleeper that does not look at the link"   $f $m::a_link_that_ended 's/Err\(Interrupted::TimedOut\) if is_severed\(\)/Err(Interrupted::TimedOut) if is_severed() \&\& false/'
+seeded "a look at the link that loses what was filled"  $v $m::what_was_filled 's/return semaphore.try_wait\(\).map_err\(.*/return Err(Interrupted::Poisoned);/'
+seeded "a sleeper that does not look at the link"   $v $m::a_link_that_ended 's/Err\(Interrupted::TimedOut\) if is_severed\(\)/Err(Interrupted::TimedOut) if is_severed() \&\& false/'
 
 n=sync/fair_semaphore.rs
 seeded "a place given back that wakes nobody in line" $n $m::two_that 's/^                first.called.notify_one\(\);$//'
 seeded "a place given back past the line"           $n $m::two_that 's/match state.queue.pop_front\(\)/match None::<Arc<Waiter>>/'
 seeded "a segment counted before it is there"       $p $m::two_that '/fn put_idle/,/^    }/{s/^        lock\(&self.state\).idle.push\(pooled\);$/self.available.leave();/; s/^        self.available.leave\(\);$/lock(\&self.state).idle.push(pooled);/}'
-seeded "a segment leased again while its sender is on it" $p $m::a_request_is 's/if workers::blocking.*settle.*\{/if true {/'
+seeded "a segment leased again while its sender is on it" $p $m::a_request_is 's/if blocking.*settle.*\{/if true {/'
 seeded "a withdrawal that does not ask the turn word" $r $m::a_request_is '/fn withdraw/,/^    }/s/turn.advance\(.*\).is_ok\(\)/turn.load().is_ok()/'
 
 g=channel/seqpacket/ring.rs

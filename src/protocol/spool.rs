@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::sync::{Deadline, wait_ready};
 
 use super::sink::send_all_telling;
-use super::{Receiver, Receiving, ShmTransfer, Size};
+use super::{Receiver, Receiving, ShmTransfer};
 
 /// How much is read from a spooled body at a time.
 const BUFFER: usize = 256 << 10;
@@ -110,7 +110,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// Those of [`copy_to`](Self::copy_to).
     pub fn copy_to_or_spool(mut self, socket: impl AsFd, spool: &Spool) -> Result<u64> {
         let socket = socket.as_fd();
-        let timeout = self.side.timeout;
+        let timeout = self.side.waiter.timeout;
         let (mut copied, mut wait) = (0, None);
         // Each time that it is told to stop, which is ten times a second at most.
         loop {
@@ -166,14 +166,6 @@ impl ShmTransfer<Receiver, Receiving> {
             {
                 return Ok(false);
             }
-        }
-    }
-
-    /// Bytes still to be passed on, if that is known.
-    fn left(&self) -> Option<u64> {
-        match self.state.size {
-            Size::Known(size) => Some(size - self.state.received + self.unread() as u64),
-            Size::Unknown => None,
         }
     }
 }

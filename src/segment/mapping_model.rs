@@ -15,7 +15,7 @@ use shared_memory::Shmem;
 
 use crate::sync::atomic::AtomicU64;
 
-use super::Geometry;
+use super::geometry::Geometry;
 use super::header::Header;
 
 pub(crate) struct Mapping {

@@ -1,5 +1,7 @@
 //! When a sender puts off waking its receiver.
 
+use std::time::Duration;
+
 use super::*;
 use crate::channel::{InProcess, RequestQueue, Requester};
 use crate::segment::{Memfd, SegmentPool};
@@ -17,14 +19,16 @@ fn crowded(in_batches: bool) -> (ShmTransfer<Sender, Sending>, impl Sized) {
     queue.send(request, soon()).unwrap();
     let mut sending = queue.recv(soon()).unwrap().accept(Size::Unknown).unwrap();
     sending.state.in_batches = in_batches;
-    let crowd: Vec<_> = (0..4096).map(|_| Presence::among(&SENDERS)).collect();
+    let crowd: Vec<_> = (0..4096).map(|_| Waiter::among(&SENDERS)).collect();
     (sending, (asking, crowd))
 }
 
 /// Sends a chunk; says whether the receiver's wake-up was put off.
 fn puts_off(sending: &mut ShmTransfer<Sender, Sending>) -> bool {
+    let _ = sending.next_slot(soon()).unwrap();
+    let is_put_off = sending.state.in_batches && sending.side.puts_off_wake_up();
     sending.next_slot(soon()).unwrap().send(b"x").unwrap();
-    sending.side.is_unwoken
+    is_put_off
 }
 
 #[test]
