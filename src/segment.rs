@@ -18,7 +18,7 @@ mod mapping;
 mod memfd;
 mod named;
 mod pool;
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests;
 mod writer;
 

@@ -1,5 +1,6 @@
 //! What tests need of segments, and the product does not.
 
+#[cfg(not(loom))]
 use super::header::Turn;
 use super::{Mapping, Segment, WriteSlots};
 
@@ -10,6 +11,7 @@ impl Segment<WriteSlots> {
     }
 }
 
+#[cfg(not(loom))]
 impl Turn {
     /// Overwrites the word, as a peer can.
     pub(crate) fn spoil(&self, word: u64) {

@@ -1,16 +1,12 @@
 //! The right to write to a segment's slots, which one sender of this process has at a time.
 
-#[cfg(unix)]
-use std::io;
-#[cfg(unix)]
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::error::PeerFault;
 use crate::peer::Registration;
 use crate::sync::atomic::{Acquire, Release};
 
-use super::{Phase, Segment, WriteSlots};
+use super::{Mapping, Phase, Segment, WriteSlots};
 
 #[cfg(all(test, loom))]
 mod model;
@@ -60,22 +56,9 @@ impl SlotWriter {
         Ok(())
     }
 
-    /// Copies bytes into a slot.
-    pub(crate) fn write(&self, slot: u32, offset: usize, bytes: &[u8]) {
-        self.segment.mapping.write_slot(slot, offset, bytes);
-    }
-
-    /// Reads from a file straight into a slot, by one `pread`. Returns how many bytes came.
-    #[cfg(unix)]
-    pub(crate) fn pread(
-        &self,
-        slot: u32,
-        offset: usize,
-        len: usize,
-        file: BorrowedFd<'_>,
-        at: u64,
-    ) -> io::Result<usize> {
-        self.segment.mapping.pread_slot(slot, offset, len, file, at)
+    /// The memory, for writing its slots.
+    pub(crate) fn slots(&self) -> &Mapping {
+        &self.segment.mapping
     }
 
     /// Leaves the segment with this phase. The turn word is the last write: a process that reads

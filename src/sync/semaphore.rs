@@ -17,10 +17,10 @@ use std::io;
 use super::atomic::{Acquire, AtomicU32, Relaxed, Release, SeqCst, fence};
 use super::{Deadline, Parker};
 
+#[cfg(test)]
+mod for_tests;
 #[cfg(all(test, loom))]
 mod model;
-#[cfg(test)]
-mod testing;
 #[cfg(all(test, not(loom)))]
 mod tests;
 

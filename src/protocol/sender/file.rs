@@ -70,11 +70,11 @@ impl Slot<'_> {
     fn fill_from(self, file: impl AsFd, offset: u64, limit: usize) -> Result<usize> {
         let capacity = self.capacity().min(limit);
         let ShmTransfer { side, state } = &mut *self.transfer;
-        let writer = side.writer()?;
+        let slots = side.writer()?.slots();
         let mut filled = 0;
         while filled < capacity {
             let (left, at) = (capacity - filled, offset + filled as u64);
-            match writer.pread(state.cursor, filled, left, file.as_fd(), at) {
+            match slots.pread_slot(state.cursor, filled, left, file.as_fd(), at) {
                 Ok(0) => break,
                 Ok(read) => filled += read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -157,7 +157,7 @@ impl io::Write for ShmTransfer<Sender, Sending> {
         let space = self.slot_len() - self.state.pending;
         let len = bytes.len().min(space);
         let ShmTransfer { side, state } = self;
-        side.writer()?.write(state.cursor, state.pending, &bytes[..len]);
+        side.writer()?.slots().write_slot(state.cursor, state.pending, &bytes[..len]);
         state.pending += len;
         if len == space || len as u64 == room {
             self.publish_pending()?;
@@ -201,7 +201,7 @@ impl Slot<'_> {
         if len == 0 {
             return Ok(());
         }
-        transfer.side.writer()?.write(transfer.state.cursor, 0, bytes);
+        transfer.side.writer()?.slots().write_slot(transfer.state.cursor, 0, bytes);
         transfer.publish(len, false)
     }
 }

@@ -29,9 +29,17 @@ impl<B: Backing> Lease<B> {
         &self.pooled.segment
     }
 
-    /// What it takes to lease the same segment again once its transfer is over.
-    pub(crate) fn again(&self) -> LeaseAgain<B> {
-        LeaseAgain { pooled: Arc::clone(&self.pooled), pool: Arc::clone(&self.pool) }
+    /// Leases the same segment again, or its replacement, once its transfer is over: past the line
+    /// of those who wait for one.
+    pub(crate) fn again(&self) -> impl FnOnce(Ended) -> Result<Lease<B>> + use<B> {
+        let (pooled, pool) = (Arc::clone(&self.pooled), Arc::clone(&self.pool));
+        move |ended| match pool.recover(Quarantined { pooled, ended }, pool.grace) {
+            Ok(pooled) => Ok(Lease::new(pooled, pool)),
+            Err((quarantined, error)) => {
+                pool.put_quarantined(quarantined);
+                Err(error)
+            }
+        }
     }
 
     /// Splits the lease into what the request needs and what the transfer holds.
@@ -54,26 +62,6 @@ impl<B: Backing> Drop for Lease<B> {
 impl<B: Backing> fmt::Debug for Lease<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Lease").field("segment", self.segment()).finish()
-    }
-}
-
-/// A segment that goes from one transfer to the next, past the line of those who wait for one.
-pub(crate) struct LeaseAgain<B: Backing> {
-    pooled: Arc<PooledSegment<B>>,
-    pool: Arc<Shared<B>>,
-}
-
-impl<B: Backing> LeaseAgain<B> {
-    /// Leases the segment again, or its replacement.
-    pub(crate) fn lease(self, ended: Ended) -> Result<Lease<B>> {
-        let LeaseAgain { pooled, pool } = self;
-        match pool.recover(Quarantined { pooled, ended }, pool.grace) {
-            Ok(pooled) => Ok(Lease::new(pooled, pool)),
-            Err((quarantined, error)) => {
-                pool.put_quarantined(quarantined);
-                Err(error)
-            }
-        }
     }
 }
 
