@@ -128,6 +128,7 @@ impl Size {
 }
 
 impl From<u64> for Size {
+    #[inline]
     fn from(bytes: u64) -> Size {
         Size::Known(bytes)
     }

@@ -28,9 +28,7 @@ pub use slot::{Sending, Slot};
 /// The side that answers a request and puts the bytes in.
 pub struct Sender {
     segment: Arc<Segment<WriteSlots>>,
-    generation: u64,
     stand: Stand,
-    link: Arc<Link>,
     waiter: Waiter,
     /// When a slot was last handed over.
     posted: Option<Instant>,
@@ -39,7 +37,10 @@ pub struct Sender {
 /// Where a sender stands with its segment.
 enum Stand {
     /// It may accept the offer. The link counts it, and has nothing to poison yet.
-    Asked(Registration),
+    Asked {
+        generation: u64,
+        registration: Registration,
+    },
     On(SlotWriter),
     /// It has left, with this phase; or was never on.
     Off(Phase),
@@ -63,9 +64,7 @@ impl ShmTransfer<Sender, Starting> {
     ) -> ShmTransfer<Sender, Starting> {
         let side = Sender {
             segment,
-            generation,
-            stand: Stand::Asked(link.count()),
-            link: Arc::clone(link),
+            stand: Stand::Asked { generation, registration: link.count() },
             waiter: Waiter::among(&SENDERS),
             posted: None,
         };
@@ -84,7 +83,7 @@ impl ShmTransfer<Sender, Starting> {
 
     /// Who asks; `None` within one process.
     pub fn peer(&self) -> Option<Peer> {
-        self.side.link.peer()
+        self.side.stand.link()?.peer()
     }
 
     /// Takes the request up, with so many bytes to follow ([`Size::Unknown`] for a stream). The
@@ -92,6 +91,7 @@ impl ShmTransfer<Sender, Starting> {
     ///
     /// # Errors
     /// [`Error::Stale`] when the receiver has withdrawn the request: nothing was written.
+    #[inline(always)]
     pub fn accept(self, size: impl Into<Size>) -> Result<ShmTransfer<Sender, Sending>> {
         self.accept_with(size, &())
     }
@@ -100,28 +100,14 @@ impl ShmTransfer<Sender, Starting> {
     ///
     /// # Errors
     /// Also [`Error::Misuse`] for metadata that does not fit.
+    #[inline(always)] // spares a move of the whole transfer
     pub fn accept_with(
         mut self,
         size: impl Into<Size>,
         metadata: &impl Metadata,
     ) -> Result<ShmTransfer<Sender, Sending>> {
         let size = size.into();
-        if size == Size::Known(Size::UNKNOWN) {
-            return Err(Misuse::SizeReserved.into());
-        }
-        let metadata = metadata.encode();
-        let (len, limit) = (metadata.len(), METADATA_LIMIT);
-        if len > limit {
-            return Err(Misuse::MetadataTooLong { len, limit }.into());
-        }
-        self.side.take_up()?;
-        let announcement = &self.side.header().announcement;
-        announcement.status.store(FOUND, Relaxed);
-        announcement.size.store(size.to_word(), Relaxed);
-        announcement.metadata_len.store(len as u32, Relaxed);
-        for (to, byte) in announcement.metadata.iter().zip(metadata) {
-            to.store(byte, Relaxed);
-        }
+        self.side.accept(size, &metadata.encode())?;
         Ok(ShmTransfer { side: self.side, state: Sending::new(size) })
     }
 
@@ -140,6 +126,15 @@ impl ShmTransfer<Sender, Starting> {
 }
 
 impl Stand {
+    /// The link to the receiver, until the end.
+    fn link(&self) -> Option<&Link> {
+        match self {
+            Stand::Asked { registration, .. } => Some(registration.link()),
+            Stand::On(writer) => Some(writer.link()),
+            Stand::Off(_) => None,
+        }
+    }
+
     /// The writer of a sender that leaves with this phase; `None` unless it is on its segment.
     fn leave(&mut self, phase: Phase) -> Option<SlotWriter> {
         match mem::replace(self, Stand::Off(phase)) {
@@ -157,13 +152,37 @@ impl Sender {
         self.segment.header()
     }
 
+    /// Takes the request up, and writes the announcement.
+    fn accept(&mut self, size: Size, metadata: &[u8]) -> Result<()> {
+        if size == Size::Known(Size::UNKNOWN) {
+            return Err(Misuse::SizeReserved.into());
+        }
+        let (len, limit) = (metadata.len(), METADATA_LIMIT);
+        if len > limit {
+            return Err(Misuse::MetadataTooLong { len, limit }.into());
+        }
+        self.take_up()?;
+        let announcement = &self.header().announcement;
+        announcement.status.store(FOUND, Relaxed);
+        announcement.size.store(size.to_word(), Relaxed);
+        announcement.metadata_len.store(len as u32, Relaxed);
+        for (to, byte) in announcement.metadata.iter().zip(metadata) {
+            to.store(*byte, Relaxed);
+        }
+        Ok(())
+    }
+
     /// Takes the segment, if the request still stands (rule P1).
+    #[inline(always)]
     fn take_up(&mut self) -> Result<()> {
         self.segment.origin().check()?;
         let stand = mem::replace(&mut self.stand, Stand::Off(Phase::Idle));
-        let Stand::Asked(registration) = stand else { return Err(Misuse::TransferOver.into()) };
-        let writer = SlotWriter::accept(&self.segment, self.generation, registration);
-        self.stand = Stand::On(writer.ok_or(Error::Stale)?);
+        let Stand::Asked { generation, registration } = stand else {
+            return Err(Misuse::TransferOver.into());
+        };
+        let writer = SlotWriter::accept(&self.segment, generation, registration);
+        let Some(writer) = writer else { return Err(Error::Stale) };
+        self.stand = Stand::On(writer);
         let announcement = &self.header().announcement;
         announcement.pid.store(self.segment.origin().pid(), Relaxed);
         publish_cpu(&announcement.cpu);
@@ -194,7 +213,7 @@ impl Sender {
     }
 
     fn await_free(&mut self, deadline: Deadline) -> Result<Permit> {
-        let Sender { segment, link, waiter, .. } = self;
+        let Sender { segment, stand, waiter, .. } = self;
         let header = segment.header();
         // Unlike the receiver, the sender drains nothing: there is nobody to fill slots for.
         if header.free.is_poisoned() {
@@ -205,7 +224,7 @@ impl Sender {
             our_cpu: &header.announcement.cpu,
             peer_cpu: &header.receiver.cpu,
             deadline,
-            is_severed: || link.is_severed(),
+            is_severed: || stand.link().is_some_and(Link::is_severed),
         });
         permit.map_err(|why| why_interrupted(why, Awaited::FreeSlot, || self.why_poisoned()))
     }
@@ -213,11 +232,11 @@ impl Sender {
     /// Who ended the wait for free slots: the receiver, or its death.
     fn why_poisoned(&self) -> Error {
         if self.header().receiver.cancelled.load(Relaxed) != 0 {
-            Error::Cancelled
-        } else if self.link.is_severed() {
-            self.link.disconnect_reason()
-        } else {
-            PeerFault::BaselessPoison.into()
+            return Error::Cancelled;
+        }
+        match self.stand.link() {
+            Some(link) if link.is_severed() => link.disconnect_reason(),
+            _ => PeerFault::BaselessPoison.into(),
         }
     }
 
@@ -255,7 +274,7 @@ impl Sender {
         if !self.segment.origin().is_here() {
             return;
         }
-        if matches!(self.stand, Stand::Asked(_)) {
+        if matches!(self.stand, Stand::Asked { .. }) {
             let _ = self.take_up(); // fails if there is nobody to tell
         }
         let Some(writer) = self.stand.leave(Phase::Aborted) else { return };
@@ -275,9 +294,6 @@ impl Drop for Sender {
 
 impl fmt::Debug for Sender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sender")
-            .field("segment", &self.segment.id())
-            .field("generation", &self.generation)
-            .finish_non_exhaustive()
+        f.debug_struct("Sender").field("segment", &self.segment.id()).finish_non_exhaustive()
     }
 }

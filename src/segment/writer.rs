@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::PeerFault;
-use crate::peer::Registration;
+use crate::peer::{Link, Registration};
 use crate::sync::atomic::{Acquire, Release};
 
 use super::{Mapping, Phase, Segment, WriteSlots};
@@ -33,6 +33,7 @@ pub(crate) struct SlotWriter {
 impl SlotWriter {
     /// Accepts the offer of this generation; `None` if it does not stand any more, or if another
     /// sender of this process is on the segment.
+    #[inline]
     pub(crate) fn accept(
         segment: &Arc<Segment<WriteSlots>>,
         generation: u64,
@@ -54,6 +55,11 @@ impl SlotWriter {
             self.phase = Phase::Announced;
         }
         Ok(())
+    }
+
+    /// The link to the receiver.
+    pub(crate) fn link(&self) -> &Link {
+        self.registration.link()
     }
 
     /// The memory, for writing its slots.

@@ -28,6 +28,7 @@ pub struct Sending {
 }
 
 impl Sending {
+    #[inline]
     pub(super) fn new(size: Size) -> Sending {
         Sending { size, sent: 0, cursor: 0, permit: None, pending: 0, in_batches: false }
     }
