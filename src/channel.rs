@@ -81,7 +81,7 @@ pub trait Requester<B: Backing>: Send + Sync {
             if attempt > 0 {
                 workers::blocking(|| pause(attempt, deadline));
             }
-            lease = again.lease(ended)?;
+            lease = again(ended)?;
         }
         unreachable!("the loop has no end of its own")
     }

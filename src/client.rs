@@ -73,7 +73,7 @@ impl Client {
     /// Describes a client with other numbers.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -97,7 +97,7 @@ impl Client {
     /// A client over a pool and a queue of one's own choice.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -117,7 +117,7 @@ impl Client {
     /// on. Clones made before keep theirs.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -140,7 +140,7 @@ impl Client {
     /// A request that a server did not take, because it ended, goes to its successor.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let _server = Server::with(queue.clone()).serve(2, |request| match request.key() {
@@ -166,7 +166,7 @@ impl Client {
     /// timeout each, as ever.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -186,7 +186,7 @@ impl Client {
     /// How the segments are doing at this moment.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -392,7 +392,7 @@ impl Body {
     /// How many bytes are to come in all, as the server has announced.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -407,7 +407,7 @@ impl Body {
     /// What the server attached.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let _server = Server::with(queue.clone()).serve(2, |request| {
@@ -427,7 +427,7 @@ impl Body {
     /// How long this body waits without progress, instead of the client's timeout.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -443,7 +443,7 @@ impl Body {
     /// Reads everything that is still to come into memory.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -468,7 +468,7 @@ impl Body {
     /// timeout.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -490,7 +490,7 @@ impl Body {
     /// the segment.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -513,7 +513,7 @@ impl Body {
     /// Waits for the next chunk, or what is unread of the current one; `None` at the end.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::id::SegmentId;
 use crate::protocol::Refusal;
-use crate::segment::SegmentId;
 
 /// The result of every fallible call in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

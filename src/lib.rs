@@ -167,6 +167,7 @@ pub mod error;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
+mod id;
 #[cfg(target_os = "linux")]
 mod own_file;
 mod peer;

@@ -1,13 +1,15 @@
-//! Segments: their geometry and identity, what backs them, and the views that each side has.
+//! Segments: what backs them, and the views that each side has.
 
 use std::fmt;
 use std::marker::PhantomData;
 
-use crate::error::{LayoutMismatch, Misuse, Result};
+use crate::error::Result;
+pub use crate::id::{PoolId, SegmentId};
 use crate::peer::Poison;
 use crate::process::Origin;
-use crate::sync::atomic::{Acquire, AtomicBool, Release};
+use crate::sync::atomic::AtomicBool;
 
+mod geometry;
 mod header;
 // loom watches memory of its own, not a mapping.
 #[cfg_attr(loom, path = "segment/mapping_model.rs")]
@@ -15,130 +17,35 @@ mod mapping;
 #[cfg(target_os = "linux")]
 mod memfd;
 mod pool;
+#[cfg(test)]
+mod tests;
+mod writer;
 
-#[cfg(target_os = "linux")]
-pub(crate) use header::LAYOUT_VERSION;
-#[cfg(all(test, not(loom)))]
-pub(crate) use header::Turn;
-pub(crate) use header::{ChunkLen, HEADER_LEN, Header, MAX_METADATA, Phase};
+pub use geometry::Geometry;
+pub(crate) use header::{ChunkLen, Header, MAX_METADATA, Phase};
 #[cfg(feature = "posix-mq")]
 pub(crate) use mapping::Mapped;
 pub(crate) use mapping::Mapping;
-#[cfg(target_os = "linux")]
-pub(crate) use mapping::Words;
-#[cfg(target_os = "linux")]
-pub(crate) use memfd::{attach as attach_memfd, attach_words, create_words};
-pub(crate) use pool::{NO_GENERATION, PooledSegment, SegmentGuard};
-
 #[cfg(not(loom))]
 pub use mapping::SharedByte;
+pub(crate) use pool::{Ended, PooledSegment, SegmentGuard};
+pub use pool::{Lease, PoolStats, SegmentPool, SegmentPoolBuilder};
+pub(crate) use writer::SlotWriter;
+
 #[cfg(target_os = "linux")]
 pub use memfd::Memfd;
-pub use pool::{Lease, PoolStats, SegmentPool, SegmentPoolBuilder};
-
-/// A pool, told apart from every other pool on the machine by a random number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PoolId(pub(crate) u64);
-
-impl fmt::Display for PoolId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
-    }
-}
-
-/// A segment: its pool, and its number there, which is never used again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SegmentId {
-    pub(crate) pool: PoolId,
-    pub(crate) index: u32,
-}
-
-impl SegmentId {
-    /// The pool that the segment belongs to.
-    pub fn pool(self) -> PoolId {
-        self.pool
-    }
-
-    /// The segment's number in its pool.
-    pub fn index(self) -> u32 {
-        self.index
-    }
-}
-
-impl fmt::Display for SegmentId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.pool, self.index)
-    }
-}
-
-/// How a segment is cut: so many slots of so many bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Geometry {
-    slot_count: u32,
-    slot_len: u32,
-}
-
-/// Slots begin on page boundaries, whatever their length.
-const PAGE: usize = 4096;
-
-impl Geometry {
-    /// The most slots a segment has.
-    pub const MAX_SLOTS: u32 = header::MAX_SLOTS;
-    /// The longest slot, in bytes: 1 GiB.
-    pub const MAX_SLOT_LEN: u32 = 1 << 30;
-
-    pub(crate) fn new(slot_count: u32, slot_len: u32) -> Result<Geometry, LayoutMismatch> {
-        let geometry = Geometry { slot_count, slot_len };
-        let mapped = (slot_count as usize).checked_mul(geometry.slot_stride());
-        let fits = mapped.is_some_and(|len| len <= isize::MAX as usize - HEADER_LEN as usize);
-        if (1..=Self::MAX_SLOTS).contains(&slot_count)
-            && (1..=Self::MAX_SLOT_LEN).contains(&slot_len)
-            && fits
-        {
-            Ok(geometry)
-        } else {
-            Err(LayoutMismatch::Geometry { slot_count, slot_len })
-        }
-    }
-
-    /// The geometry that divides `segment_len` bytes among `slots`, rounding down.
-    pub(crate) fn divide(segment_len: u64, slots: u32) -> Result<Geometry, Misuse> {
-        let range = |what, given, least, most| Err(Misuse::OutOfRange { what, given, least, most });
-        if !(1..=Self::MAX_SLOTS).contains(&slots) {
-            return range("the number of slots", slots.into(), 1, Self::MAX_SLOTS.into());
-        }
-        let (least, most) = (u64::from(slots), u64::from(slots) * u64::from(Self::MAX_SLOT_LEN));
-        let slot_len = u32::try_from(segment_len / least).unwrap_or(u32::MAX);
-        Geometry::new(slots, slot_len)
-            .or_else(|_| range("the segment's length in bytes", segment_len, least, most))
-    }
-
-    /// Slots a segment.
-    pub fn slot_count(self) -> u32 {
-        self.slot_count
-    }
-
-    /// Bytes a slot holds.
-    pub fn slot_len(self) -> u32 {
-        self.slot_len
-    }
-
-    /// Bytes from one slot to the next.
-    pub(crate) fn slot_stride(self) -> usize {
-        (self.slot_len as usize).next_multiple_of(PAGE)
-    }
-
-    /// Bytes of memory a segment takes: its header and its slots, each rounded up to pages.
-    pub fn mapped_len(self) -> usize {
-        HEADER_LEN as usize + self.slot_count as usize * self.slot_stride()
-    }
-}
+#[cfg(target_os = "linux")]
+pub(crate) use {
+    header::LAYOUT_VERSION,
+    mapping::Words,
+    memfd::{attach as attach_memfd, attach_words, create_words},
+};
 
 /// A view on slots that can only read them: the receiver's (rule L4).
 #[derive(Debug)]
 pub enum ReadSlots {}
 
-/// A view on slots that can write them: the sender's.
+/// A view on slots that can write them: the sender's, by a `SlotWriter`.
 #[derive(Debug)]
 pub enum WriteSlots {}
 
@@ -146,7 +53,7 @@ pub enum WriteSlots {}
 pub struct Segment<View> {
     id: SegmentId,
     mapping: Mapping,
-    /// A sender of this process is on it. Not in shared memory, where the peer could take it down.
+    /// There is a [`SlotWriter`]. Not in shared memory, where the peer could change it.
     is_claimed: AtomicBool,
     /// The process that mapped it. A child of `fork` may read what it inherits, and no more.
     origin: Origin,
@@ -155,8 +62,8 @@ pub struct Segment<View> {
 
 impl<View> Segment<View> {
     pub(crate) fn new(id: SegmentId, mapping: Mapping) -> Segment<View> {
-        let (is_claimed, origin) = (AtomicBool::new(false), Origin::here());
-        Segment { id, mapping, is_claimed, origin, view: PhantomData }
+        let is_claimed = AtomicBool::new(false);
+        Segment { id, mapping, is_claimed, origin: Origin::here(), view: PhantomData }
     }
 
     /// Which segment this is.
@@ -182,26 +89,6 @@ impl<View> Segment<View> {
 impl Segment<ReadSlots> {
     /// The memory, for reading its slots.
     pub(crate) fn readable(&self) -> &Mapping {
-        &self.mapping
-    }
-}
-
-impl Segment<WriteSlots> {
-    /// Takes the segment for one sender of this process; `false` while another is on it.
-    ///
-    /// The pair `Acquire` and `Release` orders one sender's writes to the slots before the next one's,
-    /// whatever the peer does to the turn word.
-    pub(crate) fn claim(&self) -> bool {
-        !self.is_claimed.swap(true, Acquire)
-    }
-
-    /// Lets the next sender take it.
-    pub(crate) fn disclaim(&self) {
-        self.is_claimed.store(false, Release);
-    }
-
-    /// The memory, for writing its slots.
-    pub(crate) fn writable(&self) -> &Mapping {
         &self.mapping
     }
 }
@@ -232,7 +119,7 @@ impl<View> fmt::Debug for Segment<View> {
 pub trait Backing: sealed::Backing + Send + Sync + 'static {}
 
 pub(crate) mod sealed {
-    use super::{Geometry, PoolId, ReadSlots, Result, Segment, SegmentId, WriteSlots};
+    use super::*;
 
     /// What every backing does. The value is what keeps a segment's memory reachable for peers.
     pub trait Backing: Sized {

@@ -107,7 +107,7 @@ impl Server {
     /// A server of a queue of one's own choice: [`InProcess`](crate::channel::InProcess), say.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -122,7 +122,7 @@ impl Server {
     /// reads slowly but steadily is never given up.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let server = Server::with(queue).timeout(std::time::Duration::from_secs(5));
@@ -140,7 +140,7 @@ impl Server {
     /// does holds up that worker.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let server = Server::with(queue).on_error(|error| match error.fault() {
@@ -334,7 +334,7 @@ impl Serving {
     /// it.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -355,7 +355,7 @@ impl Serving {
     /// As [`wait`](Self::wait), up to a deadline; `false` if that came first.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -482,7 +482,7 @@ impl Incoming {
     /// What is asked for.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| {
@@ -499,7 +499,7 @@ impl Incoming {
     /// Who asks, as the kernel vouches for it; `None` within one process.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| match request.peer() {
@@ -517,7 +517,7 @@ impl Incoming {
     /// Answers that there are no bytes, and why.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| request.refuse(Refusal::Other(7)))?;
@@ -535,7 +535,7 @@ impl Incoming {
     /// Waits for the client as long as that makes progress.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::fs::File;
@@ -560,7 +560,7 @@ impl Incoming {
     /// Answers with these bytes.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -580,7 +580,7 @@ impl Incoming {
     /// [`Size::Unknown`] for as many as there will be.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::io::Write;
@@ -605,7 +605,7 @@ impl Incoming {
     /// As [`accept`](Self::accept), with metadata beside the size.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::io::Write;
@@ -654,7 +654,7 @@ impl Outgoing {
     /// Bytes handed to the client so far.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::io::Write;
@@ -677,7 +677,7 @@ impl Outgoing {
     /// all of it when the size is unknown, and ends the answer; returns the bytes sent in all.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::fs::File;
@@ -702,7 +702,7 @@ impl Outgoing {
     /// Waits for room for the next chunk, to be filled where it lies.
     ///
     /// ```
-    /// # use shmferry::{channel::InProcess, *};
+    /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| -> Result<()> {

@@ -12,6 +12,9 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage};
 
 use crate::process::Counted;
 
+#[cfg(test)]
+mod tests;
+
 /// How many may be under way before no more peers are let in.
 const MOST: usize = 64;
 
@@ -81,6 +84,3 @@ fn close(fds: Vec<OwnedFd>) {
     // Without a thread to be had, they are closed here.
     let _ = thread::Builder::new().name("shmferry-close".to_owned()).spawn(closing);
 }
-
-#[cfg(test)]
-mod tests;

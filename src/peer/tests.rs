@@ -1,7 +1,10 @@
-//! Links: who is dead for certain, what is told, and when there is room.
+//! Links: who is dead for certain, when there is room, and why a peer is gone.
 
 use super::*;
+use crate::error::{Error, Rejection};
+use crate::sync::Deadline;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 

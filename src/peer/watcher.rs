@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 use crate::process::{Origin, PerProcess};
 use crate::sync::lock;
 
+#[cfg(test)]
+mod tests;
+
 /// Calls `then`, once, on the watcher thread, when the other end of a socket or FIFO hangs up. Dropping
 /// the returned watch forgets about it.
 pub(crate) fn on_hang_up<F: AsFd + Send + Sync + 'static>(
@@ -115,6 +118,3 @@ fn watch(epoll: &OwnedFd, watcher: impl Fn() -> Option<&'static Watcher>) {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -33,6 +33,7 @@ pub trait Metadata: Sized {
 
 /// No metadata.
 impl Metadata for () {
+    #[inline]
     fn encode(&self) -> Vec<u8> {
         Vec::new()
     }

@@ -12,9 +12,14 @@ use std::time::Duration;
 use loom::thread;
 
 use super::*;
-use crate::error::{Error, Misuse};
+use crate::error::{Error, Misuse, Result};
+use crate::peer::Link;
 use crate::segment::sealed::Backing as Rules;
-use crate::segment::{Backing, Geometry, Mapping, PoolId, SegmentId, SegmentPool, WriteSlots};
+use crate::segment::{
+    Backing, Geometry, Mapping, Phase, PoolId, ReadSlots, Segment, SegmentId, SegmentPool,
+    WriteSlots,
+};
+use crate::sync::Deadline;
 
 /// Memory of this process, which loom watches.
 struct Watched(Mapping);
@@ -58,7 +63,12 @@ type Asking = ShmTransfer<Sender, Starting>;
 
 std::thread_local! {
     /// Sleepers look all the time whether their link is severed. Each model is run by one thread.
-    pub(super) static RECHECKS: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    static RECHECKS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// When a sleeper looks at its link again. loom knows no time: all the time, or never.
+pub(super) fn recheck() -> Deadline {
+    if RECHECKS.get() { Deadline::after(Duration::ZERO) } else { Deadline::NEVER }
 }
 
 /// As [`model`], with sleepers that look all the time.
@@ -614,7 +624,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
             outcome => panic!("{:?}", outcome.map(drop)),
         }
         let is_untaken = asked.withdraw();
-        let lease = again.lease(asked.give_up()).unwrap();
+        let lease = again(asked.give_up()).unwrap();
         let was_taken = server.join().unwrap();
         assert_ne!(is_untaken, was_taken);
         // The segment is good for the successor in either case.

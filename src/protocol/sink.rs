@@ -10,28 +10,25 @@ use rustix::net::SendFlags;
 
 use crate::error::{Awaited, Error, Result};
 use crate::peer::untaken;
-use crate::sync::{Deadline, wait_ready};
-use crate::workers;
+use crate::sync::{Deadline, blocking, wait_ready};
 
-use super::Idle;
+use super::wait::Idle;
 
 /// How often a wait for a sink asks whether it is to end early.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Systems without the flag have a process-wide or per-socket way to be spared SIGPIPE.
-const NO_SIGNAL: SendFlags = {
-    #[cfg(target_os = "linux")]
-    const FLAG: SendFlags = SendFlags::NOSIGNAL;
-    #[cfg(not(target_os = "linux"))]
-    const FLAG: SendFlags = SendFlags::empty();
-    FLAG
-};
+/// Systems without `NOSIGNAL` have a process-wide or per-socket way to be spared SIGPIPE.
+const FLAGS: SendFlags = SendFlags::DONTWAIT.union(if cfg!(target_os = "linux") {
+    SendFlags::NOSIGNAL
+} else {
+    SendFlags::empty()
+});
 
-/// Sends bytes to a socket. Waits for it as long as its other end makes progress: until that has taken
-/// no byte for `timeout`. One that reads slowly but steadily is waited for as long as it reads, as far
-/// as the kernel tells: of TCP it learns in steps of the receiver's window, 64 KiB or so on loopback, so
-/// that `timeout` should be longer than one of those takes. While it waits, this thread lends its
-/// place, as [`blocking`](crate::workers::blocking) does.
+/// Sends bytes to a socket. Waits for it as long as its other end makes progress: until that has
+/// taken no byte for `timeout`. One that reads slowly but steadily is waited for as long as it
+/// reads, as far as the kernel tells: of TCP it learns in steps of the receiver's window, 64 KiB or
+/// so on loopback, so that `timeout` should be longer than one of those takes. While it waits, this
+/// thread gives up its place, as by [`blocking`](crate::workers::blocking).
 ///
 /// # Errors
 /// [`Error::Timeout`] when the other end has taken nothing for `timeout`, [`Error::Sink`] when the
@@ -47,10 +44,9 @@ pub(super) fn send_all_telling(
     timeout: Duration,
     moved: impl Fn(),
 ) -> Result<()> {
-    let flags = SendFlags::DONTWAIT | NO_SIGNAL;
     let mut sent = 0;
     while sent < bytes.len() {
-        match rustix::net::send(socket, &bytes[sent..], flags) {
+        match rustix::net::send(socket, &bytes[sent..], FLAGS) {
             Ok(0) => return Err(Error::Sink(io::ErrorKind::WriteZero.into())),
             Ok(more) => {
                 sent += more;
@@ -85,7 +81,7 @@ impl SinkWait {
         is_ended: impl Fn() -> bool,
     ) -> Result<bool> {
         let SinkWait(idle) = self;
-        workers::blocking(|| {
+        blocking(|| {
             loop {
                 let look = idle.look_again().min(Deadline::after(LOOK));
                 match wait_ready(sink, PollFlags::OUT, look) {

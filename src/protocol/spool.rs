@@ -5,7 +5,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -17,7 +18,7 @@ use crate::random::random;
 use crate::sync::{Deadline, wait_ready};
 
 use super::sink::send_all_telling;
-use super::{Receiver, Receiving, ShmTransfer, Size};
+use super::{Receiver, Receiving, ShmTransfer};
 
 /// How much is read from a spooled body at a time.
 const BUFFER: usize = 256 << 10;
@@ -32,15 +33,16 @@ pub struct Spool {
     in_use: AtomicU64,
     /// Bodies set aside so far.
     bodies: AtomicU64,
-    /// A body is being set aside. One at a time: each frees a segment, and then others may not need to.
-    is_busy: AtomicBool,
+    /// Held while a body is set aside. One at a time: each frees a segment, and then others may not
+    /// need to.
+    filling: Mutex<()>,
 }
 
 impl Spool {
     /// Room for `limit` bytes in all. Zero sets nothing aside.
     pub fn new(limit: u64) -> Spool {
         let (in_use, bodies) = (AtomicU64::new(0), AtomicU64::new(0));
-        Spool { limit, in_use, bodies, is_busy: AtomicBool::new(false) }
+        Spool { limit, in_use, bodies, filling: Mutex::new(()) }
     }
 
     /// Bytes set aside now, or about to be.
@@ -53,20 +55,13 @@ impl Spool {
         self.bodies.load(Relaxed)
     }
 
-    /// Takes room for so many bytes, and the right to fill it; `None` if there is less, or if another
-    /// body is being set aside.
-    fn reserve(&self, bytes: u64) -> Option<Reserved<'_>> {
-        if self.is_busy.swap(true, Relaxed) {
-            return None;
-        }
+    /// Takes room for so many bytes, and the right to fill it; `None` if there is less, or if
+    /// another body is being set aside.
+    fn reserve(&self, bytes: u64) -> Option<(Reserved<'_>, MutexGuard<'_, ()>)> {
+        let filling = self.filling.try_lock().ok()?;
         let room = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
-        match self.in_use.fetch_update(Relaxed, Relaxed, room) {
-            Ok(_) => Some(Reserved { spool: self, bytes, is_filling: true }),
-            Err(_) => {
-                self.is_busy.store(false, Relaxed);
-                None
-            }
-        }
+        self.in_use.fetch_update(Relaxed, Relaxed, room).ok()?;
+        Some((Reserved { spool: self, bytes }, filling))
     }
 }
 
@@ -74,21 +69,10 @@ impl Spool {
 struct Reserved<'s> {
     spool: &'s Spool,
     bytes: u64,
-    is_filling: bool,
-}
-
-impl Reserved<'_> {
-    /// Lets another body be set aside.
-    fn end_filling(&mut self) {
-        if std::mem::take(&mut self.is_filling) {
-            self.spool.is_busy.store(false, Relaxed);
-        }
-    }
 }
 
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
-        self.end_filling();
         self.spool.in_use.fetch_sub(self.bytes, Relaxed);
     }
 }
@@ -111,7 +95,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// Those of [`copy_to`](Self::copy_to).
     pub fn copy_to_or_spool(mut self, socket: impl AsFd, spool: &Spool) -> Result<u64> {
         let socket = socket.as_fd();
-        let timeout = self.side.timeout;
+        let timeout = self.side.waiter.timeout;
         let (mut copied, mut wait) = (0, None);
         // Each time that it is told to stop, which is ten times a second at most.
         loop {
@@ -121,15 +105,12 @@ impl ShmTransfer<Receiver, Receiving> {
             if is_done {
                 return Ok(copied);
             }
-            let Some((left, mut room)) =
-                self.left().and_then(|left| Some((left, spool.reserve(left)?)))
-            else {
-                continue;
-            };
+            let Some(left) = self.left() else { continue };
+            let Some((_room, filling)) = spool.reserve(left) else { continue };
             // All its blocks, before a byte moves: without them, the body stays where it is.
             let Ok(file) = unnamed_file(left) else { continue };
             let moved = self.set_aside(&file, socket);
-            room.end_filling();
+            drop(filling);
             if let Ok(true) = moved {
                 spool.bodies.fetch_add(1, Relaxed);
                 drop(self); // the segment is free
@@ -167,14 +148,6 @@ impl ShmTransfer<Receiver, Receiving> {
             {
                 return Ok(false);
             }
-        }
-    }
-
-    /// Bytes still to be passed on, if that is known.
-    fn left(&self) -> Option<u64> {
-        match self.state.size {
-            Size::Known(size) => Some(size - self.state.received + self.unread() as u64),
-            Size::Unknown => None,
         }
     }
 }

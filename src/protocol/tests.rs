@@ -5,11 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
+use super::wait::{Wait, Waiter, publish_cpu};
 use super::*;
 use crate::channel::{InProcess, Request, RequestQueue, Requester};
-use crate::error::{Error, Fault, Misuse};
-use crate::segment::{ChunkLen, Memfd, SegmentPool, WriteSlots};
-use crate::sync::atomic::Release;
+use crate::error::{Error, Fault, Misuse, PeerFault, Result};
+use crate::peer::Link;
+use crate::segment::{ChunkLen, Memfd, Phase, ReadSlots, Segment, SegmentPool, WriteSlots};
+use crate::sync::atomic::{AtomicU32, Relaxed};
+use crate::sync::{Deadline, Interrupted, Semaphore};
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
@@ -471,8 +474,8 @@ fn both_sides_say_who_and_where_they_are() {
 fn wake_ups_wait_only_where_it_is_crowded_and_half_of_the_slots_are_left() {
     static ONE: AtomicUsize = AtomicUsize::new(0);
     static MANY: AtomicUsize = AtomicUsize::new(0);
-    let alone = Presence::among(&ONE);
-    let crowd: Vec<_> = (0..4096).map(|_| Presence::among(&MANY)).collect();
+    let alone = Waiter::among(&ONE);
+    let crowd: Vec<_> = (0..4096).map(|_| Waiter::among(&MANY)).collect();
     let pool = one_segment();
     let segment = only(&pool);
     let free = &segment.header().free;
@@ -486,14 +489,8 @@ fn wake_ups_wait_only_where_it_is_crowded_and_half_of_the_slots_are_left() {
         (8, 4, true),
     ] {
         free.reset(left);
-        assert_eq!(can_put_off(free, slots, &crowd[0]), put_off, "{left} of {slots} left");
-        assert!(!can_put_off(free, slots, &alone));
-    }
-}
-
-impl crate::segment::Turn {
-    fn spoil(&self, word: u64) {
-        self.raw().store(word, Release);
+        assert_eq!(crowd[0].can_put_off(free, slots), put_off, "{left} of {slots} left");
+        assert!(!alone.can_put_off(free, slots));
     }
 }
 
@@ -502,7 +499,6 @@ fn what_was_filled_just_before_a_death_is_not_lost() {
     let stage = stage();
     let header = stage.segment.header();
     static ALL: AtomicUsize = AtomicUsize::new(0);
-    let presence = Presence::among(&ALL);
     let cpu = AtomicU32::new(0);
     // Between a look that timed out and the question whether the link is severed, at worst: the sender
     // fills a slot, and dies; the watcher severs the link.
@@ -512,13 +508,13 @@ fn what_was_filled_just_before_a_death_is_not_lost() {
         true
     };
     let wait = |is_severed: &dyn Fn() -> bool| {
-        await_permit(
-            &header.filled,
-            (&mut Spinner::new(), &presence),
-            (&cpu, &cpu),
-            soon(),
+        Waiter::among(&ALL).wait(Wait {
+            semaphore: &header.filled,
+            our_cpu: &cpu,
+            peer_cpu: &cpu,
+            deadline: soon(),
             is_severed,
-        )
+        })
     };
     assert!(wait(&is_severed).is_ok(), "the slot that was filled");
     assert!(matches!(wait(&|| true), Err(Interrupted::Poisoned)));
@@ -531,7 +527,7 @@ fn a_client_that_puts_the_turn_word_back_has_no_second_worker_in_its_slot() {
     let (request, _asked) = pool.lease(soon()).unwrap().request("key").unwrap();
     let link = Arc::new(Link::to_receiver(crate::peer::Peer { pid: None, uid: 0 }));
     let begin = || request.begin_here(&link).unwrap();
-    let turn = || pool.live().1[0].segment.header().turn.raw().store(1 << 8 | 1, Release);
+    let turn = || pool.live().1[0].segment.header().turn.spoil(1 << 8 | 1);
     let (one, two, three) = (begin(), begin(), begin());
     let one = one.accept(4).unwrap();
     turn();

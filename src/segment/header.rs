@@ -5,15 +5,12 @@
 //! Groups that different sides write are 128 bytes apart, since processors fetch lines in pairs.
 
 use crate::error::{LayoutMismatch, PeerFault};
+use crate::id::{PoolId, SegmentId};
 use crate::sync::atomic::{AcqRel, Acquire, AtomicU8, AtomicU32, AtomicU64, Relaxed, Release};
 use crate::sync::{Parker, Semaphore};
 
-use super::{Geometry, PoolId, SegmentId};
+use super::geometry::{Geometry, HEADER_LEN, MAX_SLOTS};
 
-/// Bytes from the start of a segment to its first slot: one page.
-pub(crate) const HEADER_LEN: u32 = 4096;
-/// The most slots whose lengths fit the header.
-pub(crate) const MAX_SLOTS: u32 = if cfg!(loom) { 4 } else { 512 };
 /// The most metadata an announcement carries, in bytes.
 pub(crate) const MAX_METADATA: usize = if cfg!(loom) { 4 } else { 1024 };
 /// Version of this layout and of the rules that go with it. The parker is one of them: two
@@ -55,7 +52,7 @@ struct GeometryGroup {
 #[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct Announcement {
-    /// Zero until there is one; see [`Status`](crate::protocol::Status).
+    /// Zero until there is one; see `protocol::Status`.
     pub(crate) status: AtomicU32,
     pub(crate) metadata_len: AtomicU32,
     /// Bytes to come, or [`u64::MAX`] when that is not known (rule P4).
@@ -154,7 +151,7 @@ impl Header {
 /// was written before it was given.
 #[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
-pub(crate) struct Turn(AtomicU64);
+pub(crate) struct Turn(pub(super) AtomicU64);
 
 /// Where a transfer stands.
 ///
@@ -226,11 +223,6 @@ impl Turn {
         let next = generation + 1;
         self.swap(Turn::word(generation, Phase::Idle), Turn::word(next, Phase::Offered))?;
         Ok(next)
-    }
-
-    #[cfg(all(test, not(loom)))]
-    pub(crate) fn raw(&self) -> &AtomicU64 {
-        &self.0
     }
 
     fn swap(&self, from: u64, to: u64) -> Result<(), PeerFault> {

@@ -23,8 +23,8 @@ use std::ptr::{self, NonNull};
 use crate::sync::atomic::AtomicU64;
 use crate::sync::atomic::{AtomicU8, Relaxed};
 
-use super::header::{HEADER_LEN, Header};
-use super::{Geometry, PAGE};
+use super::geometry::{Geometry, HEADER_LEN, PAGE};
+use super::header::Header;
 
 /// A byte that another process can write at any time: each [`read`](Self::read) may find another
 /// value.

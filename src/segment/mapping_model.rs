@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::sync::atomic::AtomicU64;
 
-use super::Geometry;
+use super::geometry::Geometry;
 use super::header::Header;
 
 pub(crate) struct Mapping {

@@ -1,4 +1,4 @@
-//! Closing in the background.
+//! Too many closings keep newcomers out.
 
 use super::*;
 

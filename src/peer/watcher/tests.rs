@@ -1,4 +1,4 @@
-//! The watcher: what it tells of, when, and when not.
+//! Hang-ups reach those whom they concern, and nobody else.
 
 use super::*;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};

@@ -1,12 +1,14 @@
 //! The pool where segments cannot be made: sound ones are leased all the same, and nothing is lost.
 
 use std::cell::Cell;
-use std::sync::atomic::Ordering::Release;
 
 use super::*;
 use crate::channel::{InProcess, RequestQueue, Requester};
+use crate::error::Misuse;
+use crate::id::SegmentId;
 use crate::segment::sealed::Backing as Rules;
 use crate::segment::{Backing, Memfd};
+use crate::segment::{ReadSlots, Segment, WriteSlots};
 
 thread_local! {
     /// Segments that this thread asks for are not made.
@@ -62,7 +64,7 @@ fn at_once() -> Deadline {
 
 /// Spoils a segment's turn word, as a peer can.
 fn spoil(pooled: &PooledSegment<Scarce>) {
-    pooled.segment.header().turn.raw().store(7, Release);
+    pooled.segment.header().turn.spoil(7);
 }
 
 fn newest(pool: &SegmentPool<Scarce>) -> Arc<PooledSegment<Scarce>> {

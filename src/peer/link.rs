@@ -1,0 +1,178 @@
+//! The link to one peer: what is poisoned when the connection hangs up, and why it did.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::error::{Error, Rejection};
+use crate::process::Origin;
+use crate::sync::Deadline;
+use crate::sync::modelled::{Mutex, lock};
+
+use super::Peer;
+use super::pidfd::PeerProcess;
+
+/// Something that can be ended for all who wait on it.
+pub(crate) trait Poison: Send + Sync {
+    /// Ends every wait, now and later.
+    fn poison(&self);
+}
+
+/// The connection to one peer, as those who wait for that peer see it.
+pub(crate) struct Link {
+    peer: Option<Peer>,
+    /// Tells a peer that is dead for certain from one that only hung up (rule P6).
+    pub(super) process: PeerProcess,
+    /// A child of `fork` leaves the link alone.
+    origin: Origin,
+    state: Mutex<LinkState>,
+}
+
+#[derive(Default)]
+struct LinkState {
+    severed: bool,
+    leaving: bool,
+    rejection: Option<Rejection>,
+    registered: BTreeMap<u64, Option<Arc<dyn Poison>>>,
+    next: u64,
+    relief: Option<Relief>,
+}
+
+/// What is to happen once fewer than `below` are registered.
+struct Relief {
+    below: usize,
+    then: Box<dyn FnOnce() + Send>,
+}
+
+impl Link {
+    /// To a sender in another process, whose death decides what becomes of segments.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn to_sender(peer: Peer) -> Link {
+        Link { process: PeerProcess::open(peer.pid), ..Link::to_receiver(peer) }
+    }
+
+    /// To a receiver in another process.
+    pub(crate) fn to_receiver(peer: Peer) -> Link {
+        Link { peer: Some(peer), ..Link::within() }
+    }
+
+    /// To this same process, which never outlives itself.
+    pub(crate) fn within() -> Link {
+        Link {
+            peer: None,
+            process: PeerProcess::default(),
+            origin: Origin::here(),
+            state: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn peer(&self) -> Option<Peer> {
+        self.peer
+    }
+
+    /// Poisons everything registered, now and later. Whoever comes first finds out why, and nobody
+    /// learns of the end before that.
+    pub(crate) fn sever(&self, why: impl FnOnce() -> Option<Rejection>) {
+        if !self.origin.is_here() {
+            return;
+        }
+        let mut state = lock(&self.state);
+        if !state.severed {
+            state.rejection = why();
+            state.severed = true;
+        }
+        state.registered.values().flatten().for_each(|registered| registered.poison());
+    }
+
+    pub(crate) fn is_severed(&self) -> bool {
+        lock(&self.state).severed
+    }
+
+    /// The server said that it ends: further requests are for its successor. Transfers go on.
+    pub(crate) fn set_leaving(&self) {
+        lock(&self.state).leaving = true;
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        lock(&self.state).leaving
+    }
+
+    /// Why the other side is gone.
+    pub(crate) fn disconnect_reason(&self) -> Error {
+        lock(&self.state).rejection.map_or(Error::Disconnected, Error::Rejected)
+    }
+
+    /// Has `subject` poisoned when the link is severed; at once if it is already.
+    pub(crate) fn register(self: &Arc<Link>, subject: Arc<dyn Poison>) -> Registration {
+        let registration = self.count();
+        registration.cover(subject);
+        registration
+    }
+
+    /// Counts one more that is under way, with nothing to poison yet.
+    pub(crate) fn count(self: &Arc<Link>) -> Registration {
+        let mut state = lock(&self.state);
+        let number = state.next;
+        state.next += 1;
+        state.registered.insert(number, None);
+        Registration { link: Arc::clone(self), number }
+    }
+
+    /// Whether fewer than `bound` are registered.
+    pub(crate) fn is_below(&self, bound: usize) -> bool {
+        lock(&self.state).registered.len() < bound
+    }
+
+    /// Calls `then`, once, as soon as fewer than `below` are registered; perhaps at once.
+    pub(crate) fn when_below(&self, below: usize, then: impl FnOnce() + Send + 'static) {
+        let mut state = lock(&self.state);
+        if state.registered.len() < below {
+            drop(state);
+            then();
+        } else {
+            state.relief = Some(Relief { below, then: Box::new(then) });
+        }
+    }
+
+    /// Whether the peer's process has ended, waiting for it until the deadline. `false` too when
+    /// there is no telling.
+    pub(crate) fn wait_dead(&self, deadline: Deadline) -> bool {
+        self.process.wait_ended(deadline)
+    }
+}
+
+/// Keeps its subject registered; once dropped, the link cannot poison the subject any more.
+pub(crate) struct Registration {
+    link: Arc<Link>,
+    number: u64,
+}
+
+impl Registration {
+    /// Has `subject` poisoned when the link is severed; at once if it is already.
+    pub(crate) fn cover(&self, subject: Arc<dyn Poison>) {
+        let mut state = lock(&self.link.state);
+        if state.severed {
+            subject.poison();
+        }
+        state.registered.insert(self.number, Some(subject));
+    }
+
+    pub(crate) fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        if !self.link.origin.is_here() {
+            return;
+        }
+        let mut state = lock(&self.link.state);
+        state.registered.remove(&self.number);
+        let registered = state.registered.len();
+        let relief = state.relief.take_if(|relief| registered < relief.below);
+        drop(state);
+        if let Some(relief) = relief {
+            (relief.then)();
+        }
+    }
+}

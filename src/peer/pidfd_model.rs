@@ -1,0 +1,28 @@
+//! A peer's process for loom, where it is a thread: it has ended once the model says so.
+
+use crate::sync::Deadline;
+use crate::sync::modelled::{Mutex, lock};
+
+use super::Link;
+
+#[derive(Default)]
+pub(super) struct PeerProcess {
+    has_ended: Mutex<bool>,
+}
+
+impl PeerProcess {
+    pub(super) fn open(_pid: Option<u32>) -> PeerProcess {
+        PeerProcess::default()
+    }
+
+    pub(super) fn wait_ended(&self, _deadline: Deadline) -> bool {
+        *lock(&self.has_ended)
+    }
+}
+
+impl Link {
+    /// The peer's process has ended. What it wrote before is seen by all who learn of that.
+    pub(crate) fn peer_died(&self) {
+        *lock(&self.process.has_ended) = true;
+    }
+}

@@ -1,0 +1,89 @@
+//! Sending a file, read straight into the segment.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+
+use crate::error::{Error, Misuse, Result};
+use crate::protocol::{ShmTransfer, Size};
+
+use super::{Sender, Sending, Slot};
+
+impl ShmTransfer<Sender, Sending> {
+    /// Sends a file from its beginning, as many bytes as are still to come of the announced size,
+    /// or all of it when the size is unknown, and ends the transfer; returns the bytes sent in all.
+    /// They are read straight into the segment, by `pread`: the file's own position neither matters
+    /// nor moves.
+    ///
+    /// # Errors
+    /// [`Error::SizeMismatch`] when the file ends before the announced size, [`Error::Source`]
+    /// when it cannot be read, and those of [`next_slot`](Self::next_slot). All of them abort.
+    pub fn send_file(self, file: impl AsFd) -> Result<u64> {
+        let len = self.state.size.known().map(|_| self.room() - self.state.pending as u64);
+        self.send_from(file, 0, len)
+    }
+
+    /// As [`send_file`](Self::send_file), for the bytes of a file in `range`.
+    ///
+    /// # Errors
+    /// Also [`Error::Misuse`] when the range is not as long as what is still to come.
+    pub fn send_file_range(self, file: impl AsFd, range: Range<u64>) -> Result<u64> {
+        let len = range.end.saturating_sub(range.start);
+        let room = self.room() - self.state.pending as u64;
+        if self.state.size != Size::Unknown && room != len {
+            return Err(Misuse::RangeLength { range: len, expected: room }.into());
+        }
+        self.send_from(file, range.start, Some(len))
+    }
+
+    fn send_from(mut self, file: impl AsFd, start: u64, len: Option<u64>) -> Result<u64> {
+        self.state.in_batches = true;
+        let mut done = 0;
+        while Some(done) != len {
+            let left = len.map_or(u64::MAX, |len| len - done);
+            let slot = self.free_slot(None)?;
+            let filled =
+                slot.fill_from(&file, start + done, usize::try_from(left).unwrap_or(usize::MAX))?;
+            done += match (filled, len) {
+                (0, Some(_)) if self.state.size != Size::Unknown => {
+                    return Err(self.mismatch(self.state.sent));
+                }
+                (0, Some(announced)) => return Err(Error::SizeMismatch { announced, found: done }),
+                (0, None) => break,
+                (filled, _) => filled as u64,
+            };
+        }
+        self.finish()
+    }
+}
+
+impl Slot<'_> {
+    /// Sends one chunk read from a file at `offset`, as long as fits; returns its length. Zero
+    /// means that the file ends here: nothing was sent.
+    ///
+    /// # Errors
+    /// [`Error::Source`] when the file cannot be read.
+    pub fn send_from(self, file: impl AsFd, offset: u64) -> Result<usize> {
+        self.fill_from(file, offset, usize::MAX)
+    }
+
+    fn fill_from(self, file: impl AsFd, offset: u64, limit: usize) -> Result<usize> {
+        let capacity = self.capacity().min(limit);
+        let ShmTransfer { side, state } = &mut *self.transfer;
+        let slots = side.writer()?.slots();
+        let mut filled = 0;
+        while filled < capacity {
+            let (left, at) = (capacity - filled, offset + filled as u64);
+            match slots.pread_slot(state.cursor, filled, left, file.as_fd(), at) {
+                Ok(0) => break,
+                Ok(read) => filled += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Error::Source(error)),
+            }
+        }
+        if filled > 0 {
+            self.transfer.publish(filled, false)?;
+        }
+        Ok(filled)
+    }
+}

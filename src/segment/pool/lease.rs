@@ -1,0 +1,91 @@
+//! A segment in one user's hands: as a lease, and then as a transfer's.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::segment::{Backing, ReadSlots, Segment};
+
+use super::quarantine::{Ended, PooledSegment, Quarantined};
+use super::shared::Shared;
+
+/// A segment taken from its pool; goes back when dropped.
+///
+/// [`request`](Self::request) turns it into a transfer.
+pub struct Lease<B: Backing> {
+    pooled: Arc<PooledSegment<B>>,
+    pool: Arc<Shared<B>>,
+    /// It has become a transfer, which gives the segment back.
+    is_transfer: bool,
+}
+
+impl<B: Backing> Lease<B> {
+    pub(super) fn new(pooled: Arc<PooledSegment<B>>, pool: Arc<Shared<B>>) -> Lease<B> {
+        Lease { pooled, pool, is_transfer: false }
+    }
+
+    /// The segment that was leased.
+    pub fn segment(&self) -> &Segment<ReadSlots> {
+        &self.pooled.segment
+    }
+
+    /// Leases the same segment again, or its replacement, once its transfer is over: past the line
+    /// of those who wait for one.
+    pub(crate) fn again(&self) -> impl FnOnce(Ended) -> Result<Lease<B>> + use<B> {
+        let (pooled, pool) = (Arc::clone(&self.pooled), Arc::clone(&self.pool));
+        move |ended| match pool.recover(Quarantined { pooled, ended }, pool.grace) {
+            Ok(pooled) => Ok(Lease::new(pooled, pool)),
+            Err((quarantined, error)) => {
+                pool.put_quarantined(quarantined);
+                Err(error)
+            }
+        }
+    }
+
+    /// Splits the lease into what the request needs and what the transfer holds.
+    pub(crate) fn into_parts(mut self) -> (Arc<PooledSegment<B>>, SegmentGuard) {
+        self.is_transfer = true;
+        let segment = Arc::clone(&self.pooled.segment);
+        let guard = SegmentGuard { segment, pool: Arc::clone(&self.pool) as _ };
+        (Arc::clone(&self.pooled), guard)
+    }
+}
+
+impl<B: Backing> Drop for Lease<B> {
+    fn drop(&mut self) {
+        if !self.is_transfer && self.pool.origin.is_here() {
+            self.pool.put_idle(Arc::clone(&self.pooled));
+        }
+    }
+}
+
+impl<B: Backing> fmt::Debug for Lease<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease").field("segment", self.segment()).finish()
+    }
+}
+
+/// A segment in a transfer's hands, whatever its backing.
+pub(crate) struct SegmentGuard {
+    pub(crate) segment: Arc<Segment<ReadSlots>>,
+    pool: Arc<dyn TakeBack>,
+}
+
+impl SegmentGuard {
+    /// Gives the segment back: straight to the idle ones if the sender is off it, and to the
+    /// quarantined ones otherwise (rule P6).
+    pub(crate) fn give_back(&self, ended: Ended) {
+        self.pool.take_back(&self.segment, ended);
+    }
+
+    /// Whether others stand in line for a segment of the pool.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.pool.is_waited_for()
+    }
+}
+
+/// A pool of whatever backing.
+pub(super) trait TakeBack: Send + Sync {
+    fn is_waited_for(&self) -> bool;
+    fn take_back(&self, segment: &Segment<ReadSlots>, ended: Ended);
+}

@@ -1,0 +1,77 @@
+//! The right to write to a segment's slots, which one sender of this process has at a time.
+
+use std::sync::Arc;
+
+use crate::error::PeerFault;
+use crate::peer::{Link, Registration};
+use crate::sync::atomic::{Acquire, Release};
+
+use super::{Mapping, Phase, Segment, WriteSlots};
+
+#[cfg(all(test, loom))]
+mod model;
+
+/// The right to write to a segment's slots, from accepting one generation of it until leaving it.
+/// There is no other way to write to them.
+///
+/// Three things go with it, which begin and end in this file only:
+/// - the *turn*, in shared memory: the peer sees who has the slots (rule P1);
+/// - the *claim*, in this process: a client that puts the turn word back could otherwise have two
+///   workers of this process in one slot. Its `Acquire` and `Release` order one sender's writes to
+///   the slots before the next one's, whatever the peer does to the turn word;
+/// - the *registration* with the link: a hang-up poisons the segment while it is in our hands, and
+///   neither before nor after, when it may be in others'.
+#[must_use = "a writer that does not leave keeps the segment"]
+pub(crate) struct SlotWriter {
+    segment: Arc<Segment<WriteSlots>>,
+    generation: u64,
+    /// `Accepted` or `Announced`.
+    phase: Phase,
+    registration: Registration,
+}
+
+impl SlotWriter {
+    /// Accepts the offer of this generation; `None` if it does not stand any more, or if another
+    /// sender of this process is on the segment.
+    #[inline]
+    pub(crate) fn accept(
+        segment: &Arc<Segment<WriteSlots>>,
+        generation: u64,
+        registration: Registration,
+    ) -> Option<SlotWriter> {
+        segment.header().turn.advance(generation, Phase::Offered, Phase::Accepted).ok()?;
+        if segment.is_claimed.swap(true, Acquire) {
+            return None;
+        }
+        let segment = Arc::clone(segment);
+        registration.cover(Arc::clone(&segment) as _);
+        Some(SlotWriter { segment, generation, phase: Phase::Accepted, registration })
+    }
+
+    /// Takes the turn that the first chunk comes with, unless it was taken before.
+    pub(crate) fn announce(&mut self) -> Result<(), PeerFault> {
+        if self.phase == Phase::Accepted {
+            self.segment.header().turn.advance(self.generation, self.phase, Phase::Announced)?;
+            self.phase = Phase::Announced;
+        }
+        Ok(())
+    }
+
+    /// The link to the receiver.
+    pub(crate) fn link(&self) -> &Link {
+        self.registration.link()
+    }
+
+    /// The memory, for writing its slots.
+    pub(crate) fn slots(&self) -> &Mapping {
+        &self.segment.mapping
+    }
+
+    /// Leaves the segment with this phase. The turn word is the last write: a process that reads
+    /// the phase knows that we are off (rule P6), and finds the segment unclaimed.
+    pub(crate) fn leave(self, phase: Phase) -> Result<(), PeerFault> {
+        drop(self.registration);
+        self.segment.is_claimed.store(false, Release);
+        self.segment.header().turn.advance(self.generation, self.phase, phase)
+    }
+}
