@@ -1,11 +1,13 @@
 //! The transfer: its sides and states, and the words that they exchange (rules P).
 
+use std::any::type_name;
 use std::fmt;
 #[cfg(unix)]
 use std::fs::File;
 use std::io;
 use std::time::Duration;
 
+use crate::error::{PeerFault, Result};
 use crate::segment::MAX_METADATA;
 
 mod metadata;
@@ -166,7 +168,16 @@ impl From<u64> for Size {
 }
 
 /// A sender's answer that brings no bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///
+/// ```
+/// use shmferry::Refusal;
+///
+/// let why = Refusal::other(7).with(&String::from("the disk is being replaced"));
+/// assert!(matches!(why, Refusal::Other { code: 7, .. }));
+/// assert_eq!(why.metadata::<String>()?, "the disk is being replaced");
+/// # Ok::<(), shmferry::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
     /// There is nothing by that key.
@@ -178,8 +189,43 @@ pub enum Refusal {
     /// The server ends, and did not take the request: its successor can be asked, which
     /// [`Requester::ask`](crate::channel::Requester::ask) does by itself.
     Leaving,
-    /// A code of the application's own.
-    Other(u16),
+    /// A reason of the application's own.
+    Other {
+        /// Which one: the two sides agree on what it means.
+        code: u16,
+        /// What more there is to say, encoded: see [`metadata`](Refusal::metadata).
+        metadata: Box<[u8]>,
+    },
+}
+
+impl Refusal {
+    /// A reason of the application's own, without metadata.
+    pub fn other(code: u16) -> Refusal {
+        Refusal::Other { code, metadata: Box::default() }
+    }
+
+    /// The same with metadata, up to [`METADATA_LIMIT`] bytes of it. Only a reason of the
+    /// application's own has metadata: others stay as they are.
+    pub fn with(self, metadata: &impl Metadata) -> Refusal {
+        match self {
+            Refusal::Other { code, .. } => {
+                Refusal::Other { code, metadata: metadata.encode().into() }
+            }
+            standard => standard,
+        }
+    }
+
+    /// What the sender attached to a reason of its own.
+    ///
+    /// # Errors
+    /// [`Error::Peer`](crate::Error::Peer) when it does not read as an `M`.
+    pub fn metadata<M: Metadata>(&self) -> Result<M> {
+        let bytes = match self {
+            Refusal::Other { metadata, .. } => &metadata[..],
+            _ => &[],
+        };
+        M::decode(bytes).ok_or(PeerFault::MetadataType(type_name::<M>()).into())
+    }
 }
 
 impl fmt::Display for Refusal {
@@ -189,7 +235,7 @@ impl fmt::Display for Refusal {
             Refusal::Failed => f.write_str("the server failed"),
             Refusal::Invalid => f.write_str("the key makes no sense to the server"),
             Refusal::Leaving => f.write_str("the server ends, and did not take the request"),
-            Refusal::Other(code) => write!(f, "the application's reason {code}"),
+            Refusal::Other { code, .. } => write!(f, "the application's reason {code}"),
         }
     }
 }
@@ -205,18 +251,18 @@ impl Refusal {
             3 => Refusal::Failed,
             4 => Refusal::Invalid,
             5 => Refusal::Leaving,
-            _ if word >> 16 == 1 => Refusal::Other(word as u16),
+            _ if word >> 16 == 1 => Refusal::other(word as u16),
             _ => return None,
         })
     }
 
-    fn to_word(self) -> u32 {
+    fn to_word(&self) -> u32 {
         match self {
             Refusal::NotFound => 2,
             Refusal::Failed => 3,
             Refusal::Invalid => 4,
             Refusal::Leaving => 5,
-            Refusal::Other(code) => 1 << 16 | u32::from(code),
+            Refusal::Other { code, .. } => 1 << 16 | u32::from(*code),
         }
     }
 }

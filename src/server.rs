@@ -520,8 +520,8 @@ impl Incoming {
     /// # use shmferry::channel::InProcess;
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
-    /// let _serving = Server::with(queue).serve(2, |request| request.refuse(Refusal::Other(7)))?;
-    /// assert!(matches!(client.get("key"), Err(Error::Refused(Refusal::Other(7)))));
+    /// let _serving = Server::with(queue).serve(2, |request| request.refuse(Refusal::other(7)))?;
+    /// assert!(matches!(client.get("key"), Err(Error::Refused(Refusal::Other { code: 7, .. }))));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///

@@ -146,11 +146,12 @@ fn streams_arrive<B: Backing>(ends: Ends<B>) {
 }
 
 fn refusals_arrive<B: Backing>(ends: Ends<B>) {
-    for why in [Refusal::NotFound, Refusal::Failed, Refusal::Invalid, Refusal::Other(65_535)] {
+    for why in [Refusal::NotFound, Refusal::Failed, Refusal::Invalid, Refusal::other(65_535)] {
+        let expected = why.clone();
         let queue = Arc::clone(&ends.queue);
         let sender = thread::spawn(move || queue.recv(soon()).unwrap().refuse(why).unwrap());
         let reply = ask(&ends, ends.pool.lease(soon()).unwrap(), b"none").unwrap();
-        assert!(matches!(reply, Reply::Refused(found) if found == why));
+        assert!(matches!(reply, Reply::Refused(found) if found == expected));
         sender.join().unwrap();
     }
     assert_all_idle(&ends);

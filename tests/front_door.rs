@@ -122,7 +122,8 @@ fn bytes_files_and_streams_come_as_they_were_sent() {
 fn a_refusal_comes_with_its_reason() {
     with(
         |request| match request.key() {
-            b"other" => request.refuse(Refusal::Other(7)),
+            b"other" => request.refuse(Refusal::other(7).with(&Version(3))),
+            b"long" => request.refuse(Refusal::other(7).with(&"x".repeat(2000))),
             _ => request.refuse(Refusal::NotFound),
         },
         |client, _| {
@@ -130,7 +131,16 @@ fn a_refusal_comes_with_its_reason() {
             assert!(matches!(error, Error::Refused(Refusal::NotFound)), "{error:?}");
             assert_eq!(error.to_string(), "refused: there is nothing by that key");
             let error = client.get("other").unwrap_err();
-            assert!(matches!(error, Error::Refused(Refusal::Other(7))), "{error:?}");
+            let Error::Refused(why @ Refusal::Other { code: 7, .. }) = error else {
+                panic!("{error}")
+            };
+            assert_eq!(why.metadata::<Version>().unwrap(), Version(3));
+            assert!(matches!(why.metadata::<()>(), Err(Error::Peer(_))));
+            let error = client.get("long").unwrap_err();
+            assert!(matches!(error, Error::Aborted), "too long to be sent: {error:?}");
+            // What an earlier refusal carried is not there in a later one.
+            let Error::Refused(why) = client.get("absent").unwrap_err() else { panic!() };
+            why.metadata::<()>().unwrap();
         },
     );
 }

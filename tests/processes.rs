@@ -1156,7 +1156,7 @@ impl Errand {
         match self.word % 24 {
             0 => Some(Refusal::NotFound),
             1 => Some(Refusal::Failed),
-            2 => Some(Refusal::Other(77)),
+            2 => Some(Refusal::other(77)),
             _ => None,
         }
     }

@@ -132,7 +132,7 @@ enum Taking {
 }
 
 /// Where the model says that the sender is.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 enum Stand {
     Offered,
     Accepted,
@@ -374,9 +374,10 @@ impl Transfer {
             }
             (Giving::Starting(real), SenderStep::Refuse(code)) => {
                 let why =
-                    [Refusal::NotFound, Refusal::Failed, Refusal::Invalid, Refusal::Other(*code)]
-                        [*code as usize % 4];
-                let refused = real.refuse(why);
+                    [Refusal::NotFound, Refusal::Failed, Refusal::Invalid, Refusal::other(*code)]
+                        [*code as usize % 4]
+                        .clone();
+                let refused = real.refuse(why.clone());
                 if model.stand == Stand::Withdrawn {
                     assert!(matches!(refused, Err(Error::Stale)));
                 } else {
@@ -422,7 +423,7 @@ impl Transfer {
         match (std::mem::replace(&mut self.taking, Taking::Gone), step) {
             (Taking::Offered(real), ReceiverStep::Reply) => {
                 let reply = real.reply(now());
-                match (reply, model.stand) {
+                match (reply, model.stand.clone()) {
                     (Ok(Reply::Refused(why)), Stand::Refused(expected)) => {
                         assert_eq!(why, expected)
                     }

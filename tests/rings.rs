@@ -112,10 +112,10 @@ fn more_requests_than_a_ring_holds_are_all_served() {
         let transfer = queue.recv(soon()).unwrap();
         let key = String::from_utf8(transfer.key().to_vec()).unwrap();
         assert!(taken.insert(key.clone()), "taken twice");
-        transfer.refuse(Refusal::Other(key.parse().unwrap())).unwrap();
+        transfer.refuse(Refusal::other(key.parse().unwrap())).unwrap();
     }
     for (n, transfer) in transfers.into_iter().enumerate() {
-        let Reply::Refused(Refusal::Other(code)) = transfer.reply(soon()).unwrap() else {
+        let Reply::Refused(Refusal::Other { code, .. }) = transfer.reply(soon()).unwrap() else {
             panic!("{n}")
         };
         assert_eq!(usize::from(code), n);

@@ -91,11 +91,7 @@ impl ShmTransfer<Receiver, Offered> {
         let size = Size::from_word(announcement.size.load(Relaxed));
         let len = announcement.metadata_len.load(Relaxed);
         if status != FOUND {
-            let why = Refusal::from_word(status).ok_or(PeerFault::UnknownStatus(status))?;
-            if why == Refusal::Leaving {
-                self.side.note_leaving();
-            }
-            return Ok(Answer::Refused(why));
+            return self.side.refused(status, len).map(Answer::Refused);
         }
         let metadata = if len == 0 { Box::default() } else { self.side.metadata(len)? };
         Ok(Answer::Found(Receiving::new(size, metadata, permit)))
@@ -130,6 +126,7 @@ fn open(segment: &Segment<ReadSlots>) -> Result<u64, PeerFault> {
     let (generation, _) = header.turn.load()?;
     // The segment is idle: nobody else touches what is reset here (rule P6).
     header.announcement.status.store(0, Relaxed);
+    header.announcement.metadata_len.store(0, Relaxed);
     header.announcement.pid.store(0, Relaxed); // until this generation's sender tells its own
     header.filled.reset(0);
     header.free.reset(segment.geometry().slot_count());
@@ -159,12 +156,21 @@ impl Receiver {
         Ok(bytes.iter().map(|byte| byte.load(Relaxed)).collect())
     }
 
-    /// Has what is asked next go to the successor of a server that ends.
-    #[cold]
-    fn note_leaving(&self) {
-        if let Some(link) = self.offer.link() {
-            link.set_leaving();
-        }
+    /// Why there are no bytes. Has what is asked next go to the successor of a server that ends.
+    fn refused(&self, status: u32, metadata_len: u32) -> Result<Refusal> {
+        let why = Refusal::from_word(status).ok_or(PeerFault::UnknownStatus(status))?;
+        Ok(match why {
+            Refusal::Leaving => {
+                if let Some(link) = self.offer.link() {
+                    link.set_leaving();
+                }
+                why
+            }
+            Refusal::Other { code, .. } if metadata_len > 0 => {
+                Refusal::Other { code, metadata: self.metadata(metadata_len)? }
+            }
+            standard => standard,
+        })
     }
 
     /// Tells a sender that waits for a slot that bytes were taken (rule P9). A hint, ours alone to

@@ -119,11 +119,15 @@ impl ShmTransfer<Sender, Starting> {
     /// Answers that there will be no bytes, and why.
     ///
     /// # Errors
-    /// [`Error::Stale`] when the receiver has withdrawn the request.
+    /// [`Error::Stale`] when the receiver has withdrawn the request; [`Error::Misuse`] for metadata
+    /// that does not fit.
     pub fn refuse(mut self, why: Refusal) -> Result<()> {
-        self.side.take_up()?;
+        let metadata = match &why {
+            Refusal::Other { metadata, .. } => &metadata[..],
+            _ => &[],
+        };
+        self.side.announce(why.to_word(), 0, metadata)?;
         let header = self.side.header();
-        header.announcement.status.store(why.to_word(), Relaxed);
         // Nothing has been sent yet, so that all slots are free.
         let permit = header.free.try_wait().map_err(|_| PeerFault::BaselessPoison)?;
         self.side.end(Phase::Refused, permit)
@@ -157,19 +161,25 @@ impl Sender {
         self.segment.header()
     }
 
-    /// Takes the request up, and writes the announcement.
+    /// Takes the request up, with bytes to follow.
     fn accept(&mut self, size: Size, metadata: &[u8]) -> Result<()> {
         if size == Size::Known(Size::UNKNOWN) {
             return Err(Misuse::SizeReserved.into());
         }
+        self.announce(FOUND, size.to_word(), metadata)
+    }
+
+    /// Takes the request up, and writes the announcement.
+    #[inline(always)]
+    fn announce(&mut self, status: u32, size: u64, metadata: &[u8]) -> Result<()> {
         let (len, limit) = (metadata.len(), METADATA_LIMIT);
         if len > limit {
             return Err(Misuse::MetadataTooLong { len, limit }.into());
         }
         self.take_up()?;
         let announcement = &self.header().announcement;
-        announcement.status.store(FOUND, Relaxed);
-        announcement.size.store(size.to_word(), Relaxed);
+        announcement.status.store(status, Relaxed);
+        announcement.size.store(size, Relaxed);
         announcement.metadata_len.store(len as u32, Relaxed);
         for (to, byte) in announcement.metadata.iter().zip(metadata) {
             to.store(*byte, Relaxed);

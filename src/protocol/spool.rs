@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -58,7 +58,11 @@ impl Spool {
     /// Takes room for so many bytes, and the right to fill it; `None` if there is less, or if
     /// another body is being set aside.
     fn reserve(&self, bytes: u64) -> Option<(Reserved<'_>, MutexGuard<'_, ()>)> {
-        let filling = self.filling.try_lock().ok()?;
+        let filling = match self.filling.try_lock() {
+            Ok(filling) => filling,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(), // it guards no data
+            Err(TryLockError::WouldBlock) => return None,
+        };
         let room = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
         self.in_use.fetch_update(Relaxed, Relaxed, room).ok()?;
         Some((Reserved { spool: self, bytes }, filling))

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::io::Errno;
 
 use super::{Result, told};
 
@@ -48,12 +49,17 @@ impl Filler {
     pub fn leaving(bytes: u64) -> Result<Filler> {
         let filler = Filler(());
         let file = File::create(FILLER).map_err(told("filling"))?;
-        let found = statvfs(SHM).map_err(told("filling"))?;
-        let len = (found.f_bavail * found.f_frsize).saturating_sub(bytes);
-        if len > 0 {
-            fallocate(&file, FallocateFlags::empty(), 0, len).map_err(told("filling"))?;
+        loop {
+            let found = statvfs(SHM).map_err(told("filling"))?;
+            let len = (found.f_bavail * found.f_frsize).saturating_sub(bytes);
+            if len == 0 {
+                return Ok(filler);
+            }
+            match fallocate(&file, FallocateFlags::empty(), 0, len) {
+                Err(Errno::NOSPC) => {} // a program was quicker: less is left by now
+                filled => return filled.map(|()| filler).map_err(told("filling")),
+            }
         }
-        Ok(filler)
     }
 }
 
