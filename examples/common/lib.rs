@@ -1,6 +1,5 @@
 //! What `simplecached`, `webproxy` and the tools for them share.
 
-pub mod address;
 pub mod getfile;
 pub mod program;
 pub mod serve;

@@ -10,8 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, getrlimit, setrlimit};
-use shmferry::Deadline;
-use shmferry::workers::WorkerPool;
+use shmferry::{Address, Deadline};
 use signal_hook::consts::SIGXFSZ;
 use signal_hook::iterator::Signals;
 use tracing::level_filters::LevelFilter;
@@ -78,25 +77,15 @@ fn prepare() -> io::Result<Stop> {
     Ok(stop)
 }
 
-/// The HTTP client's crates, by the beginnings of their names. At `debug` they log several lines a
-/// request.
-const HTTP_CLIENT: [&str; 2] = ["ureq", "rustls"];
-
-/// What `RUST_LOG` asks for. The HTTP client's crates log warnings at most, unless it names them.
+/// What `RUST_LOG` asks for. The HTTP client's crates, which log several lines a request at `debug`,
+/// log warnings at most, unless it names them.
 fn filter(asked: &str) -> EnvFilter {
     let asked = if asked.trim().is_empty() { "info" } else { asked };
-    let directives = || asked.split(',').map(str::trim).filter(|directive| !directive.is_empty());
     // The level of all that no directive names; without one, those log nothing.
-    let mut levels = directives().filter_map(|directive| directive.parse::<LevelFilter>().ok());
-    let others = levels.next_back();
-    let most = others.unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
-    let mut all = asked.to_owned();
-    for client in HTTP_CLIENT {
-        if !directives().any(|directive| directive.starts_with(client)) {
-            all += &format!(",{client}={most}");
-        }
-    }
-    EnvFilter::builder().parse_lossy(all)
+    let level = asked.split(',').rev().find_map(|it| it.trim().parse::<LevelFilter>().ok());
+    let most = level.unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
+    // Of two directives for one name, the later counts.
+    EnvFilter::builder().parse_lossy(format!("ureq={most},rustls={most},{asked}"))
 }
 
 /// `SIGINT`, `SIGTERM` and `SIGHUP`, which ask the program to end, unless its starter ignores them.
@@ -142,11 +131,11 @@ impl Stop {
         }
     }
 
-    /// Lets a crew that takes no more jobs finish those it has: within the grace time, and unless a
-    /// second signal comes. Returns whether it has.
-    pub fn wind_down(&mut self, workers: &WorkerPool) -> bool {
+    /// Lets those finish who take no more jobs: within the grace time, and unless a second signal
+    /// comes. `finished` waits for them, and says whether they have.
+    pub fn wind_down(&mut self, finished: impl Fn(Deadline) -> bool) -> bool {
         let grace = Deadline::after(GRACE);
-        while !workers.join(grace.min(Deadline::after(GLANCE))) {
+        while !finished(grace.min(Deadline::after(GLANCE))) {
             if grace.has_passed() || self.0.pending().next().is_some() {
                 warn!("leaving with transfers under way");
                 return false;
@@ -154,6 +143,12 @@ impl Stop {
         }
         true
     }
+}
+
+/// Where the cache is: where both programs meet unless told otherwise.
+pub fn cache_address(asked: Option<Address>) -> Result<Address, String> {
+    let address = asked.map_or_else(|| Address::of_user("simplecached"), Ok);
+    address.map_err(|error| format!("there is no default address: {error}"))
 }
 
 /// Counts for the summary.

@@ -1,16 +1,15 @@
 //! What the cache serves: a manifest's files, or all that is beneath a directory (rule S4).
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
-use rustix::io::{Errno, pread};
+use rustix::io::Errno;
 use shmferry::Size;
 use shmferry::workers::blocking;
 
@@ -61,19 +60,12 @@ impl Store {
         let directory = manifest.parent().unwrap_or(Path::new(""));
         let mut files = HashMap::new();
         for (line, number) in text.split(|byte| *byte == b'\n').zip(1..) {
-            let entry = parse_line(line.trim_ascii(), directory);
-            let added = entry.and_then(|entry| match entry {
-                None => Ok(()),
-                Some((key, path)) => match files.entry(key) {
-                    Entry::Vacant(vacant) => {
-                        vacant.insert(path);
-                        Ok(())
-                    }
-                    Entry::Occupied(taken) => {
-                        Err(format!("the key {} is taken already", taken.key().escape_ascii()))
-                    }
-                },
-            });
+            let added = match parse_line(line.trim_ascii(), directory) {
+                Ok(Some((key, _))) if files.contains_key(&key) => {
+                    Err(format!("the key {} is taken already", key.escape_ascii()))
+                }
+                entry => entry.map(|entry| files.extend(entry)),
+            };
             added.map_err(|reason| format!("{}:{number}: {reason}", manifest.display()))?;
         }
         if files.is_empty() {
@@ -98,7 +90,9 @@ impl Store {
             }
         };
         match opened {
-            Ok(fd) => regular(fd)?.map(|(file, found)| sized(file, &found)).transpose(),
+            Ok(fd) => {
+                regular(fd)?.map(|file| Size::of_file(&file).map(|size| (file, size))).transpose()
+            }
             // Absent, out of bounds, no name for a file, or no file.
             Err(
                 Errno::NOENT
@@ -156,22 +150,9 @@ where
     })
 }
 
-fn regular(fd: OwnedFd) -> io::Result<Option<(File, Metadata)>> {
+fn regular(fd: OwnedFd) -> io::Result<Option<File>> {
     let file = File::from(fd);
-    let found = file.metadata()?;
-    Ok(found.is_file().then_some((file, found)))
-}
-
-/// Tells a file's size. Only one without blocks on a disk may hold something else than it says: of
-/// that, the last byte is looked for, or the first.
-fn sized(file: File, found: &Metadata) -> io::Result<(File, Size)> {
-    let size = Size::Known(found.len());
-    if found.blocks() > 0 {
-        return Ok((file, size));
-    }
-    let read = pread(&file, &mut [0], found.len().saturating_sub(1))?;
-    let is_as_it_says = (read > 0) == (found.len() > 0);
-    Ok((file, if is_as_it_says { size } else { Size::Unknown }))
+    Ok(file.metadata()?.is_file().then_some(file))
 }
 
 /// The key and the path on one line; `None` on a blank one, and on a comment.

@@ -1,107 +1,56 @@
-//! Asking the cache: a segment, a request, and what came back through it.
+//! Asking the cache: what its answer means for the client, and who is told when it fails.
 
-use std::io;
-use std::time::Duration;
+use std::fmt;
 
-use shmferry::channel::Requester;
 use shmferry::error::Awaited;
-use shmferry::protocol::Reply;
-use shmferry::segment::{Backing, SegmentPool};
-use shmferry::{Deadline, Error, Refusal, Result, Size};
+use shmferry::{Error, Refusal, Size};
 use tracing::{debug, warn};
 
 use super::client::{Body, Found};
 use super::proxy::Miss;
 use super::spool::{Spooler, Unspooled};
 
-/// How many of those ahead in line may stall, each for a whole time-out, before a request for a
-/// segment gives up.
-const TURNS: u32 = 4;
-
-/// A pool of segments, and the queue to the cache that fills them.
+/// The cache that is asked first.
 pub struct Cache {
-    way: Box<dyn Way>,
-    timeout: Duration,
+    pub client: shmferry::Client,
     /// Somebody else can be asked when the cache fails.
-    has_stand_in: bool,
+    pub has_stand_in: bool,
 }
 
 impl Cache {
-    /// Asks over `queue`, waiting up to `timeout` for each step of the cache.
-    pub fn new<B: Backing>(
-        pool: SegmentPool<B>,
-        queue: impl Requester<B> + 'static,
-        timeout: Duration,
-        has_stand_in: bool,
-    ) -> Cache {
-        Cache { way: Box::new((pool, queue)), timeout, has_stand_in }
-    }
-
     /// Asks for a path. A stream is spooled.
     pub fn find(&self, path: &[u8], spool: &Spooler<'_>) -> Result<Found, Miss> {
-        self.try_find(path, spool).unwrap_or_else(|error| {
-            if self.has_stand_in {
-                debug!("the cache failed for {}: {error}", path.escape_ascii());
-            } else {
-                warn!("the cache failed for {}: {error}{}", path.escape_ascii(), hint(&error));
-            }
-            Err(Miss::Failed)
-        })
+        match self.client.get(path) {
+            Ok(body) => match body.size() {
+                Size::Known(len) => Ok(Found { len, body: Body::Segment(Box::new(body)) }),
+                Size::Unknown => spool.fill(body).map_err(|error| match error {
+                    Unspooled::ClientLeft => Miss::ClientLeft,
+                    error => self.failed(path, &error, ""),
+                }),
+            },
+            Err(Error::Refused(Refusal::NotFound | Refusal::Invalid)) => Err(Miss::NotFound),
+            Err(Error::Refused(_)) => Err(Miss::Failed),
+            Err(error @ Error::Timeout(Awaited::Lease)) => Err(self.failed(path, &error, HINT)),
+            Err(error) => Err(self.failed(path, &error, "")),
+        }
     }
 
     /// Segments replaced so far, because a late cache might still have written to them.
     pub fn retired(&self) -> u64 {
-        self.way.retired()
+        self.client.stats().retired
     }
 
-    fn try_find(&self, path: &[u8], spool: &Spooler<'_>) -> Result<Result<Found, Miss>> {
-        let turns = if self.has_stand_in { 1 } else { TURNS };
-        let lease_timeout = self.timeout.saturating_mul(turns);
-        let mut body = match self.way.ask(path, lease_timeout, self.timeout)? {
-            Reply::Found(body) => body,
-            Reply::Refused(Refusal::NotFound | Refusal::Invalid) => return Ok(Err(Miss::NotFound)),
-            Reply::Refused(_) => return Ok(Err(Miss::Failed)),
-        };
-        body.set_timeout(self.timeout);
-        match body.size() {
-            Size::Known(len) => Ok(Ok(Found { len, body: Body::Segment(Box::new(body)) })),
-            Size::Unknown => match spool.fill(body) {
-                Ok(found) => Ok(Ok(found)),
-                Err(Unspooled::ClientLeft) => Ok(Err(Miss::ClientLeft)),
-                Err(Unspooled::Io(error)) => Err(Error::Source(error)),
-                Err(too_long) => Err(Error::Source(io::Error::other(too_long.to_string()))),
-            },
+    fn failed(&self, path: &[u8], error: &dyn fmt::Display, hint: &str) -> Miss {
+        let path = path.escape_ascii();
+        if self.has_stand_in {
+            debug!("the cache failed for {path}: {error}");
+        } else {
+            warn!("the cache failed for {path}: {error}{hint}");
         }
+        Miss::Failed
     }
 }
 
-/// What the user can do about an error.
-fn hint(error: &Error) -> &'static str {
-    match error {
-        Error::Timeout(Awaited::Lease) => {
-            ": slow clients hold all of them, and their bodies do not fit into --spool-limit, or its disk \
-             (more segments: -n)"
-        }
-        _ => "",
-    }
-}
-
-/// A pool and its queue, whatever the segments are made of.
-trait Way: Send + Sync {
-    /// Asks for a path, waiting for a segment, for the queue and for the reply.
-    fn ask(&self, path: &[u8], lease_timeout: Duration, timeout: Duration) -> Result<Reply>;
-
-    fn retired(&self) -> u64;
-}
-
-impl<B: Backing, Q: Requester<B>> Way for (SegmentPool<B>, Q) {
-    fn ask(&self, path: &[u8], lease_timeout: Duration, timeout: Duration) -> Result<Reply> {
-        let (pool, queue) = self;
-        let lease = pool.lease(Deadline::after(lease_timeout))?;
-        queue.ask(lease, path, Deadline::after(timeout))
-    }
-
-    fn retired(&self) -> u64 {
-        self.0.stats().retired
-    }
-}
+/// What the user can do when there is no segment to be had.
+const HINT: &str = ": slow clients hold all of them, and their bodies do not fit into \
+                    --spool-limit, or its disk (more segments: -n)";

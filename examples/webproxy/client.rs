@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
-use shmferry::protocol::{Receiver, Receiving, ShmTransfer, Spool, send_all};
+use shmferry::protocol::{Spool, send_all};
 use shmferry::workers::blocking;
 use shmferry::{Deadline, Error, Result};
 use shmferry_examples::getfile::{
@@ -37,7 +37,7 @@ pub struct Found {
 
 /// Where a file's bytes come from.
 pub enum Body {
-    Segment(Box<ShmTransfer<Receiver, Receiving>>),
+    Segment(Box<shmferry::Body>),
     Stream(Box<dyn Read>),
 }
 
@@ -125,10 +125,7 @@ impl Client {
         let flags = if found.len > 0 { SendFlags::MORE } else { SendFlags::empty() };
         self.send_header(Reply::Ok { len: found.len }, flags).map_err(Error::Sink)?;
         match found.body {
-            Body::Segment(mut body) => {
-                body.set_timeout(self.timeout);
-                body.copy_to_or_spool(&*self.stream, aside)
-            }
+            Body::Segment(body) => body.copy_to_or_spool(&*self.stream, aside),
             Body::Stream(source) => self.copy_from(source, found.len),
         }
     }

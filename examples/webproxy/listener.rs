@@ -19,7 +19,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Accepts clients until it is closed.
 pub struct Listener {
     socket: TcpListener,
-    address: SocketAddr,
+    /// Where it listens, with the port that the system chose.
+    pub address: SocketAddr,
     closed: AtomicBool,
     pace: Pace,
 }
@@ -28,15 +29,10 @@ impl Listener {
     /// Listens on an address; on `::`, on all of IPv6 and IPv4.
     pub fn bind(ip: IpAddr, port: u16) -> Result<Listener, String> {
         let asked = SocketAddr::new(ip, port);
-        let complain = |error| format!("cannot listen on {asked}: {error}");
-        let socket = listen(asked).map_err(|errno| complain(errno.into()))?;
-        let address = socket.local_addr().map_err(complain)?;
+        let listening = listen(asked).and_then(|socket| Ok((socket.local_addr()?, socket)));
+        let (address, socket) =
+            listening.map_err(|error| format!("cannot listen on {asked}: {error}"))?;
         Ok(Listener { socket, address, closed: AtomicBool::new(false), pace: Pace::default() })
-    }
-
-    /// Where it listens, with the port that the system chose.
-    pub fn address(&self) -> SocketAddr {
-        self.address
     }
 
     /// Waits for a client; `None` once it is closed.
@@ -64,7 +60,7 @@ impl Listener {
     }
 }
 
-fn listen(address: SocketAddr) -> rustix::io::Result<TcpListener> {
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;

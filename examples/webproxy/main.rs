@@ -15,16 +15,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cache::Cache;
-use clap::{Parser, value_parser};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, value_parser};
 use listener::Listener;
-use origin::{BaseUrl, BaseUrlParser, Origin};
+use origin::{BaseUrl, Origin, redacted};
 use proxy::Proxy;
-use shmferry::channel::Seqpacket;
-use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue};
-use shmferry::segment::{Backing, Memfd};
-use shmferry::segment::{SegmentPool, SegmentPoolBuilder};
+use shmferry::channel::InProcess;
 use shmferry::workers::WorkerPool;
-use shmferry_examples::address::Address;
+use shmferry::{Address, Client, Server, Serving};
 use shmferry_examples::getfile::Dialect;
 use shmferry_examples::program::{self, Quit, Stop};
 use shmferry_examples::serve::Service;
@@ -64,8 +62,8 @@ struct Options {
     #[arg(long, value_name = "ADDRESS", conflicts_with = "root")]
     cache: Option<Address>,
     /// The base URL of an HTTP server; http://USER:PASSWORD@HOST for basic authentication
-    #[arg(short, long, value_name = "URL", value_parser = BaseUrlParser)]
-    server: Option<BaseUrl>,
+    #[arg(short, long, value_name = "URL")]
+    server: Option<String>,
     /// A directory to serve, with the cache embedded
     #[arg(long, value_name = "DIRECTORY")]
     root: Option<PathBuf>,
@@ -81,13 +79,14 @@ struct Options {
     spool_limit: u64,
 }
 
-/// How long to wait for the successor of a cache that is gone, when there is no origin to ask instead:
-/// long enough for one that is being restarted. One that was never there is waited for as long as for
-/// everything else.
+/// How long to wait for the successor of a cache that is gone, when there is no origin to ask
+/// instead: long enough for one that is being restarted. One that was never there is waited for as
+/// long as for everything else.
 const ABSENCE: Duration = Duration::from_secs(2);
 
-/// How long to wait for a cache that is not there, when there is an origin to ask instead.
-const NO_ABSENCE: Duration = Duration::ZERO;
+/// How many of those ahead in line may stall, each for a whole time-out, before a request for a
+/// segment gives up, when there is no origin to ask instead.
+const TURNS: u32 = 4;
 
 /// The least that a segment may hold.
 const LEAST_SEGMENT: u64 = 824;
@@ -101,14 +100,22 @@ fn segment_size(text: &str) -> Result<u64, String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    program::run("webproxy", |stop| serve(options, stop))
+    let url =
+        options.server.as_ref().map(|text| text.parse::<BaseUrl>().map_err(|why| (why, text)));
+    match url.transpose() {
+        Ok(url) => program::run("webproxy", |stop| serve(options, url, stop)),
+        // Clap's own error would show the credentials.
+        Err((why, text)) => {
+            let message = format!("invalid value '{}' for '--server <URL>': {why}", redacted(text));
+            Options::command().error(ErrorKind::ValueValidation, message).exit()
+        }
+    }
 }
 
-fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
+fn serve(options: Options, url: Option<BaseUrl>, mut stop: Stop) -> Result<(), Quit> {
     let source = Source::open(&options, &mut stop)?;
     stop.check()?;
-    let origin =
-        options.server.as_ref().map(|url| Origin::new(url, options.timeout, options.thread_count));
+    let origin = url.as_ref().map(|url| Origin::new(url, options.timeout, options.thread_count));
     let listener = Arc::new(Listener::bind(options.listen, options.listen_port)?);
     let proxy = Arc::new(Proxy::new(
         source.cache,
@@ -120,17 +127,16 @@ fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
     let workers = {
         let (listener, proxy) = (Arc::clone(&listener), Arc::clone(&proxy));
         let next = move || listener.accept();
-        WorkerPool::start("proxy", options.thread_count.into(), next, move |stream| {
-            proxy.serve(stream)
-        })
-        .map_err(cannot_start_a_worker)?
+        let serve = move |stream| proxy.serve(stream);
+        WorkerPool::start("proxy", options.thread_count.into(), next, serve)
     };
+    let workers = workers.map_err(|error| format!("cannot start a worker: {error}"))?;
     info!(
         "listening on {}: {}{}, {}, {} workers, dialect {}, timeout {:?}, spool limit {} bytes",
-        listener.address(),
+        listener.address,
         if options.listen.is_loopback() { LOOPBACK_ONLY } else { "" },
         source.description,
-        options.server.map_or("no origin".to_owned(), |url| format!("origin {url}")),
+        url.map_or("no origin".to_owned(), |url| format!("origin {url}")),
         options.thread_count,
         options.dialect,
         options.timeout,
@@ -139,11 +145,11 @@ fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
 
     stop.wait();
     listener.close();
-    if stop.wind_down(&workers)
-        && let Some((queue, workers)) = &source.embedded
+    if stop.wind_down(|deadline| workers.join(deadline))
+        && let Some(serving) = &source.embedded
     {
-        queue.close();
-        stop.wind_down(workers);
+        serving.stop();
+        stop.wind_down(|deadline| serving.wait_until(deadline));
     }
     info!("stopped: {}", proxy.summary());
     Ok(())
@@ -155,92 +161,55 @@ const LOOPBACK_ONLY: &str = "this machine only (--listen 0.0.0.0 or --listen :: 
 /// The cache to ask first, if there is one.
 struct Source {
     cache: Option<Cache>,
-    /// The queue and the workers of a cache within this process.
-    embedded: Option<(Arc<InProcess>, WorkerPool)>,
+    /// A cache within this process.
+    embedded: Option<Serving>,
     description: String,
 }
 
 impl Source {
     fn open(options: &Options, stop: &mut Stop) -> Result<Source, Quit> {
-        let has_origin = options.server.is_some();
-        if options.root.is_none() && options.cache.is_none() && has_origin {
+        let has_stand_in = options.server.is_some();
+        if options.root.is_none() && options.cache.is_none() && has_stand_in {
             return Ok(Source { cache: None, embedded: None, description: "no cache".to_owned() });
         }
-        let segments = format!(
-            "{} segments of {} bytes in {} slots",
+        let client = Client::builder()
+            .segments(options.segment_count)
+            .segment_len(options.segment_size)
+            .slots(options.slots)
+            .timeout(options.timeout);
+        let client = if has_stand_in {
+            client.connect_timeout(Duration::ZERO)
+        } else {
+            let turns = options.timeout.saturating_mul(TURNS);
+            client.lease_timeout(turns).connect_timeout_after_loss(ABSENCE)
+        };
+
+        let (client, embedded, from) = if let Some(root) = &options.root {
+            let service = Service::new(Store::directory(root)?, Duration::ZERO);
+            // No request is sent without a segment: there is always room.
+            let queue = InProcess::bounded(options.segment_count as usize);
+            let server = Server::with(queue.clone());
+            let client = stop.abandonable(move || client.in_process(&queue).map_err(no_pool))?;
+            let serving = service.start(server, options.thread_count.into(), options.timeout);
+            let serving = serving.map_err(|error| format!("cannot start a worker: {error}"))?;
+            (client, Some(serving), format!("all beneath {}", root.display()))
+        } else {
+            let address = program::cache_address(options.cache.clone())?;
+            let from = format!("cache {address}");
+            let is_named = matches!(address, Address::Mq(_));
+            let connect = move || client.connect(&address).map_err(no_pool);
+            // Its names would stay, if it were abandoned half-way.
+            let client = if is_named { connect()? } else { stop.abandonable(connect)? };
+            (client, None, from)
+        };
+        let description = format!(
+            "{from}, {} segments of {} bytes in {} slots",
             options.segment_count, options.segment_size, options.slots
         );
-
-        if let Some(root) = &options.root {
-            let service =
-                Arc::new(Service::new(Store::directory(root)?, Duration::ZERO, options.timeout));
-            let pool = memfd_pool(options, stop)?;
-            // No request is sent without a segment: there is always room.
-            let queue = Arc::new(InProcess::bounded(options.segment_count as usize));
-            let workers = service
-                .start(&queue, options.thread_count.into())
-                .map_err(cannot_start_a_worker)?;
-            let cache = Cache::new(pool, InProcess::clone(&queue), options.timeout, has_origin);
-            let description = format!("all beneath {}, {segments}", root.display());
-            return Ok(Source {
-                cache: Some(cache),
-                embedded: Some((queue, workers)),
-                description,
-            });
-        }
-
-        let address = options.cache.clone().map_or_else(Address::default_of_user, Ok);
-        let address = address.map_err(|error| format!("there is no default address: {error}"))?;
-        let unusable = |error| format!("cannot use {address}: {error}");
-        let cache = match &address {
-            Address::Unix(path) => {
-                let pool = memfd_pool(options, stop)?;
-                let queue = Seqpacket::new(path);
-                let queue = match has_origin {
-                    true => queue.connect_timeout(NO_ABSENCE),
-                    false => queue.connect_timeout_after_loss(ABSENCE),
-                };
-                let requester = queue.requester(&pool).map_err(unusable)?;
-                Cache::new(pool, requester, options.timeout, has_origin)
-            }
-            Address::Mq(name) => {
-                // Not abandoned half-way: its names would stay.
-                let pool = made(pool_of::<Named>(options))?;
-                stop.check()?;
-                let queue = PosixMq::new(name).map_err(unusable)?;
-                let queue = match has_origin {
-                    true => queue.connect_timeout(NO_ABSENCE),
-                    false => queue.connect_timeout_after_loss(ABSENCE),
-                };
-                let requester = queue.requester(&pool);
-                Cache::new(pool, requester, options.timeout, has_origin)
-            }
-        };
-        Ok(Source {
-            cache: Some(cache),
-            embedded: None,
-            description: format!("cache {address}, {segments}"),
-        })
+        Ok(Source { cache: Some(Cache { client, has_stand_in }), embedded, description })
     }
 }
 
-/// Allocates a pool, unless a signal comes first: its memory goes with the process.
-fn memfd_pool(options: &Options, stop: &mut Stop) -> Result<SegmentPool<Memfd>, Quit> {
-    let pool = pool_of(options);
-    stop.abandonable(move || made(pool))
-}
-
-fn pool_of<B: Backing>(options: &Options) -> SegmentPoolBuilder<B> {
-    SegmentPool::builder()
-        .segments(options.segment_count)
-        .segment_len(options.segment_size)
-        .slots(options.slots)
-}
-
-fn made<B: Backing>(pool: SegmentPoolBuilder<B>) -> Result<SegmentPool<B>, String> {
-    pool.create().map_err(|error| format!("cannot make the pool: {error}"))
-}
-
-fn cannot_start_a_worker(error: std::io::Error) -> String {
-    format!("cannot start a worker: {error}")
+fn no_pool(error: shmferry::Error) -> String {
+    format!("cannot make the pool: {error}")
 }

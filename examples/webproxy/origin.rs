@@ -1,6 +1,5 @@
 //! Asking the HTTP origin: what it is asked for, and what is believed of its answer.
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, Read};
 use std::str::FromStr;
@@ -8,8 +7,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use clap::builder::TypedValueParser;
-use clap::error::ErrorKind;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode, percent_encode};
 use shmferry::workers::blocking;
 use tracing::warn;
 use ureq::config::RedirectAuthHeaders;
@@ -69,38 +67,15 @@ impl fmt::Display for BaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.url.split_once("://") {
             Some((scheme, rest)) if self.authorization.is_some() => {
-                let hidden = "***";
-                write!(f, "{scheme}://{hidden}@{rest}")
+                write!(f, "{scheme}://***@{rest}")
             }
             _ => f.write_str(&self.url),
         }
     }
 }
 
-/// Parses a [`BaseUrl`] on the command line. Clap's own way shows the whole value in an error.
-#[derive(Clone)]
-pub struct BaseUrlParser;
-
-impl TypedValueParser for BaseUrlParser {
-    type Value = BaseUrl;
-
-    fn parse_ref(
-        &self,
-        command: &clap::Command,
-        flag: Option<&clap::Arg>,
-        value: &OsStr,
-    ) -> Result<BaseUrl, clap::Error> {
-        let text = value.to_string_lossy();
-        text.parse().map_err(|why| {
-            let flag = flag.map_or_else(String::new, |flag| format!(" for '{flag}'"));
-            let message = format!("invalid value '{}'{flag}: {why}\n", redacted(&text));
-            clap::Error::raw(ErrorKind::ValueValidation, message).with_cmd(command)
-        })
-    }
-}
-
 /// A text that may be a URL, without all that may be credentials.
-fn redacted(text: &str) -> String {
+pub fn redacted(text: &str) -> String {
     let Some((before, after)) = text.rsplit_once('@') else { return text.to_owned() };
     match before.split_once("://") {
         Some((scheme, _)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
@@ -114,13 +89,10 @@ fn redacted(text: &str) -> String {
 /// escapes as they are.
 fn basic(credentials: &str) -> Result<HeaderValue, &'static str> {
     let (user, password) = credentials.split_once(':').unwrap_or((credentials, ""));
-    let part = |text: &str| {
-        let text = text.as_bytes();
-        let mut signs = (0..text.len()).filter(|&at| text[at] == b'%');
-        let is_whole = signs.all(|at| escaped(&text[at..]).is_some());
-        if is_whole { Ok(decode(text)) } else { Err("a percent sign escapes nothing") }
-    };
-    let pair = [part(user)?, part(password)?].join(&b':');
+    if !credentials.as_bytes().split(|byte| *byte == b'%').skip(1).all(is_escaped) {
+        return Err("a percent sign escapes nothing");
+    }
+    let pair = [decode(user.as_bytes()), decode(password.as_bytes())].join(&b':');
     let header = format!("Basic {}", BASE64_STANDARD.encode(pair));
     let mut header = HeaderValue::try_from(header).map_err(|_| "credentials fit no header")?;
     header.set_sensitive(true);
@@ -231,42 +203,35 @@ fn leads_elsewhere(path: &[u8]) -> bool {
 
 /// Undoes escapes, once. What is no escape stays as it is.
 fn decode(text: &[u8]) -> Vec<u8> {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let [first, others @ ..] = rest {
-        let (byte, after) = match escaped(rest) {
-            Some(byte) => (byte, &rest[3..]),
-            None => (*first, others),
-        };
-        decoded.push(byte);
-        rest = after;
-    }
-    decoded
+    percent_decode(text).collect()
 }
 
-/// The byte that an escape at the beginning of `text` stands for.
-fn escaped(text: &[u8]) -> Option<u8> {
-    let [b'%', high, low, ..] = text else { return None };
-    let digit = |byte: &u8| char::from(*byte).to_digit(16);
-    u8::try_from(digit(high)? << 4 | digit(low)?).ok()
+/// Whether what follows a percent sign makes it an escape.
+fn is_escaped(after: &[u8]) -> bool {
+    matches!(after, [high, low, ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit())
 }
 
-/// Escapes what a URL's path cannot hold, and what would end it.
+/// Escapes what a URL's path cannot hold, and what would end it. Escapes stay as they are.
 fn encode(path: &[u8]) -> String {
-    let mut encoded = String::with_capacity(path.len());
-    for (at, byte) in path.iter().enumerate() {
-        let legal = match byte {
-            b'%' => escaped(&path[at..]).is_some(),
-            byte => byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(byte),
-        };
-        if legal {
-            encoded.push(char::from(*byte));
-        } else {
-            encoded.push_str(&format!("%{byte:02X}"));
-        }
+    let mut parts = path.split(|byte| *byte == b'%');
+    let mut encoded = percent_encode(parts.next().unwrap_or_default(), &ESCAPED).to_string();
+    for part in parts {
+        encoded += if is_escaped(part) { "%" } else { "%25" };
+        encoded.extend(percent_encode(part, &ESCAPED));
     }
     encoded
 }
+
+/// All that does not stand for itself in a URL's path.
+const ESCAPED: AsciiSet = {
+    let legal = b"/-._~!$&'()*+,;=:@";
+    let (mut escaped, mut at) = (NON_ALPHANUMERIC.remove(b'/'), 0);
+    while at < legal.len() {
+        escaped = escaped.remove(legal[at]);
+        at += 1;
+    }
+    escaped
+};
 
 /// Lends this worker's place while the origin is slow.
 struct Lending<R>(R);

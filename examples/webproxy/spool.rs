@@ -1,8 +1,6 @@
 //! Spooling: a body of unknown length is read to its end, so that its length can be announced.
 
-use std::fmt;
-use std::fs::File;
-use std::io::{self, Cursor, Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 
 use super::client::{Body, Client, Found};
 
@@ -21,35 +19,15 @@ pub struct Spooler<'a> {
 }
 
 /// Why a body was not spooled. Nothing is left of it.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum Unspooled {
-    /// The body is longer than the limit.
-    TooLong {
-        /// The limit, in bytes.
-        limit: u64,
-    },
-    /// The client left before its body was there.
+    #[error("a body of unknown length exceeds {limit} bytes (--spool-limit)")]
+    TooLong { limit: u64 },
+    #[error("the client left while its body was spooled")]
     ClientLeft,
     /// The body cannot be read to its end, or not be written.
-    Io(io::Error),
-}
-
-impl fmt::Display for Unspooled {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Unspooled::TooLong { limit } => {
-                write!(f, "a body of unknown length exceeds {limit} bytes (--spool-limit)")
-            }
-            Unspooled::ClientLeft => f.write_str("the client left while its body was spooled"),
-            Unspooled::Io(error) => error.fmt(f),
-        }
-    }
-}
-
-impl From<io::Error> for Unspooled {
-    fn from(error: io::Error) -> Self {
-        Unspooled::Io(error)
-    }
+    #[error(transparent)]
+    Io(#[from] io::Error),
 }
 
 impl Spooler<'_> {
@@ -58,8 +36,7 @@ impl Spooler<'_> {
     /// # Errors
     /// [`Unspooled`] says which.
     pub fn fill(&self, mut body: impl Read) -> Result<Found, Unspooled> {
-        let mut memory = Vec::new();
-        let mut file: Option<File> = None;
+        let mut spooled = tempfile::spooled_tempfile(IN_MEMORY);
         let mut buffer = vec![0; BUFFER];
         let mut len = 0;
         loop {
@@ -76,26 +53,9 @@ impl Spooler<'_> {
             if len > self.limit {
                 return Err(Unspooled::TooLong { limit: self.limit });
             }
-            let bytes = &buffer[..read];
-            match &mut file {
-                Some(file) => file.write_all(bytes)?,
-                None if memory.len() + read <= IN_MEMORY => memory.extend_from_slice(bytes),
-                None => {
-                    let mut unnamed = tempfile::tempfile()?;
-                    unnamed.write_all(&memory)?;
-                    unnamed.write_all(bytes)?;
-                    memory = Vec::new();
-                    file = Some(unnamed);
-                }
-            }
+            spooled.write_all(&buffer[..read])?;
         }
-        let body: Box<dyn Read> = match file {
-            Some(mut file) => {
-                file.rewind()?;
-                Box::new(file)
-            }
-            None => Box::new(Cursor::new(memory)),
-        };
-        Ok(Found { len, body: Body::Stream(body) })
+        spooled.rewind()?;
+        Ok(Found { len, body: Body::Stream(Box::new(spooled)) })
     }
 }
