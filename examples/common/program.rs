@@ -2,9 +2,9 @@
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,6 +24,9 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// How soon a second signal is noticed.
 const GLANCE: Duration = Duration::from_millis(20);
+
+/// Said at the end of a program that a signal has ended early.
+const STOPPED: &str = "stopped by a signal before it listened";
 
 /// Why a program ends without having served.
 #[derive(Debug)]
@@ -46,7 +49,7 @@ pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), Quit>) -> ExitCo
     match prepared.and_then(program) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Quit::Stopped) => {
-            info!("stopped by a signal before it listened");
+            info!("{STOPPED}");
             ExitCode::SUCCESS
         }
         Err(Quit::Failed(message)) => {
@@ -59,7 +62,7 @@ pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), Quit>) -> ExitCo
 
 fn prepare() -> io::Result<Stop> {
     // First of all: a signal from here on ends the program in order.
-    let stop = Stop(Signals::new(signals::that_end()?)?);
+    let signals = Signals::new(signals::that_end()?)?;
     // Past the limit on file sizes, memfds included, a call then fails and ends nothing.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
 
@@ -74,7 +77,7 @@ fn prepare() -> io::Result<Stop> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit)?;
-    Ok(stop)
+    Stop::listen(signals)
 }
 
 /// What `RUST_LOG` asks for. The HTTP client's crates, which log several lines a request at `debug`,
@@ -89,54 +92,62 @@ fn filter(asked: &str) -> EnvFilter {
 }
 
 /// `SIGINT`, `SIGTERM` and `SIGHUP`, which ask the program to end, unless its starter ignores them.
-pub struct Stop(Signals);
+///
+/// Until [`hold`](Self::hold) they end it wherever it is.
+pub struct Stop {
+    signals: Receiver<()>,
+    is_held: Arc<Mutex<bool>>,
+}
 
 impl Stop {
-    /// Waits for the first of them.
-    pub fn wait(&mut self) {
-        self.0.forever().next();
-        debug!("stopping");
+    /// Signals that have come already count, too.
+    fn listen(mut signals: Signals) -> io::Result<Stop> {
+        let (sender, received) = mpsc::channel();
+        let is_held = Arc::new(Mutex::new(false));
+        let stop = Stop { signals: received, is_held: Arc::clone(&is_held) };
+        let wait = move || {
+            for _ in signals.forever() {
+                // Held on to: nothing begins that would outlive the process, once it ends here.
+                let is_held = is_held.lock().unwrap_or_else(PoisonError::into_inner);
+                if !*is_held {
+                    info!("{STOPPED}");
+                    process::exit(0);
+                }
+                // Fails only when the program is about to end.
+                let _ = sender.send(());
+            }
+        };
+        thread::Builder::new().name("signals".to_owned()).spawn(wait)?;
+        Ok(stop)
+    }
+
+    /// Before the first step that makes what outlives the process: from here on, a signal ends the
+    /// program only where it looks for one.
+    pub fn hold(&self) {
+        *self.is_held.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
     /// Between two steps of the start-up: whether to go on.
     ///
     /// # Errors
     /// [`Quit::Stopped`] when one of the signals has come.
-    pub fn check(&mut self) -> Result<(), Quit> {
-        if self.0.pending().next().is_some() { Err(Quit::Stopped) } else { Ok(()) }
+    pub fn check(&self) -> Result<(), Quit> {
+        if self.signals.try_recv().is_ok() { Err(Quit::Stopped) } else { Ok(()) }
     }
 
-    /// Takes a step of the start-up that can last long, on a thread of its own. When a signal comes
-    /// first, the step is abandoned where it is: it must make nothing that outlives the process.
-    ///
-    /// # Errors
-    /// [`Quit::Stopped`] when one of the signals comes, [`Quit::Failed`] when the step fails.
-    pub fn abandonable<T: Send + 'static>(
-        &mut self,
-        step: impl FnOnce() -> Result<T, String> + Send + 'static,
-    ) -> Result<T, Quit> {
-        let (sender, outcome) = mpsc::sync_channel(1);
-        // Sending fails only after a signal, when the outcome is of no use any more.
-        let taken = thread::Builder::new().spawn(move || drop(sender.send(step())));
-        taken.map_err(|error| format!("cannot start a thread: {error}"))?;
-        loop {
-            self.check()?;
-            match outcome.recv_timeout(GLANCE) {
-                Ok(outcome) => return Ok(outcome?),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Quit::Failed("a step of the start-up panicked".to_owned()));
-                }
-            }
-        }
+    /// Waits for the first of them.
+    pub fn wait(&self) {
+        // Its sender lives as long as the process.
+        let _ = self.signals.recv();
+        debug!("stopping");
     }
 
     /// Lets those finish who take no more jobs: within the grace time, and unless a second signal
     /// comes. `finished` waits for them, and says whether they have.
-    pub fn wind_down(&mut self, finished: impl Fn(Deadline) -> bool) -> bool {
+    pub fn wind_down(&self, finished: impl Fn(Deadline) -> bool) -> bool {
         let grace = Deadline::after(GRACE);
         while !finished(grace.min(Deadline::after(GLANCE))) {
-            if grace.has_passed() || self.0.pending().next().is_some() {
+            if grace.has_passed() || self.signals.try_recv().is_ok() {
                 warn!("leaving with transfers under way");
                 return false;
             }
@@ -146,8 +157,8 @@ impl Stop {
 }
 
 /// Where the cache is: where both programs meet unless told otherwise.
-pub fn cache_address(asked: Option<Address>) -> Result<Address, String> {
-    let address = asked.map_or_else(|| Address::of_user("simplecached"), Ok);
+pub fn cache_address(asked: Option<&Address>) -> Result<Address, String> {
+    let address = asked.map_or_else(|| Address::of_user("simplecached"), |asked| Ok(asked.clone()));
     address.map_err(|error| format!("there is no default address: {error}"))
 }
 
@@ -173,19 +184,18 @@ impl fmt::Display for Counter {
 pub struct Pace(Mutex<(Option<Instant>, u64)>);
 
 impl Pace {
-    /// When a line may be written now: what to add to it, which says how many were held back.
-    pub fn admit(&self) -> Option<String> {
+    /// Logs a line, if it may be written now, and how many were held back.
+    pub fn warn(&self, line: impl fmt::Display) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, held_back) = &mut *state;
-        let now = Instant::now();
-        if last.is_some_and(|last| now.duration_since(last) < PACE) {
+        if last.is_some_and(|last| last.elapsed() < PACE) {
             *held_back += 1;
-            return None;
+            return;
         }
-        *last = Some(now);
+        *last = Some(Instant::now());
         match std::mem::take(held_back) {
-            0 => Some(String::new()),
-            more => Some(format!(", and {more} more times since the last such line")),
+            0 => warn!("{line}"),
+            more => warn!("{line}, and {more} more times since the last such line"),
         }
     }
 }

@@ -71,21 +71,16 @@ impl Service {
     }
 
     fn report(&self, error: &ServeError) {
-        let line = match error {
-            ServeError::Queue(_) => match self.pace.admit() {
-                Some(held_back) => return warn!("{error}{held_back}"),
-                None => return,
-            },
-            ServeError::Rejected { .. } => return warn!("{error}"),
-            ServeError::Handler { key, error, .. } => format!("{}: {error}", key.escape_ascii()),
-            error => error.to_string(),
-        };
-        // A client that has left or stalls is no error of ours: its own log says so.
-        if matches!(error.fault(), Fault::Peer | Fault::Time) {
-            return debug!("{line}");
+        match error {
+            ServeError::Queue(_) => self.pace.warn(error),
+            ServeError::Rejected { .. } => warn!("{error}"),
+            // A client that has left or stalls: that is for its own log.
+            _ if matches!(error.fault(), Fault::Peer | Fault::Time) => debug!("{error}"),
+            _ => {
+                self.tally.errors.add(1);
+                warn!("{error}");
+            }
         }
-        self.tally.errors.add(1);
-        warn!("{line}");
     }
 
     /// How it went, in one line.

@@ -47,24 +47,18 @@ fn main() -> ExitCode {
     program::run("simplecached", |stop| serve(options, stop))
 }
 
-fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
-    let cachedir = options.cachedir.clone().unwrap_or_else(|| DEFAULT_MANIFEST.into());
-    // A manifest may be a pipe that does not end.
-    let store = stop.abandonable({
-        let cachedir = cachedir.clone();
-        move || Store::open(&cachedir)
-    });
-    let store = store.map_err(|quit| match quit {
-        Quit::Failed(why) if options.cachedir.is_none() && !cachedir.exists() => {
-            Quit::Failed(format!("{why}; name a manifest or a directory with -c"))
-        }
-        quit => quit,
+fn serve(options: Options, stop: Stop) -> Result<(), Quit> {
+    let cachedir = options.cachedir.as_deref().unwrap_or(DEFAULT_MANIFEST.as_ref());
+    let store = Store::open(cachedir).map_err(|why| match options.cachedir {
+        None if !cachedir.exists() => format!("{why}; name a manifest or a directory with -c"),
+        _ => why,
     })?;
     let served = match &store {
         Store::Manifest(files) => format!("{} files of {}", files.len(), cachedir.display()),
         Store::Directory(_) => format!("all beneath {}", cachedir.display()),
     };
-    let address = program::cache_address(options.listen)?;
+    let address = program::cache_address(options.listen.as_ref())?;
+    stop.hold(); // from here on there are names to remove
     let server = Server::builder().max_segments(options.max_segments).bind(&address);
     let server = server.map_err(|error| format!("cannot listen on {address}: {error}"))?;
     stop.check()?;

@@ -291,7 +291,9 @@ fn a_proxy_stopped_past_the_caches_timeout_ends_its_bodies_short_and_goes_on(ove
     let proxy = place.webproxy(["-n", "2", "--timeout", "600"]).listening();
     let stalled: Vec<Stalled> = (0..2).map(|_| proxy.stall("/large")).collect();
     proxy.signal(Signal::STOP);
-    wait_until("the cache gave up", || cache.stderr().matches("/large failed: timed out").count() == 2);
+    wait_until("the cache gave up", || {
+        cache.stderr().matches("/large failed: timed out").count() == 2
+    });
     proxy.signal(Signal::CONT);
     for client in stalled {
         client.resume().assert_short(&large);

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use shmferry::protocol::{Spool, send_all};
@@ -89,12 +89,7 @@ impl Client {
     /// have closed its half only, and still read. So it is sent what every reply begins with: one
     /// that has left answers with a reset, which a later call sees.
     pub fn has_left(&self) -> io::Result<bool> {
-        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
-        match poll(&mut fds, Some(&Timespec::default())) {
-            Err(Errno::INTR) => return Ok(false), // the next call sees it
-            polled => polled?,
-        };
-        let seen = fds[0].revents();
+        let seen = self.poll(PollFlags::RDHUP, Deadline::after(Duration::ZERO))?;
         if seen.intersects(PollFlags::ERR | PollFlags::HUP) {
             return Ok(true);
         }
@@ -185,16 +180,19 @@ impl Client {
                 Ok((read, _)) => return Ok(Some(read)),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if deadline.has_passed() => return Ok(None),
-                Err(Errno::AGAIN) => blocking(|| {
-                    let left = deadline.remaining().and_then(|left| left.try_into().ok());
-                    let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
-                    match poll(&mut fds, left.as_ref()) {
-                        Err(errno) if errno != Errno::INTR => Err(errno),
-                        _ => Ok(()),
-                    }
-                })?,
+                Err(Errno::AGAIN) => drop(blocking(|| self.poll(PollFlags::IN, deadline))?),
                 Err(errno) => return Err(errno.into()),
             }
+        }
+    }
+
+    /// What of this the connection has come to by the deadline, or by a signal.
+    fn poll(&self, events: PollFlags, deadline: Deadline) -> io::Result<PollFlags> {
+        let left = deadline.remaining().and_then(|left| left.try_into().ok());
+        let mut fds = [PollFd::new(&self.stream, events)];
+        match poll(&mut fds, left.as_ref()) {
+            Err(errno) if errno != Errno::INTR => Err(errno.into()),
+            _ => Ok(fds[0].revents()),
         }
     }
 }

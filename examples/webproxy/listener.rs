@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
 use shmferry_examples::program::Pace;
-use tracing::warn;
 
 /// Clients that wait to be accepted, as the system caps it.
 const BACKLOG: i32 = 4096;
@@ -43,9 +42,7 @@ impl Listener {
                 Err(_) if self.closed.load(Ordering::Acquire) => return None,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    if let Some(held_back) = self.pace.admit() {
-                        warn!("cannot accept: {error}{held_back}");
-                    }
+                    self.pace.warn(format_args!("cannot accept: {error}"));
                     thread::sleep(PAUSE);
                 }
             }

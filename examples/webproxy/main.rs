@@ -19,8 +19,9 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, value_parser};
 use listener::Listener;
 use origin::{BaseUrl, Origin, redacted};
-use proxy::Proxy;
+use proxy::{Proxy, Tally};
 use shmferry::channel::InProcess;
+use shmferry::protocol::Spool;
 use shmferry::workers::WorkerPool;
 use shmferry::{Address, Client, Server, Serving};
 use shmferry_examples::getfile::Dialect;
@@ -28,6 +29,7 @@ use shmferry_examples::program::{self, Quit, Stop};
 use shmferry_examples::serve::Service;
 use shmferry_examples::store::Store;
 use tracing::info;
+use waiting::Waiting;
 
 /// Serve files over GETFILE.
 ///
@@ -112,32 +114,34 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(options: Options, url: Option<BaseUrl>, mut stop: Stop) -> Result<(), Quit> {
-    let source = Source::open(&options, &mut stop)?;
+fn serve(options: Options, url: Option<BaseUrl>, stop: Stop) -> Result<(), Quit> {
+    let (cache, embedded, from) = open_cache(&options, &stop)?;
+    stop.hold();
     stop.check()?;
-    let origin = url.as_ref().map(|url| Origin::new(url, options.timeout, options.thread_count));
+    let workers = options.thread_count.into();
     let listener = Arc::new(Listener::bind(options.listen, options.listen_port)?);
-    let proxy = Arc::new(Proxy::new(
-        source.cache,
-        origin,
-        options.dialect,
-        options.timeout,
-        options.spool_limit,
-    ));
-    let workers = {
+    let proxy = Arc::new(Proxy {
+        cache,
+        origin: url.as_ref().map(|url| Origin::new(url, options.timeout, workers)),
+        dialect: options.dialect,
+        timeout: options.timeout,
+        spool_limit: options.spool_limit,
+        aside: Spool::new(options.spool_limit),
+        waiting: Waiting::new(),
+        tally: Tally::default(),
+    });
+    let pool = {
         let (listener, proxy) = (Arc::clone(&listener), Arc::clone(&proxy));
         let next = move || listener.accept();
-        let serve = move |stream| proxy.serve(stream);
-        WorkerPool::start("proxy", options.thread_count.into(), next, serve)
+        WorkerPool::start("proxy", workers, next, move |stream| proxy.serve(stream))
     };
-    let workers = workers.map_err(|error| format!("cannot start a worker: {error}"))?;
+    let pool = pool.map_err(|error| format!("cannot start a worker: {error}"))?;
     info!(
-        "listening on {}: {}{}, {}, {} workers, dialect {}, timeout {:?}, spool limit {} bytes",
+        "listening on {}: {}{from}, {}, {workers} workers, dialect {}, timeout {:?}, spool limit {} \
+         bytes",
         listener.address,
         if options.listen.is_loopback() { LOOPBACK_ONLY } else { "" },
-        source.description,
         url.map_or("no origin".to_owned(), |url| format!("origin {url}")),
-        options.thread_count,
         options.dialect,
         options.timeout,
         options.spool_limit,
@@ -145,8 +149,8 @@ fn serve(options: Options, url: Option<BaseUrl>, mut stop: Stop) -> Result<(), Q
 
     stop.wait();
     listener.close();
-    if stop.wind_down(|deadline| workers.join(deadline))
-        && let Some(serving) = &source.embedded
+    if stop.wind_down(|deadline| pool.join(deadline))
+        && let Some(serving) = &embedded
     {
         serving.stop();
         stop.wind_down(|deadline| serving.wait_until(deadline));
@@ -158,58 +162,45 @@ fn serve(options: Options, url: Option<BaseUrl>, mut stop: Stop) -> Result<(), Q
 /// Says who is heard by default, and how to change that.
 const LOOPBACK_ONLY: &str = "this machine only (--listen 0.0.0.0 or --listen :: for others, too), ";
 
-/// The cache to ask first, if there is one.
-struct Source {
-    cache: Option<Cache>,
-    /// A cache within this process.
-    embedded: Option<Serving>,
-    description: String,
-}
-
-impl Source {
-    fn open(options: &Options, stop: &mut Stop) -> Result<Source, Quit> {
-        let has_stand_in = options.server.is_some();
-        if options.root.is_none() && options.cache.is_none() && has_stand_in {
-            return Ok(Source { cache: None, embedded: None, description: "no cache".to_owned() });
-        }
-        let client = Client::builder()
-            .segments(options.segment_count)
-            .segment_len(options.segment_size)
-            .slots(options.slots)
-            .timeout(options.timeout);
-        let client = if has_stand_in {
-            client.connect_timeout(Duration::ZERO)
-        } else {
-            let turns = options.timeout.saturating_mul(TURNS);
-            client.lease_timeout(turns).connect_timeout_after_loss(ABSENCE)
-        };
-
-        let (client, embedded, from) = if let Some(root) = &options.root {
-            let service = Service::new(Store::directory(root)?, Duration::ZERO);
-            // No request is sent without a segment: there is always room.
-            let queue = InProcess::bounded(options.segment_count as usize);
-            let server = Server::with(queue.clone());
-            let client = stop.abandonable(move || client.in_process(&queue).map_err(no_pool))?;
-            let serving = service.start(server, options.thread_count.into(), options.timeout);
-            let serving = serving.map_err(|error| format!("cannot start a worker: {error}"))?;
-            (client, Some(serving), format!("all beneath {}", root.display()))
-        } else {
-            let address = program::cache_address(options.cache.clone())?;
-            let from = format!("cache {address}");
-            let is_named = matches!(address, Address::Mq(_));
-            let connect = move || client.connect(&address).map_err(no_pool);
-            // Its names would stay, if it were abandoned half-way.
-            let client = if is_named { connect()? } else { stop.abandonable(connect)? };
-            (client, None, from)
-        };
-        let description = format!(
-            "{from}, {} segments of {} bytes in {} slots",
-            options.segment_count, options.segment_size, options.slots
-        );
-        Ok(Source { cache: Some(Cache { client, has_stand_in }), embedded, description })
+/// The cache to ask first, if there is one; what serves it, if that is within this process; and what
+/// to say of it.
+fn open_cache(
+    options: &Options,
+    stop: &Stop,
+) -> Result<(Option<Cache>, Option<Serving>, String), String> {
+    let has_stand_in = options.server.is_some();
+    if options.root.is_none() && options.cache.is_none() && has_stand_in {
+        return Ok((None, None, "no cache".to_owned()));
     }
-}
-
-fn no_pool(error: shmferry::Error) -> String {
-    format!("cannot make the pool: {error}")
+    let client = Client::builder()
+        .segments(options.segment_count)
+        .segment_len(options.segment_size)
+        .slots(options.slots)
+        .timeout(options.timeout);
+    let client = if has_stand_in {
+        client.connect_timeout(Duration::ZERO)
+    } else {
+        let turns = options.timeout.saturating_mul(TURNS);
+        client.lease_timeout(turns).connect_timeout_after_loss(ABSENCE)
+    };
+    let no_pool = |error| format!("cannot make the pool: {error}");
+    let (client, embedded, from) = if let Some(root) = &options.root {
+        let service = Service::new(Store::directory(root)?, Duration::ZERO);
+        // No request is sent without a segment: there is always room.
+        let queue = InProcess::bounded(options.segment_count as usize);
+        let client = client.in_process(&queue).map_err(no_pool)?;
+        let workers = options.thread_count.into();
+        let serving = service.start(Server::with(queue), workers, options.timeout);
+        let serving = serving.map_err(|error| format!("cannot start a worker: {error}"))?;
+        (client, Some(serving), format!("all beneath {}", root.display()))
+    } else {
+        let address = program::cache_address(options.cache.as_ref())?;
+        if let Address::Mq(_) = address {
+            stop.hold(); // its segments have names
+        }
+        (client.connect(&address).map_err(no_pool)?, None, format!("cache {address}"))
+    };
+    let Options { segment_count, segment_size, slots, .. } = options;
+    let from = format!("{from}, {segment_count} segments of {segment_size} bytes in {slots} slots");
+    Ok((Some(Cache { client, has_stand_in }), embedded, from))
 }

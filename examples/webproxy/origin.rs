@@ -112,8 +112,8 @@ impl Origin {
     /// Asks beneath `base`, waiting up to `timeout` for each step; keeps as many idle connections
     /// as there are workers. Redirects are followed, with credentials to the same host only, and
     /// the environment's HTTP proxy is used, as ureq does.
-    pub fn new(base: &BaseUrl, timeout: Duration, workers: u16) -> Origin {
-        let keeping = |idle: u16| {
+    pub fn new(base: &BaseUrl, timeout: Duration, workers: usize) -> Origin {
+        let keeping = |idle: usize| {
             let config = Agent::config_builder()
                 .http_status_as_error(false)
                 .accept_encoding("identity")
@@ -122,8 +122,8 @@ impl Origin {
                 .timeout_recv_response(Some(timeout))
                 .timeout_per_read(Some(timeout))
                 .timeout_per_write(Some(timeout))
-                .max_idle_connections(idle.into())
-                .max_idle_connections_per_host(idle.into());
+                .max_idle_connections(idle)
+                .max_idle_connections_per_host(idle);
             Agent::new_with_config(config.build())
         };
         Origin { agent: keeping(workers), fresh: keeping(0), base: base.clone() }

@@ -27,23 +27,23 @@ pub enum Miss {
     ClientLeft,
 }
 
-/// Answers clients, and counts how it went.
+/// Answers clients: from the cache first, then from the origin, where they are.
 pub struct Proxy {
-    cache: Option<Cache>,
-    origin: Option<Origin>,
-    dialect: Dialect,
-    timeout: Duration,
+    pub cache: Option<Cache>,
+    pub origin: Option<Origin>,
+    pub dialect: Dialect,
+    pub timeout: Duration,
     /// The longest body of unknown length, in bytes.
-    spool_limit: u64,
+    pub spool_limit: u64,
     /// Where bodies of slow clients are set aside.
-    aside: Spool,
-    waiting: Waiting,
-    tally: Tally,
+    pub aside: Spool,
+    pub waiting: Waiting,
+    pub tally: Tally,
 }
 
 /// How it went so far.
 #[derive(Default)]
-struct Tally {
+pub struct Tally {
     requests: Counter,
     hits: Counter,
     misses: Counter,
@@ -54,20 +54,6 @@ struct Tally {
 }
 
 impl Proxy {
-    /// Answers from the cache first, then from the origin, where they are. Bodies of unknown length
-    /// may have up to `spool_limit` bytes.
-    pub fn new(
-        cache: Option<Cache>,
-        origin: Option<Origin>,
-        dialect: Dialect,
-        timeout: Duration,
-        spool_limit: u64,
-    ) -> Proxy {
-        let (aside, waiting) = (Spool::new(spool_limit), Waiting::new());
-        let tally = Tally::default();
-        Proxy { cache, origin, dialect, timeout, spool_limit, aside, waiting, tally }
-    }
-
     /// Serves one client, from its request to its end. A client that leaves is nobody's error.
     pub fn serve(&self, stream: TcpStream) {
         let client = Client::new(stream, self.dialect, self.timeout);

@@ -82,6 +82,7 @@ impl Entry<'_> {
 impl Drop for Entry<'_> {
     fn drop(&mut self) {
         let mut streams = self.waiting.lock();
-        [false, true].map(|begun| streams.remove(&(begun, self.number)));
+        streams.remove(&(false, self.number));
+        streams.remove(&(true, self.number));
     }
 }
