@@ -107,28 +107,21 @@ pub fn check_path(path: &[u8]) -> Result<(), Malformed> {
 /// bytes can make valid is reported at its first wrong byte, and nothing is
 /// [`Incomplete`](ParsedRequest::Incomplete) beyond [`MAX_REQUEST_LEN`].
 pub fn parse_request(bytes: &[u8]) -> ParsedRequest<'_> {
+    let unfinished = |bytes, expected: &[u8], otherwise| match expected.starts_with(bytes) {
+        true => ParsedRequest::Incomplete,
+        false => ParsedRequest::Invalid(otherwise),
+    };
     let Some(rest) = bytes.strip_prefix(REQUEST_START) else {
         return unfinished(bytes, REQUEST_START, Malformed::RequestStart);
     };
-    if rest.is_empty() {
-        return ParsedRequest::Incomplete;
-    }
     let path_len = rest.iter().position(|byte| matches!(byte, b' ' | b'\r' | b'\n'));
     let (path, end) = rest.split_at(path_len.unwrap_or(rest.len()));
-    if let Err(why) = check_path(path) {
-        return ParsedRequest::Invalid(why);
-    }
     let end = end.strip_prefix(b" ").unwrap_or(end);
-    if end.starts_with(BLANK_LINE) {
-        return ParsedRequest::Complete { path };
-    }
-    unfinished(end, BLANK_LINE, Malformed::RequestEnd)
-}
-
-fn unfinished(bytes: &[u8], expected: &[u8], otherwise: Malformed) -> ParsedRequest<'static> {
-    match expected.starts_with(bytes) {
-        true => ParsedRequest::Incomplete,
-        false => ParsedRequest::Invalid(otherwise),
+    match check_path(path) {
+        _ if rest.is_empty() => ParsedRequest::Incomplete,
+        Err(why) => ParsedRequest::Invalid(why),
+        Ok(()) if end.starts_with(BLANK_LINE) => ParsedRequest::Complete { path },
+        Ok(()) => unfinished(end, BLANK_LINE, Malformed::RequestEnd),
     }
 }
 

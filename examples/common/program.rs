@@ -3,7 +3,6 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::{self, ExitCode};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -25,39 +24,25 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How soon a second signal is noticed.
 const GLANCE: Duration = Duration::from_millis(20);
 
-/// Said at the end of a program that a signal has ended early.
+/// Said of a program that a signal has ended early.
 const STOPPED: &str = "stopped by a signal before it listened";
 
-/// Why a program ends without having served.
-#[derive(Debug)]
-pub enum Quit {
-    /// A signal came before it listened.
-    Stopped,
-    /// It cannot start; says why.
-    Failed(String),
-}
-
-impl From<String> for Quit {
-    fn from(why: String) -> Self {
-        Quit::Failed(why)
-    }
-}
+/// Why a program ends without having served: `None` when a signal came before it listened.
+pub type Quit = Option<String>;
 
 /// Runs a program: a failure is one line on standard error and exit code 1.
 pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), Quit>) -> ExitCode {
-    let prepared = prepare().map_err(|error| Quit::Failed(format!("cannot start: {error}")));
+    let prepared = prepare().map_err(|error| Some(format!("cannot start: {error}")));
     match prepared.and_then(program) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(Quit::Stopped) => {
-            info!("{STOPPED}");
-            ExitCode::SUCCESS
-        }
-        Err(Quit::Failed(message)) => {
+        Ok(()) => {}
+        Err(None) => info!("{STOPPED}"),
+        Err(Some(message)) => {
             // With standard error gone there is nobody left to tell; the exit code still says it.
             let _ = writeln!(io::stderr(), "{name}: {message}");
-            ExitCode::FAILURE
+            return ExitCode::FAILURE;
         }
     }
+    ExitCode::SUCCESS
 }
 
 fn prepare() -> io::Result<Stop> {
@@ -100,45 +85,38 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// Signals that have come already count, too.
     fn listen(mut signals: Signals) -> io::Result<Stop> {
         let (sender, received) = mpsc::channel();
-        let is_held = Arc::new(Mutex::new(false));
-        let stop = Stop { signals: received, is_held: Arc::clone(&is_held) };
-        let wait = move || {
+        let stop = Stop { signals: received, is_held: Arc::default() };
+        let is_held = Arc::clone(&stop.is_held);
+        thread::Builder::new().name("signals".to_owned()).spawn(move || {
             for _ in signals.forever() {
-                // Held on to: nothing begins that would outlive the process, once it ends here.
+                // Locked to the end of the process: `hold` does not return any more.
                 let is_held = is_held.lock().unwrap_or_else(PoisonError::into_inner);
                 if !*is_held {
                     info!("{STOPPED}");
                     process::exit(0);
                 }
-                // Fails only when the program is about to end.
-                let _ = sender.send(());
+                let _ = sender.send(()); // fails only at the end of the program
             }
-        };
-        thread::Builder::new().name("signals".to_owned()).spawn(wait)?;
+        })?;
         Ok(stop)
     }
 
-    /// Before the first step that makes what outlives the process: from here on, a signal ends the
-    /// program only where it looks for one.
+    /// From here on, a signal ends the program only where it looks for one: it makes what would
+    /// outlive the process.
     pub fn hold(&self) {
         *self.is_held.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
-    /// Between two steps of the start-up: whether to go on.
-    ///
-    /// # Errors
-    /// [`Quit::Stopped`] when one of the signals has come.
+    /// Whether to go on with the start, or else `Err(None)`.
     pub fn check(&self) -> Result<(), Quit> {
-        if self.signals.try_recv().is_ok() { Err(Quit::Stopped) } else { Ok(()) }
+        if self.signals.try_recv().is_ok() { Err(None) } else { Ok(()) }
     }
 
     /// Waits for the first of them.
     pub fn wait(&self) {
-        // Its sender lives as long as the process.
-        let _ = self.signals.recv();
+        let _ = self.signals.recv(); // its sender lives as long as the process
         debug!("stopping");
     }
 
@@ -160,23 +138,6 @@ impl Stop {
 pub fn cache_address(asked: Option<&Address>) -> Result<Address, String> {
     let address = asked.map_or_else(|| Address::of_user("simplecached"), |asked| Ok(asked.clone()));
     address.map_err(|error| format!("there is no default address: {error}"))
-}
-
-/// Counts for the summary.
-#[derive(Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Counts more.
-    pub fn add(&self, more: u64) {
-        self.0.fetch_add(more, Ordering::Relaxed);
-    }
-}
-
-impl fmt::Display for Counter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.load(Ordering::Relaxed).fmt(f)
-    }
 }
 
 /// Lets one line a second through, of those that report a lasting failure, and counts the others.
@@ -203,16 +164,14 @@ impl Pace {
 /// The least time between two lines that a [`Pace`] lets through.
 const PACE: Duration = Duration::from_secs(1);
 
-/// The least and the most that a time-out may be, in seconds: a day, which every deadline and every
-/// socket option can hold.
-const TIMEOUTS: (f64, f64) = (0.001, 86_400.0);
-
-/// Parses a time-out on the command line.
+/// Parses a time-out on the command line: up to a day, which every deadline and every socket option
+/// can hold.
 pub fn seconds(text: &str) -> Result<Duration, String> {
-    let (least, most) = TIMEOUTS;
     match text.parse::<f64>() {
-        Ok(seconds) if (least..=most).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err(format!("expected a number of seconds from {least} to {most}")),
+        Ok(seconds) if (0.001..=86_400.0).contains(&seconds) => {
+            Ok(Duration::from_secs_f64(seconds))
+        }
+        _ => Err("expected a number of seconds from 0.001 to 86400".to_owned()),
     }
 }
 
@@ -224,7 +183,7 @@ pub fn bytes(text: &str) -> Result<u64, String> {
         Some(b'g' | b'G') => 30,
         _ => 0,
     };
-    let digits = if shift > 0 { &text[..text.len() - 1] } else { text };
+    let digits = &text[..text.len() - usize::from(shift > 0)];
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("not a number of bytes: expected one such as 4096, 512k, 64M or 1G".to_owned());
     }

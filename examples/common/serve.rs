@@ -1,14 +1,15 @@
 //! The cache at work: answers requests from a store, and counts how it went.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
 use shmferry::workers::blocking;
-use shmferry::{Error, Fault, Incoming, Refusal, Result, ServeError, Server, Serving};
+use shmferry::{Error, Fault, Incoming, Refusal, ServeError, Server, Serving};
 use tracing::{debug, warn};
 
-use super::program::{Counter, Pace};
+use super::program::Pace;
 use super::store::Store;
 
 /// What is served, and how.
@@ -22,11 +23,11 @@ pub struct Service {
 /// How it went so far.
 #[derive(Default)]
 struct Tally {
-    requests: Counter,
-    hits: Counter,
-    misses: Counter,
-    errors: Counter,
-    bytes: Counter,
+    requests: AtomicU64,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    errors: AtomicU64,
+    bytes: AtomicU64,
 }
 
 impl Service {
@@ -42,25 +43,26 @@ impl Service {
         server: Server,
         workers: usize,
         timeout: Duration,
-    ) -> Result<Serving> {
+    ) -> Result<Serving, String> {
         let (service, witness) = (Arc::clone(self), Arc::clone(self));
         let server = server.timeout(timeout).on_error(move |error| witness.report(error));
-        server.serve(workers, move |request| service.answer(request))
+        let serving = server.serve(workers, move |request| service.answer(request));
+        serving.map_err(|error| format!("cannot start a worker: {error}"))
     }
 
-    fn answer(&self, request: Incoming) -> Result<()> {
-        self.tally.requests.add(1);
+    fn answer(&self, request: Incoming) -> shmferry::Result<()> {
+        self.tally.requests.fetch_add(1, Relaxed);
         if !self.delay.is_zero() {
             blocking(|| thread::sleep(self.delay));
         }
         match self.store.look_up(request.key()) {
             Ok(Some((file, size))) => {
-                self.tally.hits.add(1);
-                self.tally.bytes.add(request.accept(size)?.send_file(&file)?);
+                self.tally.hits.fetch_add(1, Relaxed);
+                self.tally.bytes.fetch_add(request.accept(size)?.send_file(&file)?, Relaxed);
                 Ok(())
             }
             Ok(None) => {
-                self.tally.misses.add(1);
+                self.tally.misses.fetch_add(1, Relaxed);
                 request.refuse(Refusal::NotFound)
             }
             Err(error) => {
@@ -77,7 +79,7 @@ impl Service {
             // A client that has left or stalls: that is for its own log.
             _ if matches!(error.fault(), Fault::Peer | Fault::Time) => debug!("{error}"),
             _ => {
-                self.tally.errors.add(1);
+                self.tally.errors.fetch_add(1, Relaxed);
                 warn!("{error}");
             }
         }
@@ -86,6 +88,8 @@ impl Service {
     /// How it went, in one line.
     pub fn summary(&self) -> String {
         let Tally { requests, hits, misses, errors, bytes } = &self.tally;
-        format!("requests={requests} hits={hits} misses={misses} errors={errors} bytes={bytes}")
+        format!(
+            "requests={requests:?} hits={hits:?} misses={misses:?} errors={errors:?} bytes={bytes:?}"
+        )
     }
 }

@@ -63,8 +63,7 @@ fn serve(options: Options, stop: Stop) -> Result<(), Quit> {
     let server = server.map_err(|error| format!("cannot listen on {address}: {error}"))?;
     stop.check()?;
     let service = Service::new(store, Duration::from_micros(options.delay));
-    let serving = service.start(server, options.nthreads.into(), options.timeout);
-    let serving = serving.map_err(|error| format!("cannot start a worker: {error}"))?;
+    let serving = service.start(server, options.nthreads.into(), options.timeout)?;
     info!(
         "listening on {address}: {served}, {} workers, delay {} us, at most {} segments a client, \
          timeout {:?}",

@@ -8,7 +8,7 @@ use tracing::{debug, warn};
 
 use super::client::{Body, Found};
 use super::proxy::Miss;
-use super::spool::{Spooler, Unspooled};
+use super::spool::Spooler;
 
 /// The cache that is asked first.
 pub struct Cache {
@@ -23,10 +23,7 @@ impl Cache {
         match self.client.get(path) {
             Ok(body) => match body.size() {
                 Size::Known(len) => Ok(Found { len, body: Body::Segment(Box::new(body)) }),
-                Size::Unknown => spool.fill(body).map_err(|error| match error {
-                    Unspooled::ClientLeft => Miss::ClientLeft,
-                    error => self.failed(path, &error, ""),
-                }),
+                Size::Unknown => spool.fill(body, |error| self.failed(path, error, "")),
             },
             Err(Error::Refused(Refusal::NotFound | Refusal::Invalid)) => Err(Miss::NotFound),
             Err(Error::Refused(_)) => Err(Miss::Failed),

@@ -159,7 +159,7 @@ impl Client {
         let mut sent = 0;
         while sent < len {
             let most = usize::try_from(len - sent).unwrap_or(usize::MAX).min(BUFFER);
-            let read = match source.read(&mut buffer[..most]) {
+            let read = match blocking(|| source.read(&mut buffer[..most])) {
                 Ok(0) => return Err(Error::SizeMismatch { announced: len, found: sent }),
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,

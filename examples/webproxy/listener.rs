@@ -1,12 +1,12 @@
 //! Where clients come in: the listening socket, and how accepting ends.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socket_with, sockopt};
 use shmferry_examples::program::Pace;
 
 /// Clients that wait to be accepted, as the system caps it.
@@ -26,12 +26,20 @@ pub struct Listener {
 
 impl Listener {
     /// Listens on an address; on `::`, on all of IPv6 and IPv4.
-    pub fn bind(ip: IpAddr, port: u16) -> Result<Listener, String> {
-        let asked = SocketAddr::new(ip, port);
-        let listening = listen(asked).and_then(|socket| Ok((socket.local_addr()?, socket)));
-        let (address, socket) =
-            listening.map_err(|error| format!("cannot listen on {asked}: {error}"))?;
-        Ok(Listener { socket, address, closed: AtomicBool::new(false), pace: Pace::default() })
+    pub fn bind(address: SocketAddr) -> io::Result<Listener> {
+        let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        if address.ip() == Ipv6Addr::UNSPECIFIED {
+            sockopt::set_ipv6_v6only(&socket, false)?;
+        }
+        // Connections inherit it: the end of a chunk never waits for a delayed acknowledgement.
+        sockopt::set_tcp_nodelay(&socket, true)?;
+        rustix::net::bind(&socket, &address)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        let socket = TcpListener::from(socket);
+        let address = socket.local_addr()?;
+        Ok(Listener { socket, address, closed: AtomicBool::default(), pace: Pace::default() })
     }
 
     /// Waits for a client; `None` once it is closed.
@@ -55,18 +63,4 @@ impl Listener {
         // Fails only on a socket that does not listen.
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
-}
-
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    if address.ip() == Ipv6Addr::UNSPECIFIED {
-        sockopt::set_ipv6_v6only(&socket, false)?;
-    }
-    // Connections inherit it: the end of a chunk never waits for a delayed acknowledgement.
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket.into())
 }

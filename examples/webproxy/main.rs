@@ -8,7 +8,7 @@ mod proxy;
 mod spool;
 mod waiting;
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -119,7 +119,9 @@ fn serve(options: Options, url: Option<BaseUrl>, stop: Stop) -> Result<(), Quit>
     stop.hold();
     stop.check()?;
     let workers = options.thread_count.into();
-    let listener = Arc::new(Listener::bind(options.listen, options.listen_port)?);
+    let asked = SocketAddr::new(options.listen, options.listen_port);
+    let listener = Listener::bind(asked);
+    let listener = Arc::new(listener.map_err(|why| format!("cannot listen on {asked}: {why}"))?);
     let proxy = Arc::new(Proxy {
         cache,
         origin: url.as_ref().map(|url| Origin::new(url, options.timeout, workers)),
@@ -190,8 +192,7 @@ fn open_cache(
         let queue = InProcess::bounded(options.segment_count as usize);
         let client = client.in_process(&queue).map_err(no_pool)?;
         let workers = options.thread_count.into();
-        let serving = service.start(Server::with(queue), workers, options.timeout);
-        let serving = serving.map_err(|error| format!("cannot start a worker: {error}"))?;
+        let serving = service.start(Server::with(queue), workers, options.timeout)?;
         (client, Some(serving), format!("all beneath {}", root.display()))
     } else {
         let address = program::cache_address(options.cache.as_ref())?;

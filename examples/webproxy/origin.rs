@@ -1,7 +1,6 @@
 //! Asking the HTTP origin: what it is asked for, and what is believed of its answer.
 
 use std::fmt;
-use std::io::{self, Read};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -10,14 +9,14 @@ use base64::prelude::BASE64_STANDARD;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode, percent_encode};
 use shmferry::workers::blocking;
 use tracing::warn;
+use ureq::Agent;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::header::{AUTHORIZATION, CONTENT_ENCODING, TRANSFER_ENCODING};
-use ureq::http::{HeaderMap, HeaderValue, Response, Uri};
-use ureq::{Agent, Body as ResponseBody};
+use ureq::http::{HeaderMap, HeaderValue, Uri};
 
 use super::client::{Body, Found};
 use super::proxy::Miss;
-use super::spool::{Spooler, Unspooled};
+use super::spool::Spooler;
 
 /// The longest that connecting may take.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -27,6 +26,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 pub struct BaseUrl {
     /// Without user and password.
     url: String,
+    shown: String,
     /// User and password, as a header that no log shows.
     authorization: Option<HeaderValue>,
 }
@@ -59,18 +59,15 @@ impl FromStr for BaseUrl {
         }
         let path = rest[authority.len()..].trim_end_matches('/');
         let authorization = credentials.map(basic).transpose()?;
-        Ok(BaseUrl { url: format!("{scheme}://{place}{path}"), authorization })
+        let shown = if authorization.is_some() { "***@" } else { "" };
+        let shown = format!("{scheme}://{shown}{place}{path}");
+        Ok(BaseUrl { url: format!("{scheme}://{place}{path}"), shown, authorization })
     }
 }
 
 impl fmt::Display for BaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.url.split_once("://") {
-            Some((scheme, rest)) if self.authorization.is_some() => {
-                write!(f, "{scheme}://***@{rest}")
-            }
-            _ => f.write_str(&self.url),
-        }
+        f.write_str(&self.shown)
     }
 }
 
@@ -140,9 +137,16 @@ impl Origin {
             Miss::Failed
         };
         let url = format!("{}{}", self.base.url, encode(path));
-        let response = blocking(|| match self.ask(&self.agent, &url) {
+        let ask = |agent: &Agent| {
+            let request = agent.get(&url);
+            match &self.base.authorization {
+                Some(authorization) => request.header(AUTHORIZATION, authorization).call(),
+                None => request.call(),
+            }
+        };
+        let response = blocking(|| match ask(&self.agent) {
             // Perhaps it closed an idle connection just when we took that up again.
-            Err(ureq::Error::Io(_)) => self.ask(&self.fresh, &url),
+            Err(ureq::Error::Io(_)) => ask(&self.fresh),
             response => response,
         });
         let response = response.map_err(|error| fail(&error))?;
@@ -156,22 +160,10 @@ impl Origin {
         }
         let body = response.into_body();
         let len = body.content_length();
-        let body = Lending(body.into_reader());
         match len {
-            Some(len) => Ok(Found { len, body: Body::Stream(Box::new(body)) }),
-            None => spool.fill(body).map_err(|error| match error {
-                Unspooled::ClientLeft => Miss::ClientLeft,
-                error => fail(&error),
-            }),
+            Some(len) => Ok(Found { len, body: Body::Stream(Box::new(body.into_reader())) }),
+            None => spool.fill(body.into_reader(), fail),
         }
-    }
-
-    fn ask(&self, agent: &Agent, url: &str) -> Result<Response<ResponseBody>, ureq::Error> {
-        let mut request = agent.get(url);
-        if let Some(authorization) = &self.base.authorization {
-            request = request.header(AUTHORIZATION, authorization);
-        }
-        request.call()
     }
 }
 
@@ -180,15 +172,13 @@ fn foreign_encoding(headers: &HeaderMap) -> Option<String> {
     // The client undoes chunks, and nothing else.
     let harmless = [(CONTENT_ENCODING, "identity"), (TRANSFER_ENCODING, "chunked")];
     harmless.into_iter().find_map(|(name, harmless)| {
-        headers.get_all(&name).into_iter().find_map(|value| {
-            let value = value.as_bytes();
-            let mut encodings = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
-            let harmless = harmless.as_bytes();
-            let is_harmless =
-                |coding: &[u8]| coding.is_empty() || coding.eq_ignore_ascii_case(harmless);
-            let foreign = !encodings.all(is_harmless);
-            foreign.then(|| format!("{name}: {}", value.escape_ascii()))
-        })
+        let is_foreign =
+            |coding: &[u8]| !coding.is_empty() && !coding.eq_ignore_ascii_case(harmless.as_bytes());
+        let mut values = headers.get_all(&name).into_iter().map(HeaderValue::as_bytes);
+        let foreign = values.find(|value| {
+            value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).any(is_foreign)
+        })?;
+        Some(format!("{name}: {}", foreign.escape_ascii()))
     })
 }
 
@@ -232,12 +222,3 @@ const ESCAPED: AsciiSet = {
     }
     escaped
 };
-
-/// Lends this worker's place while the origin is slow.
-struct Lending<R>(R);
-
-impl<R: Read> Read for Lending<R> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        blocking(|| self.0.read(into))
-    }
-}

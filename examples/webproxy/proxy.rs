@@ -1,13 +1,13 @@
 //! From a client's request to its reply: the cache, the origin, and what is counted.
 
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use shmferry::Error;
 use shmferry::error::Awaited;
 use shmferry::protocol::Spool;
 use shmferry_examples::getfile::{Dialect, Reply};
-use shmferry_examples::program::Counter;
 use tracing::{debug, warn};
 
 use super::cache::Cache;
@@ -44,13 +44,13 @@ pub struct Proxy {
 /// How it went so far.
 #[derive(Default)]
 pub struct Tally {
-    requests: Counter,
-    hits: Counter,
-    misses: Counter,
-    from_origin: Counter,
-    invalid: Counter,
-    errors: Counter,
-    bytes: Counter,
+    requests: AtomicU64,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    from_origin: AtomicU64,
+    invalid: AtomicU64,
+    errors: AtomicU64,
+    bytes: AtomicU64,
 }
 
 impl Proxy {
@@ -61,15 +61,15 @@ impl Proxy {
             Ok(path) => path,
             Err(error) => return debug!("a client left before it asked: {error}"),
         };
-        self.tally.requests.add(1);
+        self.tally.requests.fetch_add(1, Relaxed);
         let Some(path) = path else {
-            self.tally.invalid.add(1);
+            self.tally.invalid.fetch_add(1, Relaxed);
             return refuse(client, Reply::Invalid);
         };
         match self.find(&path, &client) {
             Ok(found) => match client.send(found, &self.aside) {
                 Ok(len) => {
-                    self.tally.bytes.add(len);
+                    self.tally.bytes.fetch_add(len, Relaxed);
                     client.close(false);
                 }
                 Err(error @ (Error::Sink(_) | Error::Timeout(Awaited::Sink))) => {
@@ -77,13 +77,13 @@ impl Proxy {
                 }
                 // The header is out: the connection ends short, with nothing made up.
                 Err(error) => {
-                    self.tally.errors.add(1);
+                    self.tally.errors.fetch_add(1, Relaxed);
                     warn!("{} broke off: {error}", path.escape_ascii());
                 }
             },
             Err(Miss::NotFound) => refuse(client, Reply::FileNotFound),
             Err(Miss::Failed) => {
-                self.tally.errors.add(1);
+                self.tally.errors.fetch_add(1, Relaxed);
                 refuse(client, Reply::Error);
             }
             Err(Miss::ClientLeft) => debug!("a client left {}", path.escape_ascii()),
@@ -95,18 +95,18 @@ impl Proxy {
         let mut found = Err(Miss::NotFound);
         if let Some(cache) = &self.cache {
             found = cache.find(path, &spool);
-            match found {
-                Ok(_) => self.tally.hits.add(1),
-                Err(Miss::NotFound) => self.tally.misses.add(1),
-                Err(Miss::Failed | Miss::ClientLeft) => {}
-            }
+            let count = match found {
+                Ok(_) => Some(&self.tally.hits),
+                Err(Miss::NotFound) => Some(&self.tally.misses),
+                Err(Miss::Failed | Miss::ClientLeft) => None,
+            };
+            count.map(|count| count.fetch_add(1, Relaxed));
         }
-        match (&self.origin, found) {
-            (Some(origin), Err(Miss::NotFound | Miss::Failed)) => {
-                origin.find(path, &spool).inspect(|_| self.tally.from_origin.add(1))
-            }
-            (_, found) => found,
+        if let (Some(origin), Err(Miss::NotFound | Miss::Failed)) = (&self.origin, &found) {
+            found = origin.find(path, &spool);
+            self.tally.from_origin.fetch_add(found.is_ok().into(), Relaxed);
         }
+        found
     }
 
     /// How it went, in one line.
@@ -114,8 +114,8 @@ impl Proxy {
         let Tally { requests, hits, misses, from_origin, invalid, errors, bytes } = &self.tally;
         let retired = self.cache.as_ref().map_or(0, Cache::retired);
         format!(
-            "requests={requests} hits={hits} misses={misses} from_origin={from_origin} invalid={invalid} \
-             errors={errors} bytes={bytes} retired={retired} set_aside={}",
+            "requests={requests:?} hits={hits:?} misses={misses:?} from_origin={from_origin:?} invalid={invalid:?} \
+             errors={errors:?} bytes={bytes:?} retired={retired} set_aside={}",
             self.aside.bodies(),
         )
     }

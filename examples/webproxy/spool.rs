@@ -1,8 +1,12 @@
 //! Spooling: a body of unknown length is read to its end, so that its length can be announced.
 
+use std::fmt;
 use std::io::{self, Read, Seek, Write};
 
+use shmferry::workers::blocking;
+
 use super::client::{Body, Client, Found};
+use super::proxy::Miss;
 
 /// The longest body that is kept in memory.
 const IN_MEMORY: usize = 64 << 10;
@@ -18,44 +22,36 @@ pub struct Spooler<'a> {
     pub client: &'a Client,
 }
 
-/// Why a body was not spooled. Nothing is left of it.
-#[derive(Debug, thiserror::Error)]
-pub enum Unspooled {
-    #[error("a body of unknown length exceeds {limit} bytes (--spool-limit)")]
-    TooLong { limit: u64 },
-    #[error("the client left while its body was spooled")]
-    ClientLeft,
-    /// The body cannot be read to its end, or not be written.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-}
-
 impl Spooler<'_> {
-    /// Reads a body to its end. Looks between two reads whether the client has left.
-    ///
-    /// # Errors
-    /// [`Unspooled`] says which.
-    pub fn fill(&self, mut body: impl Read) -> Result<Found, Unspooled> {
+    /// Reads a body to its end, if that is possible; `fail` is told why it is not. Looks between two
+    /// reads whether the client has left.
+    pub fn fill(
+        &self,
+        mut body: impl Read,
+        fail: impl Fn(&dyn fmt::Display) -> Miss,
+    ) -> Result<Found, Miss> {
+        let io_failed = |error: io::Error| fail(&error);
         let mut spooled = tempfile::spooled_tempfile(IN_MEMORY);
         let mut buffer = vec![0; BUFFER];
         let mut len = 0;
         loop {
-            if self.client.has_left()? {
-                return Err(Unspooled::ClientLeft);
+            if self.client.has_left().map_err(io_failed)? {
+                return Err(Miss::ClientLeft);
             }
-            let read = match body.read(&mut buffer) {
+            let read = match blocking(|| body.read(&mut buffer)) {
                 Ok(0) => break,
-                Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error.into()),
+                read => read.map_err(io_failed)?,
             };
             len += read as u64;
             if len > self.limit {
-                return Err(Unspooled::TooLong { limit: self.limit });
+                let limit = self.limit;
+                let why = "a body of unknown length exceeds";
+                return Err(fail(&format_args!("{why} {limit} bytes (--spool-limit)")));
             }
-            spooled.write_all(&buffer[..read])?;
+            spooled.write_all(&buffer[..read]).map_err(io_failed)?;
         }
-        spooled.rewind()?;
+        spooled.rewind().map_err(io_failed)?;
         Ok(Found { len, body: Body::Stream(Box::new(spooled)) })
     }
 }
