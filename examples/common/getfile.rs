@@ -7,9 +7,7 @@
 //! reply    GETFILE OK <length> <body>                classic: one space, then the body
 //!          GETFILE FILE_NOT_FOUND 0 LF               so does ERROR; there is no INVALID
 //! ```
-//!
-//! Some programs in the field write requests with one space before CR LF CR LF: that is accepted as
-//! well. It is never written.
+//! One space before a request's CR LF CR LF is accepted as well: some programs write it.
 
 use std::{fmt, str::FromStr};
 

@@ -3,5 +3,4 @@
 pub mod getfile;
 pub mod program;
 pub mod serve;
-pub mod signals;
 pub mod store;

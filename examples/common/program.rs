@@ -1,22 +1,20 @@
 //! What both programs do as processes: logs, limits, signals, and their end.
 
-use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::{self, ExitCode};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{fmt, fs};
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 use shmferry::{Address, Deadline};
-use signal_hook::consts::SIGXFSZ;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use tracing::level_filters::LevelFilter;
 use tracing::{debug, info, warn};
 use tracing_subscriber::EnvFilter;
-
-use super::signals;
 
 /// How long running transfers may go on after the first signal.
 const GRACE: Duration = Duration::from_secs(5);
@@ -47,7 +45,7 @@ pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), Quit>) -> ExitCo
 
 fn prepare() -> io::Result<Stop> {
     // First of all: a signal from here on ends the program in order.
-    let signals = Signals::new(signals::that_end()?)?;
+    let signals = Signals::new(signals_that_end()?)?;
     // Past the limit on file sizes, memfds included, a call then fails and ends nothing.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
 
@@ -76,7 +74,17 @@ fn filter(asked: &str) -> EnvFilter {
     EnvFilter::builder().parse_lossy(format!("ureq={most},rustls={most},{asked}"))
 }
 
-/// `SIGINT`, `SIGTERM` and `SIGHUP`, which ask the program to end, unless its starter ignores them.
+/// `SIGINT`, `SIGTERM` and `SIGHUP`, without those that are ignored: `nohup` ignores `SIGHUP`, a
+/// shell that runs a job in the background `SIGINT`. A handler would undo that.
+pub fn signals_that_end() -> io::Result<Vec<i32>> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let ignored = ignored.ok_or_else(|| io::Error::other("no SigIgn in /proc/self/status"))?;
+    Ok([SIGINT, SIGTERM, SIGHUP].into_iter().filter(|n| ignored >> (n - 1) & 1 == 0).collect())
+}
+
+/// The [signals that end](signals_that_end) the program.
 ///
 /// Until [`hold`](Self::hold) they end it wherever it is.
 pub struct Stop {
@@ -149,7 +157,7 @@ impl Pace {
     pub fn warn(&self, line: impl fmt::Display) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, held_back) = &mut *state;
-        if last.is_some_and(|last| last.elapsed() < PACE) {
+        if last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
             *held_back += 1;
             return;
         }
@@ -160,9 +168,6 @@ impl Pace {
         }
     }
 }
-
-/// The least time between two lines that a [`Pace`] lets through.
-const PACE: Duration = Duration::from_secs(1);
 
 /// Parses a time-out on the command line: up to a day, which every deadline and every socket option
 /// can hold.

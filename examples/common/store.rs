@@ -5,10 +5,9 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags, open};
 use shmferry::Size;
 use shmferry::files::{Directory, open_regular};
 
@@ -41,7 +40,8 @@ impl Store {
     fn manifest(manifest: &Path) -> Result<Store, String> {
         let text =
             fs::read(manifest).map_err(|error| format!("{}: {error}", manifest.display()))?;
-        let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
+        // Some editors put a byte order mark at the beginning of UTF-8 text.
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
         let directory = manifest.parent().unwrap_or(Path::new(""));
         let mut files = HashMap::new();
         for (line, number) in text.split(|byte| *byte == b'\n').zip(1..) {
@@ -72,9 +72,6 @@ impl Store {
     }
 }
 
-/// What some editors put at the beginning of UTF-8 text.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
-
 /// The key and the path on one line; `None` on a blank one, and on a comment.
 fn parse_line(line: &[u8], directory: &Path) -> Result<Option<(Vec<u8>, PathBuf)>, String> {
     if line.is_empty() || line.starts_with(b"#") {
@@ -86,9 +83,9 @@ fn parse_line(line: &[u8], directory: &Path) -> Result<Option<(Vec<u8>, PathBuf)
     };
     check_path(key).map_err(|why| format!("the key {} is not usable: {why}", shown(key)))?;
     let path = directory.join(OsStr::from_bytes(path.trim_ascii()));
-    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32; // no FIFO is waited for
-    let opened = File::options().read(true).custom_flags(flags).open(&path);
-    match opened.and_then(|file| Ok(file.metadata()?.is_file())) {
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC; // no FIFO is waited for
+    let opened = open(&path, flags, Mode::empty()).map_err(io::Error::from);
+    match opened.and_then(|fd| Ok(File::from(fd).metadata()?.is_file())) {
         Ok(true) => Ok(Some((key.to_vec(), path))),
         Ok(false) => Err(format!("{} is not a regular file", path.display())),
         // Only a regular file has leases. Who holds one is not waited for here.

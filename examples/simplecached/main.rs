@@ -39,16 +39,13 @@ struct Options {
     timeout: Duration,
 }
 
-/// The manifest where none is named.
-const DEFAULT_MANIFEST: &str = "locals.txt";
-
 fn main() -> ExitCode {
     let options = Options::parse();
     program::run("simplecached", |stop| serve(options, stop))
 }
 
 fn serve(options: Options, stop: Stop) -> Result<(), Quit> {
-    let cachedir = options.cachedir.as_deref().unwrap_or(DEFAULT_MANIFEST.as_ref());
+    let cachedir = options.cachedir.as_deref().unwrap_or("locals.txt".as_ref());
     let store = Store::open(cachedir).map_err(|why| match options.cachedir {
         None if !cachedir.exists() => format!("{why}; name a manifest or a directory with -c"),
         _ => why,

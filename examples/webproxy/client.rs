@@ -1,7 +1,8 @@
 //! One client's connection: its request, its reply, its end.
 
 use std::cell::Cell;
-use std::io::{self, Read};
+use std::fmt;
+use std::io::{self, Read, Seek, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use shmferry_examples::getfile::{
     Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request,
 };
 
+use super::proxy::Miss;
 use super::waiting::{Entry, GRACE, Waiting};
 
 /// How long, and for how many bytes, a client may go on sending after its reply. Closing on unread
@@ -23,7 +25,7 @@ use super::waiting::{Entry, GRACE, Waiting};
 const LINGER: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 1 << 20;
 
-/// Bytes that are on their way from a stream to the client.
+/// Bytes that are read of a stream at a time, and the longest body that is spooled in memory.
 const BUFFER: usize = 64 << 10;
 
 /// What every reply begins with, in both dialects.
@@ -51,8 +53,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that may take `timeout` for its request, and in its reply as long without
-    /// progress.
+    /// A client that may take `timeout` for its request, and as long without progress in its reply.
     pub fn new(stream: TcpStream, dialect: Dialect, timeout: Duration) -> Client {
         Client { stream: Arc::new(stream), dialect, timeout, begun: Cell::new(0) }
     }
@@ -85,10 +86,43 @@ impl Client {
         }
     }
 
+    /// Reads a body of unknown length, of up to `limit` bytes, to its end: into memory, or into an
+    /// unnamed temporary file if it is long. Looks between two reads whether the client has left.
+    /// `fail` is told what else went wrong.
+    pub fn spool(
+        &self,
+        mut body: impl Read,
+        limit: u64,
+        fail: impl Fn(&dyn fmt::Display) -> Miss,
+    ) -> std::result::Result<Found, Miss> {
+        let io_failed = |error: io::Error| fail(&error);
+        let mut spooled = tempfile::spooled_tempfile(BUFFER);
+        let mut buffer = vec![0; BUFFER];
+        let mut len = 0;
+        loop {
+            if self.has_left().map_err(io_failed)? {
+                return Err(Miss::ClientLeft);
+            }
+            let read = match blocking(|| body.read(&mut buffer)) {
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                read => read.map_err(io_failed)?,
+            };
+            len += read as u64;
+            if len > limit {
+                let why = "a body of unknown length exceeds";
+                return Err(fail(&format_args!("{why} {limit} bytes (--spool-limit)")));
+            }
+            spooled.write_all(&buffer[..read]).map_err(io_failed)?;
+        }
+        spooled.rewind().map_err(io_failed)?;
+        Ok(Found { len, body: Body::Stream(Box::new(spooled)) })
+    }
+
     /// Whether the client has left, before its reply has begun. One that has sent its last byte may
     /// have closed its half only, and still read. So it is sent what every reply begins with: one
     /// that has left answers with a reset, which a later call sees.
-    pub fn has_left(&self) -> io::Result<bool> {
+    fn has_left(&self) -> io::Result<bool> {
         let seen = self.poll(PollFlags::RDHUP, Deadline::after(Duration::ZERO))?;
         if seen.intersects(PollFlags::ERR | PollFlags::HUP) {
             return Ok(true);

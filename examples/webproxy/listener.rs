@@ -12,9 +12,6 @@ use shmferry_examples::program::Pace;
 /// Clients that wait to be accepted, as the system caps it.
 const BACKLOG: i32 = 4096;
 
-/// How long to leave a failing system alone before the next try.
-const PAUSE: Duration = Duration::from_millis(100);
-
 /// Accepts clients until it is closed.
 pub struct Listener {
     socket: TcpListener,
@@ -51,7 +48,7 @@ impl Listener {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     self.pace.warn(format_args!("cannot accept: {error}"));
-                    thread::sleep(PAUSE);
+                    thread::sleep(Duration::from_millis(100)); // leaves a failing system alone
                 }
             }
         }

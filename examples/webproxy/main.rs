@@ -1,11 +1,9 @@
 //! `webproxy`: answers GETFILE requests from a cache's segments, from an HTTP origin, or from both.
 
-mod cache;
 mod client;
 mod listener;
 mod origin;
 mod proxy;
-mod spool;
 mod waiting;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -14,11 +12,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cache::Cache;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, value_parser};
 use listener::Listener;
-use origin::{BaseUrl, Origin, redacted};
+use origin::{BaseUrl, Origin};
 use proxy::{Proxy, Tally};
 use shmferry::channel::InProcess;
 use shmferry::protocol::Spool;
@@ -81,34 +78,33 @@ struct Options {
     spool_limit: u64,
 }
 
-/// How long to wait for the successor of a cache that is gone, when there is no origin to ask
-/// instead: long enough for one that is being restarted. One that was never there is waited for as
-/// long as for everything else.
+/// How long to wait, without an origin to ask instead, for the successor of a cache that is gone: it
+/// may be being restarted. One that was never there is waited for as long as for everything else.
 const ABSENCE: Duration = Duration::from_secs(2);
 
 /// How many of those ahead in line may stall, each for a whole time-out, before a request for a
 /// segment gives up, when there is no origin to ask instead.
 const TURNS: u32 = 4;
 
-/// The least that a segment may hold.
-const LEAST_SEGMENT: u64 = 824;
-
 fn segment_size(text: &str) -> Result<u64, String> {
-    match program::bytes(text)? {
-        bytes if bytes >= LEAST_SEGMENT => Ok(bytes),
-        _ => Err(format!("a segment must hold at least {LEAST_SEGMENT} bytes")),
+    const LEAST: u64 = 824;
+    let bytes = program::bytes(text)?;
+    if bytes < LEAST {
+        Err(format!("a segment must hold at least {LEAST} bytes"))
+    } else {
+        Ok(bytes)
     }
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let url =
-        options.server.as_ref().map(|text| text.parse::<BaseUrl>().map_err(|why| (why, text)));
-    match url.transpose() {
+    match options.server.as_deref().map(str::parse::<BaseUrl>).transpose() {
         Ok(url) => program::run("webproxy", |stop| serve(options, url, stop)),
         // Clap's own error would show the credentials.
-        Err((why, text)) => {
-            let message = format!("invalid value '{}' for '--server <URL>': {why}", redacted(text));
+        Err(why) => {
+            let shown = options.server.unwrap_or_default();
+            let shown = shown.rsplit_once('@').map_or(shown.clone(), |(_, at)| format!("***@{at}"));
+            let message = format!("invalid value '{shown}' for '--server <URL>': {why}");
             Options::command().error(ErrorKind::ValueValidation, message).exit()
         }
     }
@@ -169,7 +165,7 @@ const LOOPBACK_ONLY: &str = "this machine only (--listen 0.0.0.0 or --listen :: 
 fn open_cache(
     options: &Options,
     stop: &Stop,
-) -> Result<(Option<Cache>, Option<Serving>, String), String> {
+) -> Result<(Option<Client>, Option<Serving>, String), String> {
     let has_stand_in = options.server.is_some();
     if options.root.is_none() && options.cache.is_none() && has_stand_in {
         return Ok((None, None, "no cache".to_owned()));
@@ -203,5 +199,5 @@ fn open_cache(
     };
     let Options { segment_count, segment_size, slots, .. } = options;
     let from = format!("{from}, {segment_count} segments of {segment_size} bytes in {slots} slots");
-    Ok((Some(Cache { client, has_stand_in }), embedded, from))
+    Ok((Some(client), embedded, from))
 }

@@ -14,12 +14,8 @@ use ureq::config::RedirectAuthHeaders;
 use ureq::http::header::{AUTHORIZATION, CONTENT_ENCODING, TRANSFER_ENCODING};
 use ureq::http::{HeaderMap, HeaderValue, Uri};
 
-use super::client::{Body, Found};
+use super::client::{Body, Client, Found};
 use super::proxy::Miss;
-use super::spool::Spooler;
-
-/// The longest that connecting may take.
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// An origin's URL, without a slash at its end: paths are appended. Shown without its credentials.
 #[derive(Clone)]
@@ -71,17 +67,6 @@ impl fmt::Display for BaseUrl {
     }
 }
 
-/// A text that may be a URL, without all that may be credentials.
-pub fn redacted(text: &str) -> String {
-    let Some((before, after)) = text.rsplit_once('@') else { return text.to_owned() };
-    match before.split_once("://") {
-        Some((scheme, _)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
-            format!("{scheme}://***@{after}")
-        }
-        _ => format!("***@{after}"),
-    }
-}
-
 /// The header for `USER:PASSWORD` as it stands in a URL. Our HTTP client makes one, too, but leaves
 /// escapes as they are.
 fn basic(credentials: &str) -> Result<HeaderValue, &'static str> {
@@ -115,7 +100,7 @@ impl Origin {
                 .http_status_as_error(false)
                 .accept_encoding("identity")
                 .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-                .timeout_connect(Some(timeout.min(CONNECT)))
+                .timeout_connect(Some(timeout.min(Duration::from_secs(10))))
                 .timeout_recv_response(Some(timeout))
                 .timeout_per_read(Some(timeout))
                 .timeout_per_write(Some(timeout))
@@ -128,7 +113,7 @@ impl Origin {
 
     /// Asks for a path. A body of unknown length is spooled. A path that leads out of the base URL
     /// is not asked for, and not there.
-    pub fn find(&self, path: &[u8], spool: &Spooler<'_>) -> Result<Found, Miss> {
+    pub fn find(&self, path: &[u8], client: &Client, spool_limit: u64) -> Result<Found, Miss> {
         if leads_elsewhere(path) {
             return Err(Miss::NotFound);
         }
@@ -162,7 +147,7 @@ impl Origin {
         let len = body.content_length();
         match len {
             Some(len) => Ok(Found { len, body: Body::Stream(Box::new(body.into_reader())) }),
-            None => spool.fill(body.into_reader(), fail),
+            None => client.spool(body.into_reader(), spool_limit, fail),
         }
     }
 }

@@ -1,19 +1,18 @@
 //! From a client's request to its reply: the cache, the origin, and what is counted.
 
+use std::fmt;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use shmferry::Error;
 use shmferry::error::Awaited;
 use shmferry::protocol::Spool;
+use shmferry::{Error, Refusal, Size};
 use shmferry_examples::getfile::{Dialect, Reply};
 use tracing::{debug, warn};
 
-use super::cache::Cache;
-use super::client::{Client, Found};
+use super::client::{Body, Client, Found};
 use super::origin::Origin;
-use super::spool::Spooler;
 use super::waiting::Waiting;
 
 /// Why there is nothing to send.
@@ -29,7 +28,7 @@ pub enum Miss {
 
 /// Answers clients: from the cache first, then from the origin, where they are.
 pub struct Proxy {
-    pub cache: Option<Cache>,
+    pub cache: Option<shmferry::Client>,
     pub origin: Option<Origin>,
     pub dialect: Dialect,
     pub timeout: Duration,
@@ -91,10 +90,9 @@ impl Proxy {
     }
 
     fn find(&self, path: &[u8], client: &Client) -> Result<Found, Miss> {
-        let spool = Spooler { limit: self.spool_limit, client };
         let mut found = Err(Miss::NotFound);
         if let Some(cache) = &self.cache {
-            found = cache.find(path, &spool);
+            found = self.ask(cache, path, client);
             let count = match found {
                 Ok(_) => Some(&self.tally.hits),
                 Err(Miss::NotFound) => Some(&self.tally.misses),
@@ -103,23 +101,50 @@ impl Proxy {
             count.map(|count| count.fetch_add(1, Relaxed));
         }
         if let (Some(origin), Err(Miss::NotFound | Miss::Failed)) = (&self.origin, &found) {
-            found = origin.find(path, &spool);
+            found = origin.find(path, client, self.spool_limit);
             self.tally.from_origin.fetch_add(found.is_ok().into(), Relaxed);
         }
         found
     }
 
+    /// Asks the cache. A stream is spooled.
+    fn ask(&self, cache: &shmferry::Client, path: &[u8], client: &Client) -> Result<Found, Miss> {
+        let fail = |error: &dyn fmt::Display, hint: &str| {
+            let path = path.escape_ascii();
+            if self.origin.is_some() {
+                debug!("the cache failed for {path}: {error}"); // there is somebody else to ask
+            } else {
+                warn!("the cache failed for {path}: {error}{hint}");
+            }
+            Miss::Failed
+        };
+        match cache.get(path) {
+            Ok(body) => match body.size() {
+                Size::Known(len) => Ok(Found { len, body: Body::Segment(Box::new(body)) }),
+                Size::Unknown => client.spool(body, self.spool_limit, |error| fail(error, "")),
+            },
+            Err(Error::Refused(Refusal::NotFound | Refusal::Invalid)) => Err(Miss::NotFound),
+            Err(Error::Refused(_)) => Err(Miss::Failed),
+            Err(error @ Error::Timeout(Awaited::Lease)) => Err(fail(&error, HINT)),
+            Err(error) => Err(fail(&error, "")),
+        }
+    }
+
     /// How it went, in one line.
     pub fn summary(&self) -> String {
         let Tally { requests, hits, misses, from_origin, invalid, errors, bytes } = &self.tally;
-        let retired = self.cache.as_ref().map_or(0, Cache::retired);
+        let retired = self.cache.as_ref().map_or(0, |cache| cache.stats().retired);
         format!(
-            "requests={requests:?} hits={hits:?} misses={misses:?} from_origin={from_origin:?} invalid={invalid:?} \
-             errors={errors:?} bytes={bytes:?} retired={retired} set_aside={}",
+            "requests={requests:?} hits={hits:?} misses={misses:?} from_origin={from_origin:?} \
+             invalid={invalid:?} errors={errors:?} bytes={bytes:?} retired={retired} set_aside={}",
             self.aside.bodies(),
         )
     }
 }
+
+/// What the user can do when there is no segment to be had.
+const HINT: &str = ": slow clients hold all of them, and their bodies do not fit into \
+                    --spool-limit, or its disk (more segments: -n)";
 
 fn refuse(client: Client, reply: Reply) {
     match client.reply(reply) {

@@ -15,7 +15,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 use protocol::{Dialect, Malformed, MalformedReply, ParsedReply, Reply};
-use shmferry_examples::signals;
+use shmferry_examples::program::signals_that_end;
 use shmferry_tools::getfile as protocol;
 
 /// Download files from a GETFILE server, or measure one.
