@@ -51,8 +51,9 @@ impl Directory {
         Ok(directory)
     }
 
-    /// Opens the file that a key names: a path, with or without a slash before it. `None` when there
-    /// is no such regular file beneath the directory: `..` and symbolic links do not lead out of it.
+    /// Opens the file that a key names: a path, with or without a slash before it. `None` when
+    /// there is no such regular file beneath the directory: neither `..` nor a symbolic link leads
+    /// out of it.
     ///
     /// Waits while another process gives its lease on the file back, as
     /// [`blocking`](crate::workers::blocking) does.

@@ -1,4 +1,4 @@
-//! The GETFILE codec of a server: parses requests and encodes replies in both dialects, without I/O.
+//! The GETFILE codec of a server: parses requests, encodes replies in both dialects, without I/O.
 //!
 //! ```text
 //! request  GETFILE GET <path> CR LF CR LF            the same in both dialects

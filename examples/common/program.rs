@@ -12,8 +12,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use shmferry::{Address, Deadline};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
-use tracing::level_filters::LevelFilter;
-use tracing::{debug, info, warn};
+use tracing::{debug, info, level_filters::LevelFilter, warn};
 use tracing_subscriber::EnvFilter;
 
 /// How long running transfers may go on after the first signal.
@@ -63,8 +62,8 @@ fn prepare() -> io::Result<Stop> {
     Stop::listen(signals)
 }
 
-/// What `RUST_LOG` asks for. The HTTP client's crates, which log several lines a request at `debug`,
-/// log warnings at most, unless it names them.
+/// What `RUST_LOG` asks for. The HTTP client's crates, which log several lines a request at
+/// `debug`, log warnings at most, unless it names them.
 fn filter(asked: &str) -> EnvFilter {
     let asked = if asked.trim().is_empty() { "info" } else { asked };
     // The level of all that no directive names; without one, those log nothing.

@@ -87,9 +87,9 @@ impl Service {
 
     /// How it went, in one line.
     pub fn summary(&self) -> String {
-        let Tally { requests, hits, misses, errors, bytes } = &self.tally;
+        let Tally { requests, hits, misses, errors, bytes: sent } = &self.tally;
         format!(
-            "requests={requests:?} hits={hits:?} misses={misses:?} errors={errors:?} bytes={bytes:?}"
+            "requests={requests:?} hits={hits:?} misses={misses:?} errors={errors:?} bytes={sent:?}"
         )
     }
 }

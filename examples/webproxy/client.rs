@@ -143,8 +143,8 @@ impl Client {
         self.send_header(reply, SendFlags::empty())
     }
 
-    /// Sends a file; returns its length. What is left of it may be set aside while others wait for its
-    /// segment.
+    /// Sends a file; returns its length. What is left of it may be set aside while others wait for
+    /// its segment.
     ///
     /// # Errors
     /// [`Error::Sink`] or [`Error::Timeout`] where the client is at fault, anything else for the

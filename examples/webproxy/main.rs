@@ -12,8 +12,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, value_parser};
+use clap::{CommandFactory, Parser, error::ErrorKind, value_parser};
 use listener::Listener;
 use origin::{BaseUrl, Origin};
 use proxy::{Proxy, Tally};
@@ -47,15 +46,17 @@ struct Options {
     #[arg(short, long, value_name = "COUNT", default_value_t = 8,
         value_parser = value_parser!(u16).range(1..=1024))]
     thread_count: u16,
-    /// Segments in the pool: transfers from the cache at once, those that wait for a client included
+    /// Segments in the pool: transfers from the cache at once, with those that wait for a client
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 8,
         value_parser = value_parser!(u32).range(1..))]
     segment_count: u32,
     /// Bytes of payload a segment holds, all slots together: plain, or as 512k, 64M, 1G
-    #[arg(short = 'z', long, value_name = "BYTES", default_value_t = 512 << 10, value_parser = segment_size)]
+    #[arg(short = 'z', long, value_name = "BYTES", default_value_t = 512 << 10,
+        value_parser = segment_size)]
     segment_size: u64,
     /// Slots a segment is cut into
-    #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "COUNT", default_value_t = 4,
+        value_parser = value_parser!(u32).range(1..))]
     slots: u32,
     /// Where simplecached is: unix:PATH or mq:/NAME
     #[arg(long, value_name = "ADDRESS", conflicts_with = "root")]
@@ -72,14 +73,14 @@ struct Options {
     /// Give a transfer up after this long without progress: 0.001 to 86400
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = program::seconds)]
     timeout: Duration,
-    /// The longest body of unknown length that is kept on disk until its length is known, and all that
-    /// is set aside of slow clients' bodies while others wait for a segment: plain, or as 512k, 64M, 1G
+    /// The longest body of unknown length that is kept on disk until its length is known, and all
+    /// of slow clients' bodies that is set aside while others wait for a segment: as 512k, 64M, 1G
     #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = program::bytes)]
     spool_limit: u64,
 }
 
-/// How long to wait, without an origin to ask instead, for the successor of a cache that is gone: it
-/// may be being restarted. One that was never there is waited for as long as for everything else.
+/// How long to wait, without an origin to ask instead, for the successor of a cache that is gone.
+/// One that was never there is waited for as long as for everything else.
 const ABSENCE: Duration = Duration::from_secs(2);
 
 /// How many of those ahead in line may stall, each for a whole time-out, before a request for a
@@ -135,8 +136,8 @@ fn serve(options: Options, url: Option<BaseUrl>, stop: Stop) -> Result<(), Quit>
     };
     let pool = pool.map_err(|error| format!("cannot start a worker: {error}"))?;
     info!(
-        "listening on {}: {}{from}, {}, {workers} workers, dialect {}, timeout {:?}, spool limit {} \
-         bytes",
+        "listening on {}: {}{from}, {}, {workers} workers, dialect {}, timeout {:?}, spool limit \
+         {} bytes",
         listener.address,
         if options.listen.is_loopback() { LOOPBACK_ONLY } else { "" },
         url.map_or("no origin".to_owned(), |url| format!("origin {url}")),
@@ -160,8 +161,8 @@ fn serve(options: Options, url: Option<BaseUrl>, stop: Stop) -> Result<(), Quit>
 /// Says who is heard by default, and how to change that.
 const LOOPBACK_ONLY: &str = "this machine only (--listen 0.0.0.0 or --listen :: for others, too), ";
 
-/// The cache to ask first, if there is one; what serves it, if that is within this process; and what
-/// to say of it.
+/// The cache to ask first, if there is one; what serves it, if that is within this process; and
+/// what to say of it.
 fn open_cache(
     options: &Options,
     stop: &Stop,

@@ -1,4 +1,4 @@
-//! The GETFILE codec of a client: encodes requests and parses replies in both dialects, without I/O.
+//! The GETFILE codec of a client: encodes requests, parses replies in both dialects, without I/O.
 //! What the servers have of it is here as well.
 //!
 //! Some programs in the field write the spec dialect a little differently. Accepted as well are one
