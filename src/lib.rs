@@ -27,6 +27,7 @@
 //! | --- | --- |
 //! | ask for bytes and read them | [`Client`], [`Body`] |
 //! | serve files, buffers or streams | [`Server`], [`Incoming`], [`Outgoing`] |
+//! | serve the files beneath a directory | [`files::Directory`] |
 //! | refuse with a reason | [`Incoming::refuse`], [`Refusal`] |
 //! | attach more than a size | [`Incoming::accept_with`], [`Metadata`] |
 //! | learn of errors within a server | [`Server::on_error`], [`ServeError`] |
@@ -164,6 +165,8 @@ mod address;
 pub mod channel;
 mod client;
 pub mod error;
+#[cfg(target_os = "linux")]
+pub mod files;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -403,3 +403,39 @@ fn a_key_that_is_too_long_costs_no_segment() {
         },
     );
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_directory_hands_out_its_own_regular_files_and_nothing_else() {
+    use shmferry::files::{Directory, open_regular};
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    let place = tempfile::tempdir().unwrap();
+    let root = place.path().join("root");
+    fs::create_dir_all(root.join("sub")).unwrap();
+    fs::write(root.join("sub/a"), "hello").unwrap();
+    fs::write(place.path().join("secret"), "secret").unwrap();
+    symlink("sub/a", root.join("inside")).unwrap();
+    symlink("../secret", root.join("outside")).unwrap();
+    symlink(place.path().join("secret"), root.join("far-outside")).unwrap();
+    let fifo = std::process::Command::new("mkfifo").arg(root.join("fifo")).status().unwrap();
+    assert!(fifo.success());
+
+    let directory = Directory::open(&root).unwrap();
+    for key in ["sub/a", "/sub/a", "inside", "sub/../sub/a"] {
+        let file = directory.file(key).unwrap().expect(key);
+        assert_eq!(io::read_to_string(file).unwrap(), "hello", "{key}");
+    }
+    let long = "n".repeat(300);
+    let absent = ["", ".", "sub", "b", "sub/a/b", "../secret", "/../secret", "fifo", "a\0b", &long];
+    for key in absent.into_iter().chain(["outside", "far-outside", "//etc/passwd"]) {
+        assert!(directory.file(key).unwrap().is_none(), "{key}");
+    }
+    assert!(open_regular(root.join("outside")).unwrap().is_some(), "its path is trusted");
+    assert!(open_regular(root.join("fifo")).unwrap().is_none());
+    assert!(Directory::open(root.join("sub/a")).is_err());
+    // It is the directory, and not its name.
+    fs::rename(&root, place.path().join("moved")).unwrap();
+    assert!(directory.file("sub/a").unwrap().is_some());
+}

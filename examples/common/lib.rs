@@ -1,8 +1,6 @@
 //! What `simplecached`, `webproxy` and the tools for them share.
 
-pub mod address;
 pub mod getfile;
 pub mod program;
 pub mod serve;
-pub mod signals;
 pub mod store;

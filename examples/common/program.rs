@@ -1,24 +1,19 @@
 //! What both programs do as processes: logs, limits, signals, and their end.
 
-use std::fmt;
 use std::io::{self, IsTerminal, Write};
-use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::process::{self, ExitCode};
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{fmt, fs};
 
 use rustix::process::{Resource, getrlimit, setrlimit};
-use shmferry::Deadline;
-use shmferry::workers::WorkerPool;
-use signal_hook::consts::SIGXFSZ;
+use shmferry::{Address, Deadline};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
-use tracing::level_filters::LevelFilter;
-use tracing::{debug, info, warn};
+use tracing::{debug, info, level_filters::LevelFilter, warn};
 use tracing_subscriber::EnvFilter;
-
-use super::signals;
 
 /// How long running transfers may go on after the first signal.
 const GRACE: Duration = Duration::from_secs(5);
@@ -26,41 +21,30 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How soon a second signal is noticed.
 const GLANCE: Duration = Duration::from_millis(20);
 
-/// Why a program ends without having served.
-#[derive(Debug)]
-pub enum Quit {
-    /// A signal came before it listened.
-    Stopped,
-    /// It cannot start; says why.
-    Failed(String),
-}
+/// Said of a program that a signal has ended early.
+const STOPPED: &str = "stopped by a signal before it listened";
 
-impl From<String> for Quit {
-    fn from(why: String) -> Self {
-        Quit::Failed(why)
-    }
-}
+/// Why a program ends without having served: `None` when a signal came before it listened.
+pub type Quit = Option<String>;
 
 /// Runs a program: a failure is one line on standard error and exit code 1.
 pub fn run(name: &str, program: impl FnOnce(Stop) -> Result<(), Quit>) -> ExitCode {
-    let prepared = prepare().map_err(|error| Quit::Failed(format!("cannot start: {error}")));
+    let prepared = prepare().map_err(|error| Some(format!("cannot start: {error}")));
     match prepared.and_then(program) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(Quit::Stopped) => {
-            info!("stopped by a signal before it listened");
-            ExitCode::SUCCESS
-        }
-        Err(Quit::Failed(message)) => {
+        Ok(()) => {}
+        Err(None) => info!("{STOPPED}"),
+        Err(Some(message)) => {
             // With standard error gone there is nobody left to tell; the exit code still says it.
             let _ = writeln!(io::stderr(), "{name}: {message}");
-            ExitCode::FAILURE
+            return ExitCode::FAILURE;
         }
     }
+    ExitCode::SUCCESS
 }
 
 fn prepare() -> io::Result<Stop> {
     // First of all: a signal from here on ends the program in order.
-    let stop = Stop(Signals::new(signals::that_end()?)?);
+    let signals = Signals::new(signals_that_end()?)?;
     // Past the limit on file sizes, memfds included, a call then fails and ends nothing.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
 
@@ -75,79 +59,80 @@ fn prepare() -> io::Result<Stop> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit)?;
-    Ok(stop)
+    Stop::listen(signals)
 }
 
-/// The HTTP client's crates, by the beginnings of their names. At `debug` they log several lines a
-/// request.
-const HTTP_CLIENT: [&str; 2] = ["ureq", "rustls"];
-
-/// What `RUST_LOG` asks for. The HTTP client's crates log warnings at most, unless it names them.
+/// What `RUST_LOG` asks for. The HTTP client's crates, which log several lines a request at
+/// `debug`, log warnings at most, unless it names them.
 fn filter(asked: &str) -> EnvFilter {
     let asked = if asked.trim().is_empty() { "info" } else { asked };
-    let directives = || asked.split(',').map(str::trim).filter(|directive| !directive.is_empty());
     // The level of all that no directive names; without one, those log nothing.
-    let mut levels = directives().filter_map(|directive| directive.parse::<LevelFilter>().ok());
-    let others = levels.next_back();
-    let most = others.unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
-    let mut all = asked.to_owned();
-    for client in HTTP_CLIENT {
-        if !directives().any(|directive| directive.starts_with(client)) {
-            all += &format!(",{client}={most}");
-        }
-    }
-    EnvFilter::builder().parse_lossy(all)
+    let level = asked.split(',').rev().find_map(|it| it.trim().parse::<LevelFilter>().ok());
+    let most = level.unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
+    // Of two directives for one name, the later counts.
+    EnvFilter::builder().parse_lossy(format!("ureq={most},rustls={most},{asked}"))
 }
 
-/// `SIGINT`, `SIGTERM` and `SIGHUP`, which ask the program to end, unless its starter ignores them.
-pub struct Stop(Signals);
+/// `SIGINT`, `SIGTERM` and `SIGHUP`, without those that are ignored: `nohup` ignores `SIGHUP`, a
+/// shell that runs a job in the background `SIGINT`. A handler would undo that.
+pub fn signals_that_end() -> io::Result<Vec<i32>> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let ignored = ignored.ok_or_else(|| io::Error::other("no SigIgn in /proc/self/status"))?;
+    Ok([SIGINT, SIGTERM, SIGHUP].into_iter().filter(|n| ignored >> (n - 1) & 1 == 0).collect())
+}
+
+/// The [signals that end](signals_that_end) the program.
+///
+/// Until [`hold`](Self::hold) they end it wherever it is.
+pub struct Stop {
+    signals: Receiver<()>,
+    is_held: Arc<Mutex<bool>>,
+}
 
 impl Stop {
+    fn listen(mut signals: Signals) -> io::Result<Stop> {
+        let (sender, received) = mpsc::channel();
+        let stop = Stop { signals: received, is_held: Arc::default() };
+        let is_held = Arc::clone(&stop.is_held);
+        thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            for _ in signals.forever() {
+                // Locked to the end of the process: `hold` does not return any more.
+                let is_held = is_held.lock().unwrap_or_else(PoisonError::into_inner);
+                if !*is_held {
+                    info!("{STOPPED}");
+                    process::exit(0);
+                }
+                let _ = sender.send(()); // fails only at the end of the program
+            }
+        })?;
+        Ok(stop)
+    }
+
+    /// From here on, a signal ends the program only where it looks for one: it makes what would
+    /// outlive the process.
+    pub fn hold(&self) {
+        *self.is_held.lock().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// Whether to go on with the start, or else `Err(None)`.
+    pub fn check(&self) -> Result<(), Quit> {
+        if self.signals.try_recv().is_ok() { Err(None) } else { Ok(()) }
+    }
+
     /// Waits for the first of them.
-    pub fn wait(&mut self) {
-        self.0.forever().next();
+    pub fn wait(&self) {
+        let _ = self.signals.recv(); // its sender lives as long as the process
         debug!("stopping");
     }
 
-    /// Between two steps of the start-up: whether to go on.
-    ///
-    /// # Errors
-    /// [`Quit::Stopped`] when one of the signals has come.
-    pub fn check(&mut self) -> Result<(), Quit> {
-        if self.0.pending().next().is_some() { Err(Quit::Stopped) } else { Ok(()) }
-    }
-
-    /// Takes a step of the start-up that can last long, on a thread of its own. When a signal comes
-    /// first, the step is abandoned where it is: it must make nothing that outlives the process.
-    ///
-    /// # Errors
-    /// [`Quit::Stopped`] when one of the signals comes, [`Quit::Failed`] when the step fails.
-    pub fn abandonable<T: Send + 'static>(
-        &mut self,
-        step: impl FnOnce() -> Result<T, String> + Send + 'static,
-    ) -> Result<T, Quit> {
-        let (sender, outcome) = mpsc::sync_channel(1);
-        // Sending fails only after a signal, when the outcome is of no use any more.
-        let taken = thread::Builder::new().spawn(move || drop(sender.send(step())));
-        taken.map_err(|error| format!("cannot start a thread: {error}"))?;
-        loop {
-            self.check()?;
-            match outcome.recv_timeout(GLANCE) {
-                Ok(outcome) => return Ok(outcome?),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Quit::Failed("a step of the start-up panicked".to_owned()));
-                }
-            }
-        }
-    }
-
-    /// Lets a crew that takes no more jobs finish those it has: within the grace time, and unless a
-    /// second signal comes. Returns whether it has.
-    pub fn wind_down(&mut self, workers: &WorkerPool) -> bool {
+    /// Lets those finish who take no more jobs: within the grace time, and unless a second signal
+    /// comes. `finished` waits for them, and says whether they have.
+    pub fn wind_down(&self, finished: impl Fn(Deadline) -> bool) -> bool {
         let grace = Deadline::after(GRACE);
-        while !workers.join(grace.min(Deadline::after(GLANCE))) {
-            if grace.has_passed() || self.0.pending().next().is_some() {
+        while !finished(grace.min(Deadline::after(GLANCE))) {
+            if grace.has_passed() || self.signals.try_recv().is_ok() {
                 warn!("leaving with transfers under way");
                 return false;
             }
@@ -156,21 +141,10 @@ impl Stop {
     }
 }
 
-/// Counts for the summary.
-#[derive(Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Counts more.
-    pub fn add(&self, more: u64) {
-        self.0.fetch_add(more, Ordering::Relaxed);
-    }
-}
-
-impl fmt::Display for Counter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.load(Ordering::Relaxed).fmt(f)
-    }
+/// Where the cache is: where both programs meet unless told otherwise.
+pub fn cache_address(asked: Option<&Address>) -> Result<Address, String> {
+    let address = asked.map_or_else(|| Address::of_user("simplecached"), |asked| Ok(asked.clone()));
+    address.map_err(|error| format!("there is no default address: {error}"))
 }
 
 /// Lets one line a second through, of those that report a lasting failure, and counts the others.
@@ -178,36 +152,30 @@ impl fmt::Display for Counter {
 pub struct Pace(Mutex<(Option<Instant>, u64)>);
 
 impl Pace {
-    /// When a line may be written now: what to add to it, which says how many were held back.
-    pub fn admit(&self) -> Option<String> {
+    /// Logs a line, if it may be written now, and how many were held back.
+    pub fn warn(&self, line: impl fmt::Display) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, held_back) = &mut *state;
-        let now = Instant::now();
-        if last.is_some_and(|last| now.duration_since(last) < PACE) {
+        if last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
             *held_back += 1;
-            return None;
+            return;
         }
-        *last = Some(now);
+        *last = Some(Instant::now());
         match std::mem::take(held_back) {
-            0 => Some(String::new()),
-            more => Some(format!(", and {more} more times since the last such line")),
+            0 => warn!("{line}"),
+            more => warn!("{line}, and {more} more times since the last such line"),
         }
     }
 }
 
-/// The least time between two lines that a [`Pace`] lets through.
-const PACE: Duration = Duration::from_secs(1);
-
-/// The least and the most that a time-out may be, in seconds: a day, which every deadline and every
-/// socket option can hold.
-const TIMEOUTS: (f64, f64) = (0.001, 86_400.0);
-
-/// Parses a time-out on the command line.
+/// Parses a time-out on the command line: up to a day, which every deadline and every socket option
+/// can hold.
 pub fn seconds(text: &str) -> Result<Duration, String> {
-    let (least, most) = TIMEOUTS;
     match text.parse::<f64>() {
-        Ok(seconds) if (least..=most).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err(format!("expected a number of seconds from {least} to {most}")),
+        Ok(seconds) if (0.001..=86_400.0).contains(&seconds) => {
+            Ok(Duration::from_secs_f64(seconds))
+        }
+        _ => Err("expected a number of seconds from 0.001 to 86400".to_owned()),
     }
 }
 
@@ -219,7 +187,7 @@ pub fn bytes(text: &str) -> Result<u64, String> {
         Some(b'g' | b'G') => 30,
         _ => 0,
     };
-    let digits = if shift > 0 { &text[..text.len() - 1] } else { text };
+    let digits = &text[..text.len() - usize::from(shift > 0)];
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("not a number of bytes: expected one such as 4096, 512k, 64M or 1G".to_owned());
     }

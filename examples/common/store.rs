@@ -1,37 +1,24 @@
 //! What the cache serves: a manifest's files, or all that is beneath a directory (rule S4).
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs::{self, File, Metadata};
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
-use rustix::io::{Errno, pread};
+use rustix::fs::{Mode, OFlags, open};
 use shmferry::Size;
-use shmferry::workers::blocking;
+use shmferry::files::{Directory, open_regular};
 
 use super::getfile::check_path;
-
-/// Non-blocking, so that a FIFO cannot hold us up before we see that it is one.
-const READ: OFlags =
-    OFlags::RDONLY.union(OFlags::CLOEXEC).union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
-
-/// Names a file without opening it: no lease is broken, no FIFO waited for.
-const NAME_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
-
-/// Tries to open a file while others rename what is on its way; the kernel asks for more each time.
-const TRIES: usize = 32;
 
 /// Files by key.
 pub enum Store {
     /// Each key with its own path.
     Manifest(HashMap<Vec<u8>, PathBuf>),
     /// Keys are paths beneath this directory.
-    Directory(OwnedFd),
+    Directory(Directory),
 }
 
 impl Store {
@@ -46,39 +33,29 @@ impl Store {
 
     /// Opens a directory.
     pub fn directory(path: &Path) -> Result<Store, String> {
-        let complain = |error| format!("{}: {error}", path.display());
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = open(path, flags, Mode::empty()).map_err(|errno| complain(errno.into()))?;
-        let store = Store::Directory(root);
-        store.look_up(b".").map_err(complain)?; // an old kernel, a directory closed to us
-        Ok(store)
+        let opened = Directory::open(path).map(Store::Directory);
+        opened.map_err(|error| format!("{}: {error}", path.display()))
     }
 
     fn manifest(manifest: &Path) -> Result<Store, String> {
         let text =
             fs::read(manifest).map_err(|error| format!("{}: {error}", manifest.display()))?;
-        let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
+        // Some editors put a byte order mark at the beginning of UTF-8 text.
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
         let directory = manifest.parent().unwrap_or(Path::new(""));
         let mut files = HashMap::new();
         for (line, number) in text.split(|byte| *byte == b'\n').zip(1..) {
-            let entry = parse_line(line.trim_ascii(), directory);
-            let added = entry.and_then(|entry| match entry {
-                None => Ok(()),
-                Some((key, path)) => match files.entry(key) {
-                    Entry::Vacant(vacant) => {
-                        vacant.insert(path);
-                        Ok(())
-                    }
-                    Entry::Occupied(taken) => {
-                        Err(format!("the key {} is taken already", taken.key().escape_ascii()))
-                    }
-                },
-            });
+            let added = match parse_line(line.trim_ascii(), directory) {
+                Ok(Some((key, _))) if files.contains_key(&key) => {
+                    Err(format!("the key {} is taken already", key.escape_ascii()))
+                }
+                entry => entry.map(|entry| files.extend(entry)),
+            };
             added.map_err(|reason| format!("{}:{number}: {reason}", manifest.display()))?;
         }
         if files.is_empty() {
-            let manifest = manifest.display();
-            return Err(format!("{manifest}: names no file; expected KEY PATH on each line"));
+            let why = "names no file; expected KEY PATH on each line";
+            return Err(format!("{}: {why}", manifest.display()));
         }
         Ok(Store::Manifest(files))
     }
@@ -88,90 +65,11 @@ impl Store {
     /// Blocks while another process gives its lease on the file back, with the worker's place lent.
     pub fn look_up(&self, key: &[u8]) -> io::Result<Option<(File, Size)>> {
         let opened = match self {
-            Store::Manifest(files) => match files.get(key) {
-                Some(path) => past_leases(|flags| open(path, flags, Mode::empty())),
-                None => return Ok(None),
-            },
-            Store::Directory(root) => {
-                let path = key.strip_prefix(b"/").unwrap_or(key);
-                past_leases(|flags| open_beneath(root, path, flags))
-            }
+            Store::Manifest(files) => files.get(key).map_or(Ok(None), open_regular)?,
+            Store::Directory(root) => root.file(key)?,
         };
-        match opened {
-            Ok(fd) => regular(fd)?.map(|(file, found)| sized(file, &found)).transpose(),
-            // Absent, out of bounds, no name for a file, or no file.
-            Err(
-                Errno::NOENT
-                | Errno::NOTDIR
-                | Errno::XDEV
-                | Errno::LOOP
-                | Errno::INVAL
-                | Errno::NAMETOOLONG
-                | Errno::NXIO
-                | Errno::NODEV,
-            ) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
+        opened.map(|file| Size::of_file(&file).map(|size| (file, size))).transpose()
     }
-}
-
-/// What some editors put at the beginning of UTF-8 text.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
-
-fn open_beneath(root: &OwnedFd, path: &[u8], flags: OFlags) -> rustix::io::Result<OwnedFd> {
-    let bounds = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-    let mut opened = Err(Errno::AGAIN);
-    for _ in 0..TRIES {
-        opened = openat2(root, path, flags, Mode::empty(), bounds);
-        if !matches!(opened, Err(Errno::AGAIN | Errno::INTR)) {
-            break;
-        }
-    }
-    opened
-}
-
-/// Opens a file for reading. Where another process holds a lease on it, opening without blocking
-/// fails; so then the file is named first, and opened with blocking once it is known to be regular.
-fn past_leases<F>(open_with: F) -> rustix::io::Result<OwnedFd>
-where
-    F: Fn(OFlags) -> rustix::io::Result<OwnedFd>,
-{
-    match open_with(READ) {
-        Err(Errno::AGAIN) => {}
-        opened => return opened,
-    }
-    let named = open_with(NAME_ONLY)?;
-    if FileType::from_raw_mode(fstat(&named)?.st_mode) != FileType::RegularFile {
-        return Err(Errno::NXIO);
-    }
-    // The same inode, whatever its name stands for by now.
-    let itself = format!("/proc/self/fd/{}", named.as_raw_fd());
-    blocking(|| {
-        loop {
-            match open(&itself, READ.difference(OFlags::NONBLOCK), Mode::empty()) {
-                Err(Errno::INTR) => {}
-                opened => return opened,
-            }
-        }
-    })
-}
-
-fn regular(fd: OwnedFd) -> io::Result<Option<(File, Metadata)>> {
-    let file = File::from(fd);
-    let found = file.metadata()?;
-    Ok(found.is_file().then_some((file, found)))
-}
-
-/// Tells a file's size. Only one without blocks on a disk may hold something else than it says: of
-/// that, the last byte is looked for, or the first.
-fn sized(file: File, found: &Metadata) -> io::Result<(File, Size)> {
-    let size = Size::Known(found.len());
-    if found.blocks() > 0 {
-        return Ok((file, size));
-    }
-    let read = pread(&file, &mut [0], found.len().saturating_sub(1))?;
-    let is_as_it_says = (read > 0) == (found.len() > 0);
-    Ok((file, if is_as_it_says { size } else { Size::Unknown }))
 }
 
 /// The key and the path on one line; `None` on a blank one, and on a comment.
@@ -185,14 +83,13 @@ fn parse_line(line: &[u8], directory: &Path) -> Result<Option<(Vec<u8>, PathBuf)
     };
     check_path(key).map_err(|why| format!("the key {} is not usable: {why}", shown(key)))?;
     let path = directory.join(OsStr::from_bytes(path.trim_ascii()));
-    let opened = match open(&path, READ, Mode::empty()) {
-        // Only a regular file has leases. Whoever holds one is not waited for here.
-        Err(Errno::AGAIN) => return Ok(Some((key.to_vec(), path))),
-        opened => opened.map_err(io::Error::from).and_then(regular),
-    };
-    match opened {
-        Ok(Some(_)) => Ok(Some((key.to_vec(), path))),
-        Ok(None) => Err(format!("{} is not a regular file", path.display())),
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC; // no FIFO is waited for
+    let opened = open(&path, flags, Mode::empty()).map_err(io::Error::from);
+    match opened.and_then(|fd| Ok(File::from(fd).metadata()?.is_file())) {
+        Ok(true) => Ok(Some((key.to_vec(), path))),
+        Ok(false) => Err(format!("{} is not a regular file", path.display())),
+        // Only a regular file has leases. Who holds one is not waited for here.
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(Some((key.to_vec(), path))),
         Err(error) => Err(format!("{}: {error}", path.display())),
     }
 }

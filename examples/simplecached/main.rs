@@ -2,17 +2,14 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, value_parser};
-use shmferry::Peer;
-use shmferry::channel::{PosixMq, RequestQueue, Seqpacket};
-use shmferry_examples::address::Address;
+use shmferry::{Address, Server};
 use shmferry_examples::program::{self, Quit, Stop};
 use shmferry_examples::serve::Service;
 use shmferry_examples::store::Store;
-use tracing::{info, warn};
+use tracing::info;
 
 /// Serve files to webproxy through shared memory.
 #[derive(Parser)]
@@ -42,41 +39,28 @@ struct Options {
     timeout: Duration,
 }
 
-/// The manifest where none is named.
-const DEFAULT_MANIFEST: &str = "locals.txt";
-
 fn main() -> ExitCode {
     let options = Options::parse();
-    program::run("simplecached", |stop| serve(&options, stop))
+    program::run("simplecached", |stop| serve(options, stop))
 }
 
-fn serve(options: &Options, mut stop: Stop) -> Result<(), Quit> {
-    let cachedir = options.cachedir.clone().unwrap_or_else(|| DEFAULT_MANIFEST.into());
-    // A manifest may be a pipe that does not end.
-    let store = stop.abandonable({
-        let cachedir = cachedir.clone();
-        move || Store::open(&cachedir)
-    });
-    let store = store.map_err(|quit| match quit {
-        Quit::Failed(why) if options.cachedir.is_none() && !cachedir.exists() => {
-            Quit::Failed(format!("{why}; name a manifest or a directory with -c"))
-        }
-        quit => quit,
+fn serve(options: Options, stop: Stop) -> Result<(), Quit> {
+    let cachedir = options.cachedir.as_deref().unwrap_or("locals.txt".as_ref());
+    let store = Store::open(cachedir).map_err(|why| match options.cachedir {
+        None if !cachedir.exists() => format!("{why}; name a manifest or a directory with -c"),
+        _ => why,
     })?;
     let served = match &store {
         Store::Manifest(files) => format!("{} files of {}", files.len(), cachedir.display()),
         Store::Directory(_) => format!("all beneath {}", cachedir.display()),
     };
-    let address = options.listen.clone().map_or_else(Address::default_of_user, Ok);
-    let address = address.map_err(|error| format!("there is no default address: {error}"))?;
-    let queue =
-        bind(&address, options).map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    let address = program::cache_address(options.listen.as_ref())?;
+    stop.hold(); // from here on there are names to remove
+    let server = Server::builder().max_segments(options.max_segments).bind(&address);
+    let server = server.map_err(|error| format!("cannot listen on {address}: {error}"))?;
     stop.check()?;
-    let service =
-        Arc::new(Service::new(store, Duration::from_micros(options.delay), options.timeout));
-    let workers = service
-        .start(&queue, options.nthreads.into())
-        .map_err(|error| format!("cannot start a worker: {error}"))?;
+    let service = Service::new(store, Duration::from_micros(options.delay));
+    let serving = service.start(server, options.nthreads.into(), options.timeout)?;
     info!(
         "listening on {address}: {served}, {} workers, delay {} us, at most {} segments a client, \
          timeout {:?}",
@@ -84,27 +68,9 @@ fn serve(options: &Options, mut stop: Stop) -> Result<(), Quit> {
     );
 
     stop.wait();
-    queue.close();
-    stop.wind_down(&workers);
-    drop(queue); // removes its names
+    serving.stop();
+    stop.wind_down(|deadline| serving.wait_until(deadline));
+    drop(serving); // removes its names
     info!("stopped: {}", service.summary());
     Ok(())
-}
-
-fn bind(address: &Address, options: &Options) -> shmferry::Result<Arc<dyn RequestQueue>> {
-    Ok(match address {
-        Address::Unix(path) => Arc::new(
-            Seqpacket::new(path).max_segments(options.max_segments).on_rejected(report).bind()?,
-        ),
-        Address::Mq(name) => Arc::new(
-            PosixMq::new(name)?.max_segments(options.max_segments).on_rejected(report).bind()?,
-        ),
-    })
-}
-
-fn report(peer: Option<Peer>, why: &shmferry::Error) {
-    match peer {
-        Some(peer) => warn!("turned {peer} away: {why}"),
-        None => warn!("turned a client away: {why}"),
-    }
 }

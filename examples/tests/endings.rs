@@ -4,7 +4,7 @@
 
 use std::net::TcpStream;
 
-use shmferry_examples::signals;
+use shmferry_examples::program::signals_that_end;
 use shmferry_test_support::{
     Answer, LARGE, Place, Program, Signal, Transport, noise, over_both, wait_until,
 };
@@ -20,7 +20,7 @@ over_both! {
 
 /// Both programs get a signal while one client reads, one stalls, and one has not even asked.
 fn a_signal_in_the_middle(over: Transport, signal: Signal) {
-    if !signals::that_end().unwrap().contains(&signal.as_raw()) {
+    if !signals_that_end().unwrap().contains(&signal.as_raw()) {
         println!("left out: {signal:?}, which is ignored in this process and its children");
         return;
     }

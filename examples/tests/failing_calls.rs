@@ -133,7 +133,7 @@ fn a_thread_that_cannot_be_spawned_leaves_no_request_unheard() {
     let cache = place.simplecached(["-c", "files", "-t", "1"]).listening();
     let proxy = place.webproxy(["-n", "4", "--timeout", "600"]).listening();
     assert_eq!(proxy.get("/small"), ok("hello"));
-    wait_until("one worker was left", || cache.threads_named("cache") == 1);
+    wait_until("one worker was left", || cache.threads_named("shmferry-worker") == 1);
     let Some(strace) = Strace::attach(&cache, "clone3", "error=EAGAIN:when=1..3") else {
         eprintln!("left out: no strace, or it may not trace");
         return;

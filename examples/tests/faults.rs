@@ -50,7 +50,7 @@ fn origin() -> String {
 /// Waits until a cache is at so many requests. While it is idle, one of its threads waits for
 /// requests; as soon as that takes one, another.
 fn wait_until_taken(cache: &Program, requests: usize) {
-    wait_until("the requests were taken", || cache.threads_named("cache") > requests);
+    wait_until("the requests were taken", || cache.threads_named("shmferry-worker") > requests);
 }
 
 // ---------------------------------------------------------------- the cache is killed
@@ -290,7 +290,9 @@ fn a_proxy_stopped_past_the_caches_timeout_ends_its_bodies_short_and_goes_on(ove
     let proxy = place.webproxy(["-n", "2", "--timeout", "600"]).listening();
     let stalled: Vec<Stalled> = (0..2).map(|_| proxy.stall("/large")).collect();
     proxy.signal(Signal::STOP);
-    wait_until("the cache gave up", || cache.stderr().matches("/large: timed out").count() == 2);
+    wait_until("the cache gave up", || {
+        cache.stderr().matches("/large failed: timed out").count() == 2
+    });
     proxy.signal(Signal::CONT);
     for client in stalled {
         client.resume().assert_short(&large);

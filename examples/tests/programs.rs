@@ -828,7 +828,7 @@ fn flags_out_of_range_are_refused() {
         ("webproxy", &["--dialect", "latin"], &["--dialect", "spec or classic"]),
         ("webproxy", &["--timeout", "0"], &["--timeout", "0.001 to 86400"]),
         ("webproxy", &["--timeout", "-1"], &["-1"]),
-        ("webproxy", &["--cache", "mq:cache"], &["--cache", "unix:PATH or mq:/NAME"]),
+        ("webproxy", &["--cache", "mq:cache"], &["--cache", "names no message queue"]),
         ("webproxy", &["--cache", "/cache"], &["--cache", "unix:PATH"]),
         ("webproxy", &["--cache", "unix:"], &["--cache", "unix:PATH"]),
         ("webproxy", &["--cache", "unix:/a", "--root", "/"], &["cannot be used with"]),
@@ -840,7 +840,7 @@ fn flags_out_of_range_are_refused() {
         ("simplecached", &["-t", "1025"], &["1025 is not in 1..=1024"]),
         ("simplecached", &["-d", "2500001"], &["--delay", "0..=2500000"]),
         ("simplecached", &["--max-segments", "0"], &["--max-segments", "1..=65536"]),
-        ("simplecached", &["--listen", "mq:/a/b"], &["--listen", "unix:PATH or mq:/NAME"]),
+        ("simplecached", &["--listen", "mq:/a/b"], &["--listen", "names no message queue"]),
     ] {
         place.run(program, args).finish().assert_usage_error(parts);
     }

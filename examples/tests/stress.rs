@@ -65,7 +65,7 @@ fn a_hundred_thousand_requests_at_random_cost_no_byte_no_descriptor_and_no_threa
     // Whatever is made at first is there: over mq, the cache maps a segment when it is first used.
     proxy.assert_pool_is_whole(2, "/large", &large);
     let descriptors = || (proxy.descriptors(), cache.descriptors());
-    let threads = || (proxy.threads_named("proxy"), cache.threads_named("cache"));
+    let threads = || (proxy.threads_named("proxy"), cache.threads_named("shmferry-worker"));
     wait_until("they were idle", || proxy.is_asleep() && cache.is_asleep());
     let before = descriptors();
     thread::scope(|scope| {

@@ -1,21 +1,23 @@
 //! One client's connection: its request, its reply, its end.
 
 use std::cell::Cell;
-use std::io::{self, Read};
+use std::fmt;
+use std::io::{self, Read, Seek, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
-use shmferry::protocol::{Receiver, Receiving, ShmTransfer, Spool, send_all};
+use shmferry::protocol::{Spool, send_all};
 use shmferry::workers::blocking;
 use shmferry::{Deadline, Error, Result};
 use shmferry_examples::getfile::{
     Dialect, MAX_REQUEST_LEN, ParsedRequest, Reply, encode_reply, parse_request,
 };
 
+use super::proxy::Miss;
 use super::waiting::{Entry, GRACE, Waiting};
 
 /// How long, and for how many bytes, a client may go on sending after its reply. Closing on unread
@@ -23,7 +25,7 @@ use super::waiting::{Entry, GRACE, Waiting};
 const LINGER: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 1 << 20;
 
-/// Bytes that are on their way from a stream to the client.
+/// Bytes that are read of a stream at a time, and the longest body that is spooled in memory.
 const BUFFER: usize = 64 << 10;
 
 /// What every reply begins with, in both dialects.
@@ -37,7 +39,7 @@ pub struct Found {
 
 /// Where a file's bytes come from.
 pub enum Body {
-    Segment(Box<ShmTransfer<Receiver, Receiving>>),
+    Segment(Box<shmferry::Body>),
     Stream(Box<dyn Read>),
 }
 
@@ -51,8 +53,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that may take `timeout` for its request, and in its reply as long without
-    /// progress.
+    /// A client that may take `timeout` for its request, and as long without progress in its reply.
     pub fn new(stream: TcpStream, dialect: Dialect, timeout: Duration) -> Client {
         Client { stream: Arc::new(stream), dialect, timeout, begun: Cell::new(0) }
     }
@@ -85,16 +86,44 @@ impl Client {
         }
     }
 
+    /// Reads a body of unknown length, of up to `limit` bytes, to its end: into memory, or into an
+    /// unnamed temporary file if it is long. Looks between two reads whether the client has left.
+    /// `fail` is told what else went wrong.
+    pub fn spool(
+        &self,
+        mut body: impl Read,
+        limit: u64,
+        fail: impl Fn(&dyn fmt::Display) -> Miss,
+    ) -> std::result::Result<Found, Miss> {
+        let io_failed = |error: io::Error| fail(&error);
+        let mut spooled = tempfile::spooled_tempfile(BUFFER);
+        let mut buffer = vec![0; BUFFER];
+        let mut len = 0;
+        loop {
+            if self.has_left().map_err(io_failed)? {
+                return Err(Miss::ClientLeft);
+            }
+            let read = match blocking(|| body.read(&mut buffer)) {
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                read => read.map_err(io_failed)?,
+            };
+            len += read as u64;
+            if len > limit {
+                let why = "a body of unknown length exceeds";
+                return Err(fail(&format_args!("{why} {limit} bytes (--spool-limit)")));
+            }
+            spooled.write_all(&buffer[..read]).map_err(io_failed)?;
+        }
+        spooled.rewind().map_err(io_failed)?;
+        Ok(Found { len, body: Body::Stream(Box::new(spooled)) })
+    }
+
     /// Whether the client has left, before its reply has begun. One that has sent its last byte may
     /// have closed its half only, and still read. So it is sent what every reply begins with: one
     /// that has left answers with a reset, which a later call sees.
-    pub fn has_left(&self) -> io::Result<bool> {
-        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
-        match poll(&mut fds, Some(&Timespec::default())) {
-            Err(Errno::INTR) => return Ok(false), // the next call sees it
-            polled => polled?,
-        };
-        let seen = fds[0].revents();
+    fn has_left(&self) -> io::Result<bool> {
+        let seen = self.poll(PollFlags::RDHUP, Deadline::after(Duration::ZERO))?;
         if seen.intersects(PollFlags::ERR | PollFlags::HUP) {
             return Ok(true);
         }
@@ -114,8 +143,8 @@ impl Client {
         self.send_header(reply, SendFlags::empty())
     }
 
-    /// Sends a file; returns its length. What is left of it may be set aside while others wait for its
-    /// segment.
+    /// Sends a file; returns its length. What is left of it may be set aside while others wait for
+    /// its segment.
     ///
     /// # Errors
     /// [`Error::Sink`] or [`Error::Timeout`] where the client is at fault, anything else for the
@@ -125,10 +154,7 @@ impl Client {
         let flags = if found.len > 0 { SendFlags::MORE } else { SendFlags::empty() };
         self.send_header(Reply::Ok { len: found.len }, flags).map_err(Error::Sink)?;
         match found.body {
-            Body::Segment(mut body) => {
-                body.set_timeout(self.timeout);
-                body.copy_to_or_spool(&*self.stream, aside)
-            }
+            Body::Segment(body) => body.copy_to_or_spool(&*self.stream, aside),
             Body::Stream(source) => self.copy_from(source, found.len),
         }
     }
@@ -167,7 +193,7 @@ impl Client {
         let mut sent = 0;
         while sent < len {
             let most = usize::try_from(len - sent).unwrap_or(usize::MAX).min(BUFFER);
-            let read = match source.read(&mut buffer[..most]) {
+            let read = match blocking(|| source.read(&mut buffer[..most])) {
                 Ok(0) => return Err(Error::SizeMismatch { announced: len, found: sent }),
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -188,16 +214,19 @@ impl Client {
                 Ok((read, _)) => return Ok(Some(read)),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if deadline.has_passed() => return Ok(None),
-                Err(Errno::AGAIN) => blocking(|| {
-                    let left = deadline.remaining().and_then(|left| left.try_into().ok());
-                    let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
-                    match poll(&mut fds, left.as_ref()) {
-                        Err(errno) if errno != Errno::INTR => Err(errno),
-                        _ => Ok(()),
-                    }
-                })?,
+                Err(Errno::AGAIN) => drop(blocking(|| self.poll(PollFlags::IN, deadline))?),
                 Err(errno) => return Err(errno.into()),
             }
+        }
+    }
+
+    /// What of this the connection has come to by the deadline, or by a signal.
+    fn poll(&self, events: PollFlags, deadline: Deadline) -> io::Result<PollFlags> {
+        let left = deadline.remaining().and_then(|left| left.try_into().ok());
+        let mut fds = [PollFd::new(&self.stream, events)];
+        match poll(&mut fds, left.as_ref()) {
+            Err(errno) if errno != Errno::INTR => Err(errno.into()),
+            _ => Ok(fds[0].revents()),
         }
     }
 }

@@ -1,42 +1,42 @@
 //! Where clients come in: the listening socket, and how accepting ends.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socket_with, sockopt};
 use shmferry_examples::program::Pace;
-use tracing::warn;
 
 /// Clients that wait to be accepted, as the system caps it.
 const BACKLOG: i32 = 4096;
 
-/// How long to leave a failing system alone before the next try.
-const PAUSE: Duration = Duration::from_millis(100);
-
 /// Accepts clients until it is closed.
 pub struct Listener {
     socket: TcpListener,
-    address: SocketAddr,
+    /// Where it listens, with the port that the system chose.
+    pub address: SocketAddr,
     closed: AtomicBool,
     pace: Pace,
 }
 
 impl Listener {
     /// Listens on an address; on `::`, on all of IPv6 and IPv4.
-    pub fn bind(ip: IpAddr, port: u16) -> Result<Listener, String> {
-        let asked = SocketAddr::new(ip, port);
-        let complain = |error| format!("cannot listen on {asked}: {error}");
-        let socket = listen(asked).map_err(|errno| complain(errno.into()))?;
-        let address = socket.local_addr().map_err(complain)?;
-        Ok(Listener { socket, address, closed: AtomicBool::new(false), pace: Pace::default() })
-    }
-
-    /// Where it listens, with the port that the system chose.
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    pub fn bind(address: SocketAddr) -> io::Result<Listener> {
+        let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        if address.ip() == Ipv6Addr::UNSPECIFIED {
+            sockopt::set_ipv6_v6only(&socket, false)?;
+        }
+        // Connections inherit it: the end of a chunk never waits for a delayed acknowledgement.
+        sockopt::set_tcp_nodelay(&socket, true)?;
+        rustix::net::bind(&socket, &address)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        let socket = TcpListener::from(socket);
+        let address = socket.local_addr()?;
+        Ok(Listener { socket, address, closed: AtomicBool::default(), pace: Pace::default() })
     }
 
     /// Waits for a client; `None` once it is closed.
@@ -47,10 +47,8 @@ impl Listener {
                 Err(_) if self.closed.load(Ordering::Acquire) => return None,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    if let Some(held_back) = self.pace.admit() {
-                        warn!("cannot accept: {error}{held_back}");
-                    }
-                    thread::sleep(PAUSE);
+                    self.pace.warn(format_args!("cannot accept: {error}"));
+                    thread::sleep(Duration::from_millis(100)); // leaves a failing system alone
                 }
             }
         }
@@ -62,18 +60,4 @@ impl Listener {
         // Fails only on a socket that does not listen.
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
-}
-
-fn listen(address: SocketAddr) -> rustix::io::Result<TcpListener> {
-    let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    if address.ip() == Ipv6Addr::UNSPECIFIED {
-        sockopt::set_ipv6_v6only(&socket, false)?;
-    }
-    // Connections inherit it: the end of a chunk never waits for a delayed acknowledgement.
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket.into())
 }

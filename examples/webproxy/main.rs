@@ -1,35 +1,31 @@
 //! `webproxy`: answers GETFILE requests from a cache's segments, from an HTTP origin, or from both.
 
-mod cache;
 mod client;
 mod listener;
 mod origin;
 mod proxy;
-mod spool;
 mod waiting;
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cache::Cache;
-use clap::{Parser, value_parser};
+use clap::{CommandFactory, Parser, error::ErrorKind, value_parser};
 use listener::Listener;
-use origin::{BaseUrl, BaseUrlParser, Origin};
-use proxy::Proxy;
-use shmferry::channel::Seqpacket;
-use shmferry::channel::{InProcess, Named, PosixMq, RequestQueue};
-use shmferry::segment::{Backing, Memfd};
-use shmferry::segment::{SegmentPool, SegmentPoolBuilder};
+use origin::{BaseUrl, Origin};
+use proxy::{Proxy, Tally};
+use shmferry::channel::InProcess;
+use shmferry::protocol::Spool;
 use shmferry::workers::WorkerPool;
-use shmferry_examples::address::Address;
+use shmferry::{Address, Client, Server, Serving};
 use shmferry_examples::getfile::Dialect;
 use shmferry_examples::program::{self, Quit, Stop};
 use shmferry_examples::serve::Service;
 use shmferry_examples::store::Store;
 use tracing::info;
+use waiting::Waiting;
 
 /// Serve files over GETFILE.
 ///
@@ -50,22 +46,24 @@ struct Options {
     #[arg(short, long, value_name = "COUNT", default_value_t = 8,
         value_parser = value_parser!(u16).range(1..=1024))]
     thread_count: u16,
-    /// Segments in the pool: transfers from the cache at once, those that wait for a client included
+    /// Segments in the pool: transfers from the cache at once, with those that wait for a client
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 8,
         value_parser = value_parser!(u32).range(1..))]
     segment_count: u32,
     /// Bytes of payload a segment holds, all slots together: plain, or as 512k, 64M, 1G
-    #[arg(short = 'z', long, value_name = "BYTES", default_value_t = 512 << 10, value_parser = segment_size)]
+    #[arg(short = 'z', long, value_name = "BYTES", default_value_t = 512 << 10,
+        value_parser = segment_size)]
     segment_size: u64,
     /// Slots a segment is cut into
-    #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "COUNT", default_value_t = 4,
+        value_parser = value_parser!(u32).range(1..))]
     slots: u32,
     /// Where simplecached is: unix:PATH or mq:/NAME
     #[arg(long, value_name = "ADDRESS", conflicts_with = "root")]
     cache: Option<Address>,
     /// The base URL of an HTTP server; http://USER:PASSWORD@HOST for basic authentication
-    #[arg(short, long, value_name = "URL", value_parser = BaseUrlParser)]
-    server: Option<BaseUrl>,
+    #[arg(short, long, value_name = "URL")]
+    server: Option<String>,
     /// A directory to serve, with the cache embedded
     #[arg(long, value_name = "DIRECTORY")]
     root: Option<PathBuf>,
@@ -75,63 +73,74 @@ struct Options {
     /// Give a transfer up after this long without progress: 0.001 to 86400
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = program::seconds)]
     timeout: Duration,
-    /// The longest body of unknown length that is kept on disk until its length is known, and all that
-    /// is set aside of slow clients' bodies while others wait for a segment: plain, or as 512k, 64M, 1G
+    /// The longest body of unknown length that is kept on disk until its length is known, and all
+    /// of slow clients' bodies that is set aside while others wait for a segment: as 512k, 64M, 1G
     #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = program::bytes)]
     spool_limit: u64,
 }
 
-/// How long to wait for the successor of a cache that is gone, when there is no origin to ask instead:
-/// long enough for one that is being restarted. One that was never there is waited for as long as for
-/// everything else.
+/// How long to wait, without an origin to ask instead, for the successor of a cache that is gone.
+/// One that was never there is waited for as long as for everything else.
 const ABSENCE: Duration = Duration::from_secs(2);
 
-/// How long to wait for a cache that is not there, when there is an origin to ask instead.
-const NO_ABSENCE: Duration = Duration::ZERO;
-
-/// The least that a segment may hold.
-const LEAST_SEGMENT: u64 = 824;
+/// How many of those ahead in line may stall, each for a whole time-out, before a request for a
+/// segment gives up, when there is no origin to ask instead.
+const TURNS: u32 = 4;
 
 fn segment_size(text: &str) -> Result<u64, String> {
-    match program::bytes(text)? {
-        bytes if bytes >= LEAST_SEGMENT => Ok(bytes),
-        _ => Err(format!("a segment must hold at least {LEAST_SEGMENT} bytes")),
+    const LEAST: u64 = 824;
+    let bytes = program::bytes(text)?;
+    if bytes < LEAST {
+        Err(format!("a segment must hold at least {LEAST} bytes"))
+    } else {
+        Ok(bytes)
     }
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    program::run("webproxy", |stop| serve(options, stop))
+    match options.server.as_deref().map(str::parse::<BaseUrl>).transpose() {
+        Ok(url) => program::run("webproxy", |stop| serve(options, url, stop)),
+        // Clap's own error would show the credentials.
+        Err(why) => {
+            let shown = options.server.unwrap_or_default();
+            let shown = shown.rsplit_once('@').map_or(shown.clone(), |(_, at)| format!("***@{at}"));
+            let message = format!("invalid value '{shown}' for '--server <URL>': {why}");
+            Options::command().error(ErrorKind::ValueValidation, message).exit()
+        }
+    }
 }
 
-fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
-    let source = Source::open(&options, &mut stop)?;
+fn serve(options: Options, url: Option<BaseUrl>, stop: Stop) -> Result<(), Quit> {
+    let (cache, embedded, from) = open_cache(&options, &stop)?;
+    stop.hold();
     stop.check()?;
-    let origin =
-        options.server.as_ref().map(|url| Origin::new(url, options.timeout, options.thread_count));
-    let listener = Arc::new(Listener::bind(options.listen, options.listen_port)?);
-    let proxy = Arc::new(Proxy::new(
-        source.cache,
-        origin,
-        options.dialect,
-        options.timeout,
-        options.spool_limit,
-    ));
-    let workers = {
+    let workers = options.thread_count.into();
+    let asked = SocketAddr::new(options.listen, options.listen_port);
+    let listener = Listener::bind(asked);
+    let listener = Arc::new(listener.map_err(|why| format!("cannot listen on {asked}: {why}"))?);
+    let proxy = Arc::new(Proxy {
+        cache,
+        origin: url.as_ref().map(|url| Origin::new(url, options.timeout, workers)),
+        dialect: options.dialect,
+        timeout: options.timeout,
+        spool_limit: options.spool_limit,
+        aside: Spool::new(options.spool_limit),
+        waiting: Waiting::new(),
+        tally: Tally::default(),
+    });
+    let pool = {
         let (listener, proxy) = (Arc::clone(&listener), Arc::clone(&proxy));
         let next = move || listener.accept();
-        WorkerPool::start("proxy", options.thread_count.into(), next, move |stream| {
-            proxy.serve(stream)
-        })
-        .map_err(cannot_start_a_worker)?
+        WorkerPool::start("proxy", workers, next, move |stream| proxy.serve(stream))
     };
+    let pool = pool.map_err(|error| format!("cannot start a worker: {error}"))?;
     info!(
-        "listening on {}: {}{}, {}, {} workers, dialect {}, timeout {:?}, spool limit {} bytes",
-        listener.address(),
+        "listening on {}: {}{from}, {}, {workers} workers, dialect {}, timeout {:?}, spool limit \
+         {} bytes",
+        listener.address,
         if options.listen.is_loopback() { LOOPBACK_ONLY } else { "" },
-        source.description,
-        options.server.map_or("no origin".to_owned(), |url| format!("origin {url}")),
-        options.thread_count,
+        url.map_or("no origin".to_owned(), |url| format!("origin {url}")),
         options.dialect,
         options.timeout,
         options.spool_limit,
@@ -139,11 +148,11 @@ fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
 
     stop.wait();
     listener.close();
-    if stop.wind_down(&workers)
-        && let Some((queue, workers)) = &source.embedded
+    if stop.wind_down(|deadline| pool.join(deadline))
+        && let Some(serving) = &embedded
     {
-        queue.close();
-        stop.wind_down(workers);
+        serving.stop();
+        stop.wind_down(|deadline| serving.wait_until(deadline));
     }
     info!("stopped: {}", proxy.summary());
     Ok(())
@@ -152,95 +161,44 @@ fn serve(options: Options, mut stop: Stop) -> Result<(), Quit> {
 /// Says who is heard by default, and how to change that.
 const LOOPBACK_ONLY: &str = "this machine only (--listen 0.0.0.0 or --listen :: for others, too), ";
 
-/// The cache to ask first, if there is one.
-struct Source {
-    cache: Option<Cache>,
-    /// The queue and the workers of a cache within this process.
-    embedded: Option<(Arc<InProcess>, WorkerPool)>,
-    description: String,
-}
-
-impl Source {
-    fn open(options: &Options, stop: &mut Stop) -> Result<Source, Quit> {
-        let has_origin = options.server.is_some();
-        if options.root.is_none() && options.cache.is_none() && has_origin {
-            return Ok(Source { cache: None, embedded: None, description: "no cache".to_owned() });
-        }
-        let segments = format!(
-            "{} segments of {} bytes in {} slots",
-            options.segment_count, options.segment_size, options.slots
-        );
-
-        if let Some(root) = &options.root {
-            let service =
-                Arc::new(Service::new(Store::directory(root)?, Duration::ZERO, options.timeout));
-            let pool = memfd_pool(options, stop)?;
-            // No request is sent without a segment: there is always room.
-            let queue = Arc::new(InProcess::bounded(options.segment_count as usize));
-            let workers = service
-                .start(&queue, options.thread_count.into())
-                .map_err(cannot_start_a_worker)?;
-            let cache = Cache::new(pool, InProcess::clone(&queue), options.timeout, has_origin);
-            let description = format!("all beneath {}, {segments}", root.display());
-            return Ok(Source {
-                cache: Some(cache),
-                embedded: Some((queue, workers)),
-                description,
-            });
-        }
-
-        let address = options.cache.clone().map_or_else(Address::default_of_user, Ok);
-        let address = address.map_err(|error| format!("there is no default address: {error}"))?;
-        let unusable = |error| format!("cannot use {address}: {error}");
-        let cache = match &address {
-            Address::Unix(path) => {
-                let pool = memfd_pool(options, stop)?;
-                let queue = Seqpacket::new(path);
-                let queue = match has_origin {
-                    true => queue.connect_timeout(NO_ABSENCE),
-                    false => queue.connect_timeout_after_loss(ABSENCE),
-                };
-                let requester = queue.requester(&pool).map_err(unusable)?;
-                Cache::new(pool, requester, options.timeout, has_origin)
-            }
-            Address::Mq(name) => {
-                // Not abandoned half-way: its names would stay.
-                let pool = made(pool_of::<Named>(options))?;
-                stop.check()?;
-                let queue = PosixMq::new(name).map_err(unusable)?;
-                let queue = match has_origin {
-                    true => queue.connect_timeout(NO_ABSENCE),
-                    false => queue.connect_timeout_after_loss(ABSENCE),
-                };
-                let requester = queue.requester(&pool);
-                Cache::new(pool, requester, options.timeout, has_origin)
-            }
-        };
-        Ok(Source {
-            cache: Some(cache),
-            embedded: None,
-            description: format!("cache {address}, {segments}"),
-        })
+/// The cache to ask first, if there is one; what serves it, if that is within this process; and
+/// what to say of it.
+fn open_cache(
+    options: &Options,
+    stop: &Stop,
+) -> Result<(Option<Client>, Option<Serving>, String), String> {
+    let has_stand_in = options.server.is_some();
+    if options.root.is_none() && options.cache.is_none() && has_stand_in {
+        return Ok((None, None, "no cache".to_owned()));
     }
-}
-
-/// Allocates a pool, unless a signal comes first: its memory goes with the process.
-fn memfd_pool(options: &Options, stop: &mut Stop) -> Result<SegmentPool<Memfd>, Quit> {
-    let pool = pool_of(options);
-    stop.abandonable(move || made(pool))
-}
-
-fn pool_of<B: Backing>(options: &Options) -> SegmentPoolBuilder<B> {
-    SegmentPool::builder()
+    let client = Client::builder()
         .segments(options.segment_count)
         .segment_len(options.segment_size)
         .slots(options.slots)
-}
-
-fn made<B: Backing>(pool: SegmentPoolBuilder<B>) -> Result<SegmentPool<B>, String> {
-    pool.create().map_err(|error| format!("cannot make the pool: {error}"))
-}
-
-fn cannot_start_a_worker(error: std::io::Error) -> String {
-    format!("cannot start a worker: {error}")
+        .timeout(options.timeout);
+    let client = if has_stand_in {
+        client.connect_timeout(Duration::ZERO)
+    } else {
+        let turns = options.timeout.saturating_mul(TURNS);
+        client.lease_timeout(turns).connect_timeout_after_loss(ABSENCE)
+    };
+    let no_pool = |error| format!("cannot make the pool: {error}");
+    let (client, embedded, from) = if let Some(root) = &options.root {
+        let service = Service::new(Store::directory(root)?, Duration::ZERO);
+        // No request is sent without a segment: there is always room.
+        let queue = InProcess::bounded(options.segment_count as usize);
+        let client = client.in_process(&queue).map_err(no_pool)?;
+        let workers = options.thread_count.into();
+        let serving = service.start(Server::with(queue), workers, options.timeout)?;
+        (client, Some(serving), format!("all beneath {}", root.display()))
+    } else {
+        let address = program::cache_address(options.cache.as_ref())?;
+        if let Address::Mq(_) = address {
+            stop.hold(); // its segments have names
+        }
+        (client.connect(&address).map_err(no_pool)?, None, format!("cache {address}"))
+    };
+    let Options { segment_count, segment_size, slots, .. } = options;
+    let from = format!("{from}, {segment_count} segments of {segment_size} bytes in {slots} slots");
+    Ok((Some(client), embedded, from))
 }

@@ -1,34 +1,28 @@
 //! Asking the HTTP origin: what it is asked for, and what is believed of its answer.
 
-use std::ffi::OsStr;
 use std::fmt;
-use std::io::{self, Read};
 use std::str::FromStr;
 use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use clap::builder::TypedValueParser;
-use clap::error::ErrorKind;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode, percent_encode};
 use shmferry::workers::blocking;
 use tracing::warn;
+use ureq::Agent;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::header::{AUTHORIZATION, CONTENT_ENCODING, TRANSFER_ENCODING};
-use ureq::http::{HeaderMap, HeaderValue, Response, Uri};
-use ureq::{Agent, Body as ResponseBody};
+use ureq::http::{HeaderMap, HeaderValue, Uri};
 
-use super::client::{Body, Found};
+use super::client::{Body, Client, Found};
 use super::proxy::Miss;
-use super::spool::{Spooler, Unspooled};
-
-/// The longest that connecting may take.
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// An origin's URL, without a slash at its end: paths are appended. Shown without its credentials.
 #[derive(Clone)]
 pub struct BaseUrl {
     /// Without user and password.
     url: String,
+    shown: String,
     /// User and password, as a header that no log shows.
     authorization: Option<HeaderValue>,
 }
@@ -61,52 +55,15 @@ impl FromStr for BaseUrl {
         }
         let path = rest[authority.len()..].trim_end_matches('/');
         let authorization = credentials.map(basic).transpose()?;
-        Ok(BaseUrl { url: format!("{scheme}://{place}{path}"), authorization })
+        let shown = if authorization.is_some() { "***@" } else { "" };
+        let shown = format!("{scheme}://{shown}{place}{path}");
+        Ok(BaseUrl { url: format!("{scheme}://{place}{path}"), shown, authorization })
     }
 }
 
 impl fmt::Display for BaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.url.split_once("://") {
-            Some((scheme, rest)) if self.authorization.is_some() => {
-                let hidden = "***";
-                write!(f, "{scheme}://{hidden}@{rest}")
-            }
-            _ => f.write_str(&self.url),
-        }
-    }
-}
-
-/// Parses a [`BaseUrl`] on the command line. Clap's own way shows the whole value in an error.
-#[derive(Clone)]
-pub struct BaseUrlParser;
-
-impl TypedValueParser for BaseUrlParser {
-    type Value = BaseUrl;
-
-    fn parse_ref(
-        &self,
-        command: &clap::Command,
-        flag: Option<&clap::Arg>,
-        value: &OsStr,
-    ) -> Result<BaseUrl, clap::Error> {
-        let text = value.to_string_lossy();
-        text.parse().map_err(|why| {
-            let flag = flag.map_or_else(String::new, |flag| format!(" for '{flag}'"));
-            let message = format!("invalid value '{}'{flag}: {why}\n", redacted(&text));
-            clap::Error::raw(ErrorKind::ValueValidation, message).with_cmd(command)
-        })
-    }
-}
-
-/// A text that may be a URL, without all that may be credentials.
-fn redacted(text: &str) -> String {
-    let Some((before, after)) = text.rsplit_once('@') else { return text.to_owned() };
-    match before.split_once("://") {
-        Some((scheme, _)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
-            format!("{scheme}://***@{after}")
-        }
-        _ => format!("***@{after}"),
+        f.write_str(&self.shown)
     }
 }
 
@@ -114,13 +71,10 @@ fn redacted(text: &str) -> String {
 /// escapes as they are.
 fn basic(credentials: &str) -> Result<HeaderValue, &'static str> {
     let (user, password) = credentials.split_once(':').unwrap_or((credentials, ""));
-    let part = |text: &str| {
-        let text = text.as_bytes();
-        let mut signs = (0..text.len()).filter(|&at| text[at] == b'%');
-        let is_whole = signs.all(|at| escaped(&text[at..]).is_some());
-        if is_whole { Ok(decode(text)) } else { Err("a percent sign escapes nothing") }
-    };
-    let pair = [part(user)?, part(password)?].join(&b':');
+    if !credentials.as_bytes().split(|byte| *byte == b'%').skip(1).all(is_escaped) {
+        return Err("a percent sign escapes nothing");
+    }
+    let pair = [decode(user.as_bytes()), decode(password.as_bytes())].join(&b':');
     let header = format!("Basic {}", BASE64_STANDARD.encode(pair));
     let mut header = HeaderValue::try_from(header).map_err(|_| "credentials fit no header")?;
     header.set_sensitive(true);
@@ -140,18 +94,18 @@ impl Origin {
     /// Asks beneath `base`, waiting up to `timeout` for each step; keeps as many idle connections
     /// as there are workers. Redirects are followed, with credentials to the same host only, and
     /// the environment's HTTP proxy is used, as ureq does.
-    pub fn new(base: &BaseUrl, timeout: Duration, workers: u16) -> Origin {
-        let keeping = |idle: u16| {
+    pub fn new(base: &BaseUrl, timeout: Duration, workers: usize) -> Origin {
+        let keeping = |idle: usize| {
             let config = Agent::config_builder()
                 .http_status_as_error(false)
                 .accept_encoding("identity")
                 .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-                .timeout_connect(Some(timeout.min(CONNECT)))
+                .timeout_connect(Some(timeout.min(Duration::from_secs(10))))
                 .timeout_recv_response(Some(timeout))
                 .timeout_per_read(Some(timeout))
                 .timeout_per_write(Some(timeout))
-                .max_idle_connections(idle.into())
-                .max_idle_connections_per_host(idle.into());
+                .max_idle_connections(idle)
+                .max_idle_connections_per_host(idle);
             Agent::new_with_config(config.build())
         };
         Origin { agent: keeping(workers), fresh: keeping(0), base: base.clone() }
@@ -159,7 +113,7 @@ impl Origin {
 
     /// Asks for a path. A body of unknown length is spooled. A path that leads out of the base URL
     /// is not asked for, and not there.
-    pub fn find(&self, path: &[u8], spool: &Spooler<'_>) -> Result<Found, Miss> {
+    pub fn find(&self, path: &[u8], client: &Client, spool_limit: u64) -> Result<Found, Miss> {
         if leads_elsewhere(path) {
             return Err(Miss::NotFound);
         }
@@ -168,9 +122,16 @@ impl Origin {
             Miss::Failed
         };
         let url = format!("{}{}", self.base.url, encode(path));
-        let response = blocking(|| match self.ask(&self.agent, &url) {
+        let ask = |agent: &Agent| {
+            let request = agent.get(&url);
+            match &self.base.authorization {
+                Some(authorization) => request.header(AUTHORIZATION, authorization).call(),
+                None => request.call(),
+            }
+        };
+        let response = blocking(|| match ask(&self.agent) {
             // Perhaps it closed an idle connection just when we took that up again.
-            Err(ureq::Error::Io(_)) => self.ask(&self.fresh, &url),
+            Err(ureq::Error::Io(_)) => ask(&self.fresh),
             response => response,
         });
         let response = response.map_err(|error| fail(&error))?;
@@ -184,22 +145,10 @@ impl Origin {
         }
         let body = response.into_body();
         let len = body.content_length();
-        let body = Lending(body.into_reader());
         match len {
-            Some(len) => Ok(Found { len, body: Body::Stream(Box::new(body)) }),
-            None => spool.fill(body).map_err(|error| match error {
-                Unspooled::ClientLeft => Miss::ClientLeft,
-                error => fail(&error),
-            }),
+            Some(len) => Ok(Found { len, body: Body::Stream(Box::new(body.into_reader())) }),
+            None => client.spool(body.into_reader(), spool_limit, fail),
         }
-    }
-
-    fn ask(&self, agent: &Agent, url: &str) -> Result<Response<ResponseBody>, ureq::Error> {
-        let mut request = agent.get(url);
-        if let Some(authorization) = &self.base.authorization {
-            request = request.header(AUTHORIZATION, authorization);
-        }
-        request.call()
     }
 }
 
@@ -208,15 +157,13 @@ fn foreign_encoding(headers: &HeaderMap) -> Option<String> {
     // The client undoes chunks, and nothing else.
     let harmless = [(CONTENT_ENCODING, "identity"), (TRANSFER_ENCODING, "chunked")];
     harmless.into_iter().find_map(|(name, harmless)| {
-        headers.get_all(&name).into_iter().find_map(|value| {
-            let value = value.as_bytes();
-            let mut encodings = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
-            let harmless = harmless.as_bytes();
-            let is_harmless =
-                |coding: &[u8]| coding.is_empty() || coding.eq_ignore_ascii_case(harmless);
-            let foreign = !encodings.all(is_harmless);
-            foreign.then(|| format!("{name}: {}", value.escape_ascii()))
-        })
+        let is_foreign =
+            |coding: &[u8]| !coding.is_empty() && !coding.eq_ignore_ascii_case(harmless.as_bytes());
+        let mut values = headers.get_all(&name).into_iter().map(HeaderValue::as_bytes);
+        let foreign = values.find(|value| {
+            value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).any(is_foreign)
+        })?;
+        Some(format!("{name}: {}", foreign.escape_ascii()))
     })
 }
 
@@ -231,48 +178,32 @@ fn leads_elsewhere(path: &[u8]) -> bool {
 
 /// Undoes escapes, once. What is no escape stays as it is.
 fn decode(text: &[u8]) -> Vec<u8> {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let [first, others @ ..] = rest {
-        let (byte, after) = match escaped(rest) {
-            Some(byte) => (byte, &rest[3..]),
-            None => (*first, others),
-        };
-        decoded.push(byte);
-        rest = after;
-    }
-    decoded
+    percent_decode(text).collect()
 }
 
-/// The byte that an escape at the beginning of `text` stands for.
-fn escaped(text: &[u8]) -> Option<u8> {
-    let [b'%', high, low, ..] = text else { return None };
-    let digit = |byte: &u8| char::from(*byte).to_digit(16);
-    u8::try_from(digit(high)? << 4 | digit(low)?).ok()
+/// Whether what follows a percent sign makes it an escape.
+fn is_escaped(after: &[u8]) -> bool {
+    matches!(after, [high, low, ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit())
 }
 
-/// Escapes what a URL's path cannot hold, and what would end it.
+/// Escapes what a URL's path cannot hold, and what would end it. Escapes stay as they are.
 fn encode(path: &[u8]) -> String {
-    let mut encoded = String::with_capacity(path.len());
-    for (at, byte) in path.iter().enumerate() {
-        let legal = match byte {
-            b'%' => escaped(&path[at..]).is_some(),
-            byte => byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(byte),
-        };
-        if legal {
-            encoded.push(char::from(*byte));
-        } else {
-            encoded.push_str(&format!("%{byte:02X}"));
-        }
+    let mut parts = path.split(|byte| *byte == b'%');
+    let mut encoded = percent_encode(parts.next().unwrap_or_default(), &ESCAPED).to_string();
+    for part in parts {
+        encoded += if is_escaped(part) { "%" } else { "%25" };
+        encoded.extend(percent_encode(part, &ESCAPED));
     }
     encoded
 }
 
-/// Lends this worker's place while the origin is slow.
-struct Lending<R>(R);
-
-impl<R: Read> Read for Lending<R> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        blocking(|| self.0.read(into))
+/// All that does not stand for itself in a URL's path.
+const ESCAPED: AsciiSet = {
+    let legal = b"/-._~!$&'()*+,;=:@";
+    let (mut escaped, mut at) = (NON_ALPHANUMERIC.remove(b'/'), 0);
+    while at < legal.len() {
+        escaped = escaped.remove(legal[at]);
+        at += 1;
     }
-}
+    escaped
+};

@@ -1,19 +1,18 @@
 //! From a client's request to its reply: the cache, the origin, and what is counted.
 
+use std::fmt;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use shmferry::Error;
 use shmferry::error::Awaited;
 use shmferry::protocol::Spool;
+use shmferry::{Error, Refusal, Size};
 use shmferry_examples::getfile::{Dialect, Reply};
-use shmferry_examples::program::Counter;
 use tracing::{debug, warn};
 
-use super::cache::Cache;
-use super::client::{Client, Found};
+use super::client::{Body, Client, Found};
 use super::origin::Origin;
-use super::spool::Spooler;
 use super::waiting::Waiting;
 
 /// Why there is nothing to send.
@@ -27,47 +26,33 @@ pub enum Miss {
     ClientLeft,
 }
 
-/// Answers clients, and counts how it went.
+/// Answers clients: from the cache first, then from the origin, where they are.
 pub struct Proxy {
-    cache: Option<Cache>,
-    origin: Option<Origin>,
-    dialect: Dialect,
-    timeout: Duration,
+    pub cache: Option<shmferry::Client>,
+    pub origin: Option<Origin>,
+    pub dialect: Dialect,
+    pub timeout: Duration,
     /// The longest body of unknown length, in bytes.
-    spool_limit: u64,
+    pub spool_limit: u64,
     /// Where bodies of slow clients are set aside.
-    aside: Spool,
-    waiting: Waiting,
-    tally: Tally,
+    pub aside: Spool,
+    pub waiting: Waiting,
+    pub tally: Tally,
 }
 
 /// How it went so far.
 #[derive(Default)]
-struct Tally {
-    requests: Counter,
-    hits: Counter,
-    misses: Counter,
-    from_origin: Counter,
-    invalid: Counter,
-    errors: Counter,
-    bytes: Counter,
+pub struct Tally {
+    requests: AtomicU64,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    from_origin: AtomicU64,
+    invalid: AtomicU64,
+    errors: AtomicU64,
+    bytes: AtomicU64,
 }
 
 impl Proxy {
-    /// Answers from the cache first, then from the origin, where they are. Bodies of unknown length
-    /// may have up to `spool_limit` bytes.
-    pub fn new(
-        cache: Option<Cache>,
-        origin: Option<Origin>,
-        dialect: Dialect,
-        timeout: Duration,
-        spool_limit: u64,
-    ) -> Proxy {
-        let (aside, waiting) = (Spool::new(spool_limit), Waiting::new());
-        let tally = Tally::default();
-        Proxy { cache, origin, dialect, timeout, spool_limit, aside, waiting, tally }
-    }
-
     /// Serves one client, from its request to its end. A client that leaves is nobody's error.
     pub fn serve(&self, stream: TcpStream) {
         let client = Client::new(stream, self.dialect, self.timeout);
@@ -75,15 +60,15 @@ impl Proxy {
             Ok(path) => path,
             Err(error) => return debug!("a client left before it asked: {error}"),
         };
-        self.tally.requests.add(1);
+        self.tally.requests.fetch_add(1, Relaxed);
         let Some(path) = path else {
-            self.tally.invalid.add(1);
+            self.tally.invalid.fetch_add(1, Relaxed);
             return refuse(client, Reply::Invalid);
         };
         match self.find(&path, &client) {
             Ok(found) => match client.send(found, &self.aside) {
                 Ok(len) => {
-                    self.tally.bytes.add(len);
+                    self.tally.bytes.fetch_add(len, Relaxed);
                     client.close(false);
                 }
                 Err(error @ (Error::Sink(_) | Error::Timeout(Awaited::Sink))) => {
@@ -91,13 +76,13 @@ impl Proxy {
                 }
                 // The header is out: the connection ends short, with nothing made up.
                 Err(error) => {
-                    self.tally.errors.add(1);
+                    self.tally.errors.fetch_add(1, Relaxed);
                     warn!("{} broke off: {error}", path.escape_ascii());
                 }
             },
             Err(Miss::NotFound) => refuse(client, Reply::FileNotFound),
             Err(Miss::Failed) => {
-                self.tally.errors.add(1);
+                self.tally.errors.fetch_add(1, Relaxed);
                 refuse(client, Reply::Error);
             }
             Err(Miss::ClientLeft) => debug!("a client left {}", path.escape_ascii()),
@@ -105,35 +90,61 @@ impl Proxy {
     }
 
     fn find(&self, path: &[u8], client: &Client) -> Result<Found, Miss> {
-        let spool = Spooler { limit: self.spool_limit, client };
         let mut found = Err(Miss::NotFound);
         if let Some(cache) = &self.cache {
-            found = cache.find(path, &spool);
-            match found {
-                Ok(_) => self.tally.hits.add(1),
-                Err(Miss::NotFound) => self.tally.misses.add(1),
-                Err(Miss::Failed | Miss::ClientLeft) => {}
-            }
+            found = self.ask(cache, path, client);
+            let count = match found {
+                Ok(_) => Some(&self.tally.hits),
+                Err(Miss::NotFound) => Some(&self.tally.misses),
+                Err(Miss::Failed | Miss::ClientLeft) => None,
+            };
+            count.map(|count| count.fetch_add(1, Relaxed));
         }
-        match (&self.origin, found) {
-            (Some(origin), Err(Miss::NotFound | Miss::Failed)) => {
-                origin.find(path, &spool).inspect(|_| self.tally.from_origin.add(1))
+        if let (Some(origin), Err(Miss::NotFound | Miss::Failed)) = (&self.origin, &found) {
+            found = origin.find(path, client, self.spool_limit);
+            self.tally.from_origin.fetch_add(found.is_ok().into(), Relaxed);
+        }
+        found
+    }
+
+    /// Asks the cache. A stream is spooled.
+    fn ask(&self, cache: &shmferry::Client, path: &[u8], client: &Client) -> Result<Found, Miss> {
+        let fail = |error: &dyn fmt::Display, hint: &str| {
+            let path = path.escape_ascii();
+            if self.origin.is_some() {
+                debug!("the cache failed for {path}: {error}"); // there is somebody else to ask
+            } else {
+                warn!("the cache failed for {path}: {error}{hint}");
             }
-            (_, found) => found,
+            Miss::Failed
+        };
+        match cache.get(path) {
+            Ok(body) => match body.size() {
+                Size::Known(len) => Ok(Found { len, body: Body::Segment(Box::new(body)) }),
+                Size::Unknown => client.spool(body, self.spool_limit, |error| fail(error, "")),
+            },
+            Err(Error::Refused(Refusal::NotFound | Refusal::Invalid)) => Err(Miss::NotFound),
+            Err(Error::Refused(_)) => Err(Miss::Failed),
+            Err(error @ Error::Timeout(Awaited::Lease)) => Err(fail(&error, HINT)),
+            Err(error) => Err(fail(&error, "")),
         }
     }
 
     /// How it went, in one line.
     pub fn summary(&self) -> String {
         let Tally { requests, hits, misses, from_origin, invalid, errors, bytes } = &self.tally;
-        let retired = self.cache.as_ref().map_or(0, Cache::retired);
+        let retired = self.cache.as_ref().map_or(0, |cache| cache.stats().retired);
         format!(
-            "requests={requests} hits={hits} misses={misses} from_origin={from_origin} invalid={invalid} \
-             errors={errors} bytes={bytes} retired={retired} set_aside={}",
+            "requests={requests:?} hits={hits:?} misses={misses:?} from_origin={from_origin:?} \
+             invalid={invalid:?} errors={errors:?} bytes={bytes:?} retired={retired} set_aside={}",
             self.aside.bodies(),
         )
     }
 }
+
+/// What the user can do when there is no segment to be had.
+const HINT: &str = ": slow clients hold all of them, and their bodies do not fit into \
+                    --spool-limit, or its disk (more segments: -n)";
 
 fn refuse(client: Client, reply: Reply) {
     match client.reply(reply) {

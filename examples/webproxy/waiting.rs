@@ -1,11 +1,12 @@
 //! The connections that are slow to ask: the oldest are cut when they are too many.
 //!
-//! Each of them takes a descriptor, and a thread of the crew that waits for it; there are only so
+//! Each of them takes a descriptor, and a thread of the pool that waits for it; there are only so
 //! many of both. Without a limit, silent connections keep a client that asks from being heard until
 //! they time out.
 
 use std::collections::BTreeMap;
 use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,56 +22,44 @@ pub const GRACE: Duration = Duration::from_millis(250);
 pub struct Waiting {
     /// The most of them.
     limit: usize,
-    inner: Mutex<Inner>,
+    streams: Mutex<BTreeMap<Key, Arc<TcpStream>>>,
 }
 
-#[derive(Default)]
-struct Inner {
-    /// Of the next connection. They grow: the smallest is the oldest.
-    number: u64,
-    /// Those that have said nothing.
-    silent: BTreeMap<u64, Arc<TcpStream>>,
-    /// Those that have begun a request.
-    begun: BTreeMap<u64, Arc<TcpStream>>,
-}
+/// Whether it has begun its request, and a number that grows: the smallest is the oldest.
+type Key = (bool, u64);
 
 impl Waiting {
-    /// Allows for half of the crew's threads, and half of the descriptors where those are fewer:
+    /// Allows for half of the pool's threads, and half of the descriptors where those are fewer:
     /// the other half is for replies.
     pub fn new() -> Waiting {
         let allowed = getrlimit(Resource::Nofile).current.map(usize::try_from);
         let descriptors = allowed.and_then(Result::ok).unwrap_or(usize::MAX);
-        Waiting { limit: WorkerPool::THREAD_LIMIT.min(descriptors) / 2, inner: Mutex::default() }
+        Waiting { limit: WorkerPool::THREAD_LIMIT.min(descriptors) / 2, streams: Mutex::default() }
     }
 
     /// Counts a connection until what is returned is dropped. Cuts an older one if they are too
     /// many.
     pub fn enter(&self, stream: &Arc<TcpStream>, has_begun: bool) -> Entry<'_> {
-        let mut inner = self.lock();
-        let number = inner.number;
-        inner.number += 1;
-        let group = if has_begun { &mut inner.begun } else { &mut inner.silent };
-        group.insert(number, Arc::clone(stream));
-        if inner.silent.len() + inner.begun.len() > self.limit {
-            inner.cut_one();
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let mut streams = self.lock();
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        streams.insert((has_begun, number), Arc::clone(stream));
+        if streams.len() > self.limit {
+            // Of the larger group: silent ones alone cut none that has begun.
+            let begun = streams.range((true, 0)..).count();
+            let oldest =
+                streams.range((begun * 2 > streams.len(), 0)..).next().map(|(key, _)| *key);
+            if let Some(stream) = oldest.and_then(|key| streams.remove(&key)) {
+                debug!("cutting a client that has not finished its request, to make room");
+                // Its thread reads what has arrived, and then an end. Fails only if it has left.
+                let _ = stream.shutdown(Shutdown::Read);
+            }
         }
         Entry { waiting: self, number }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Inner {
-    /// Cuts the oldest of the larger group: silent ones alone cut none that has begun.
-    fn cut_one(&mut self) {
-        let most_are_silent = self.silent.len() >= self.begun.len();
-        let group = if most_are_silent { &mut self.silent } else { &mut self.begun };
-        let Some((_, stream)) = group.pop_first() else { return };
-        debug!("cutting a client that has not finished its request, to make room");
-        // Its thread reads what has arrived, and then an end. Fails only if the client has left.
-        let _ = stream.shutdown(Shutdown::Read);
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<TcpStream>>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -83,17 +72,17 @@ pub struct Entry<'a> {
 impl Entry<'_> {
     /// It has begun its request.
     pub fn has_begun(&self) {
-        let mut inner = self.waiting.lock();
-        if let Some(stream) = inner.silent.remove(&self.number) {
-            inner.begun.insert(self.number, stream);
+        let mut streams = self.waiting.lock();
+        if let Some(stream) = streams.remove(&(false, self.number)) {
+            streams.insert((true, self.number), stream);
         }
     }
 }
 
 impl Drop for Entry<'_> {
     fn drop(&mut self) {
-        let mut inner = self.waiting.lock();
-        inner.silent.remove(&self.number);
-        inner.begun.remove(&self.number);
+        let mut streams = self.waiting.lock();
+        streams.remove(&(false, self.number));
+        streams.remove(&(true, self.number));
     }
 }

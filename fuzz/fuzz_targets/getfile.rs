@@ -1,7 +1,7 @@
 //! Any bytes as a GETFILE request, and as a reply in both dialects.
 #![no_main]
 
-use shmferry_examples::getfile::{
+use shmferry_tools::getfile::{
     Dialect, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, ParsedReply, ParsedRequest, encode_reply, encode_request,
     parse_reply, parse_request,
 };

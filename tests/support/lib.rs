@@ -432,7 +432,7 @@ impl Program {
 
     // ------------------------------------------------------------ /proc
 
-    /// How many threads there are of this name; crews are named `proxy` and `cache`.
+    /// How many threads there are of this name; workers are named `proxy` and `shmferry-worker`.
     pub fn threads_named(&self, name: &str) -> usize {
         self.tasks("comm").iter().filter(|comm| comm.trim_end() == name).count()
     }

@@ -9,9 +9,8 @@ use shmferry::channel::{Named, PosixMq, Requester, Seqpacket};
 use shmferry::error::Awaited;
 use shmferry::protocol::Reply;
 use shmferry::segment::{Backing, Memfd, SegmentPool};
-use shmferry::{Deadline, Error, Refusal, Result, Size};
+use shmferry::{Address, Deadline, Error, Refusal, Result, Size};
 
-use super::address::Address;
 use super::chance::Dice;
 use super::files::{FileId, Files};
 
@@ -153,6 +152,7 @@ fn open(address: &Address) -> Result<Box<dyn Way>> {
             let queue = PosixMq::new(name)?.requester(&pool);
             Box::new((pool, queue))
         }
+        other => unreachable!("no pool is asked for {other}"),
     })
 }
 

@@ -35,7 +35,7 @@ use crowd::Stage;
 use fault::{Fault, Spared};
 use files::Files;
 use record::Group;
-use shmferry_examples::{address, getfile};
+use shmferry_tools::getfile;
 use theatre::{LATE, ROLES, Role, Theatre};
 use users::Users;
 

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::address::Address;
+use shmferry::Address;
+
 use super::asker::{Asked, Asker, Outcome};
 use super::files::Files;
 use super::gate::Gate;

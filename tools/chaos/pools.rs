@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::address::Address;
+use shmferry::Address;
+
 use super::asker::{self, Asked, Asker, LONG, Outcome};
 use super::crowd::Stage;
 use super::member::{self, GO, HELD, HOLD, RUSH, Told, WALK};

@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{self, Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-use super::{Result, TIMEOUT, signals};
+use super::{Result, TIMEOUT, signals_that_end};
 
 /// How soon a signal is noticed.
 pub const GLANCE: Duration = Duration::from_millis(20);
@@ -28,7 +28,7 @@ impl Interrupt {
     /// From now on such signals are noted, and end nothing by themselves.
     pub fn install() -> io::Result<Interrupt> {
         let noted = Arc::new(AtomicUsize::new(0));
-        for signal in signals::that_end()? {
+        for signal in signals_that_end()? {
             signal_hook::flag::register_usize(signal, Arc::clone(&noted), signal as usize)?;
         }
         Ok(Interrupt(noted))

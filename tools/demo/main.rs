@@ -19,7 +19,7 @@ use child::{Child, Interrupt};
 use clap::{Parser, Subcommand};
 use running::Running;
 use samples::Sample;
-use shmferry_examples::signals;
+use shmferry_examples::program::signals_that_end;
 
 /// Start simplecached and webproxy, fetch files through them, and check every byte.
 #[derive(Parser)]

@@ -23,7 +23,7 @@ use rustix::{
 use signal_hook::{iterator::Signals, low_level::emulate_default_handler};
 use tempfile::{NamedTempFile, TempPath};
 
-use crate::{Client, Connection, Failure, complain, protocol::check_path, signals};
+use crate::{Client, Connection, Failure, complain, protocol::check_path, signals_that_end};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -249,7 +249,7 @@ fn lock_temporary() -> MutexGuard<'static, Option<TempPath>> {
 }
 
 fn remove_unfinished_on_signals() -> io::Result<()> {
-    let mut signals = Signals::new(signals::that_end()?)?;
+    let mut signals = Signals::new(signals_that_end()?)?;
     thread::Builder::new().spawn(move || {
         for signal in signals.forever() {
             let mut temporary = lock_temporary(); // and keep it: no other may be made any more

@@ -14,8 +14,9 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
-use protocol::{Dialect, Malformed, ParsedReply, Reply};
-use shmferry_examples::{getfile as protocol, signals};
+use protocol::{Dialect, Malformed, MalformedReply, ParsedReply, Reply};
+use shmferry_examples::program::signals_that_end;
+use shmferry_tools::getfile as protocol;
 
 /// Download files from a GETFILE server, or measure one.
 #[derive(Parser)]
@@ -210,7 +211,7 @@ enum Failure {
     #[error("{}", refusal(*.0))]
     Refused(Reply),
     #[error("bad reply for the {0} dialect: {1}")]
-    BadReply(Dialect, Malformed),
+    BadReply(Dialect, MalformedReply),
     #[error("bad reply: the connection closed {0} bytes into the header")]
     NoReply(usize),
     #[error("the server announced {announced} bytes and sent {received}")]

@@ -9,7 +9,7 @@ use std::thread;
 
 use rustix::fs::FileType;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
-use shmferry_examples::signals;
+use shmferry_examples::program::signals_that_end;
 use shmferry_test_support::{names_in, path_of, wait_until};
 use tempfile::TempDir;
 
@@ -43,7 +43,7 @@ enum To {
 #[test]
 fn an_interrupted_demo_ends_its_programs_and_removes_its_files() {
     let all = [(Signal::INT, To::Group), (Signal::TERM, To::Demo), (Signal::HUP, To::Demo)];
-    let heeded = signals::that_end().unwrap();
+    let heeded = signals_that_end().unwrap();
     for stage in STAGES {
         for (signal, to) in all {
             if !heeded.contains(&signal.as_raw()) {

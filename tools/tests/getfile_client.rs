@@ -18,7 +18,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
-use shmferry_examples::signals;
+use shmferry_examples::program::signals_that_end;
 use tempfile::TempDir;
 
 /// What nothing here may take, however busy the machine.
@@ -406,7 +406,7 @@ fn errors_name_the_file_that_was_asked_for_only() {
 
 #[test]
 fn a_signal_leaves_nothing_behind() {
-    let heeded = signals::that_end().unwrap();
+    let heeded = signals_that_end().unwrap();
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         if !heeded.contains(&signal.as_raw()) {
             println!("left out: {signal:?}, which is ignored in this process and its children");

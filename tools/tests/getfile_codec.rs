@@ -1,8 +1,9 @@
 //! The GETFILE codec: every malformed header, every split, every limit, in both dialects.
 
-use shmferry_examples::getfile::{
-    Dialect, MAX_PATH_LEN, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, Malformed, ParsedReply,
-    ParsedRequest, Reply, check_path, encode_reply, encode_request, parse_reply, parse_request,
+use shmferry_tools::getfile::{
+    Dialect, MAX_PATH_LEN, MAX_REPLY_HEADER_LEN, MAX_REQUEST_LEN, Malformed, MalformedReply,
+    ParsedReply, ParsedRequest, Reply, check_path, encode_reply, encode_request, parse_reply,
+    parse_request,
 };
 
 const DIALECTS: [Dialect; 2] = [Dialect::Spec, Dialect::Classic];
@@ -219,19 +220,19 @@ fn replies_are_also_taken_as_other_servers_write_them() {
 
 #[test]
 fn a_malformed_reply_is_refused_at_its_first_wrong_byte() {
-    use Malformed::{Length, ReplyEnd, ReplyStart};
-    let both: [(&[u8], Malformed); 20] = [
-        (b"H", ReplyStart), // HTTP/1.1 200 OK
-        (b"g", ReplyStart),
-        (b"\n", ReplyStart),
-        (b"GETFILE  ", ReplyStart),
-        (b"GETFILE\r", ReplyStart),
-        (b"GETFILE o", ReplyStart),
-        (b"GETFILE OKA", ReplyStart),
-        (b"GETFILE OK\r", ReplyStart),
-        (b"GETFILE FILE-", ReplyStart),
-        (b"GETFILE ERRORS", ReplyStart),
-        (b"GETFILE G", ReplyStart),
+    use MalformedReply::{End, Length, Start};
+    let both: [(&[u8], MalformedReply); 20] = [
+        (b"H", Start), // HTTP/1.1 200 OK
+        (b"g", Start),
+        (b"\n", Start),
+        (b"GETFILE  ", Start),
+        (b"GETFILE\r", Start),
+        (b"GETFILE o", Start),
+        (b"GETFILE OKA", Start),
+        (b"GETFILE OK\r", Start),
+        (b"GETFILE FILE-", Start),
+        (b"GETFILE ERRORS", Start),
+        (b"GETFILE G", Start),
         (b"GETFILE OK  ", Length),
         (b"GETFILE OK \r", Length),
         (b"GETFILE OK -", Length),
@@ -240,31 +241,31 @@ fn a_malformed_reply_is_refused_at_its_first_wrong_byte() {
         (b"GETFILE OK 18446744073709551616", Length), // 2^64
         (b"GETFILE OK 99999999999999999999", Length),
         (b"GETFILE OK 000000000000000000000", Length), // the 21st digit
-        (b"GETFILE OK 12.", ReplyEnd),
+        (b"GETFILE OK 12.", End),
     ];
-    let spec: [(&[u8], Malformed); 14] = [
-        (b"GETFILE OK 12 x", ReplyEnd), // classic
-        (b"GETFILE OK 12  ", ReplyEnd), // one space at most
-        (b"GETFILE OK 12\n", ReplyEnd),
-        (b"GETFILE OK 12\r\n\n", ReplyEnd),
-        (b"GETFILE OK 0x", ReplyEnd),
-        (b"GETFILE FILE_NOT_FOUND 0\n", ReplyEnd), // classic
-        (b"GETFILE ERROR 0\n", ReplyEnd),
-        (b"GETFILE FILE_NOT_FOUND 1", ReplyEnd), // there is no body
-        (b"GETFILE FILE_NOT_FOUND 00", ReplyEnd),
-        (b"GETFILE ERROR  ", ReplyEnd),
-        (b"GETFILE INVALID 0  ", ReplyEnd),
-        (b"GETFILE INVALID\n", ReplyStart),
-        (b"GETFILE ERROR0", ReplyStart),
-        (b"GETFILE FILE_NOT_FOUND\r\r", ReplyEnd),
+    let spec: [(&[u8], MalformedReply); 14] = [
+        (b"GETFILE OK 12 x", End), // classic
+        (b"GETFILE OK 12  ", End), // one space at most
+        (b"GETFILE OK 12\n", End),
+        (b"GETFILE OK 12\r\n\n", End),
+        (b"GETFILE OK 0x", End),
+        (b"GETFILE FILE_NOT_FOUND 0\n", End), // classic
+        (b"GETFILE ERROR 0\n", End),
+        (b"GETFILE FILE_NOT_FOUND 1", End), // there is no body
+        (b"GETFILE FILE_NOT_FOUND 00", End),
+        (b"GETFILE ERROR  ", End),
+        (b"GETFILE INVALID 0  ", End),
+        (b"GETFILE INVALID\n", Start),
+        (b"GETFILE ERROR0", Start),
+        (b"GETFILE FILE_NOT_FOUND\r\r", End),
     ];
-    let classic: [(&[u8], Malformed); 6] = [
-        (b"GETFILE OK 12\r", ReplyEnd), // spec
-        (b"GETFILE OK 12\n", ReplyEnd),
-        (b"GETFILE FILE_NOT_FOUND\r", ReplyStart), // spec
-        (b"GETFILE ERROR\r", ReplyStart),
-        (b"GETFILE ERROR 0 ", ReplyStart),
-        (b"GETFILE I", ReplyStart), // INVALID
+    let classic: [(&[u8], MalformedReply); 6] = [
+        (b"GETFILE OK 12\r", End), // spec
+        (b"GETFILE OK 12\n", End),
+        (b"GETFILE FILE_NOT_FOUND\r", Start), // spec
+        (b"GETFILE ERROR\r", Start),
+        (b"GETFILE ERROR 0 ", Start),
+        (b"GETFILE I", Start), // INVALID
     ];
     let cases = both.iter().flat_map(|case| DIALECTS.map(|dialect| (dialect, case)));
     let cases = cases.chain(spec.iter().map(|case| (Dialect::Spec, case)));
