@@ -8,9 +8,9 @@ fn main() -> shmferry::Result<()> {
     let (Some(address), Some(root)) = (args.next(), args.next()) else {
         panic!("usage: serve unix:PATH DIRECTORY");
     };
-    let root = Directory::open(root)?;
+    let files = Directory::open(root)?;
     let server =
-        Server::bind(address)?.serve(8, move |request| match root.file(request.key())? {
+        Server::bind(address)?.serve(8, move |request| match files.file(request.key())? {
             Some(file) => request.send_file(&file),
             None => request.refuse(Refusal::NotFound),
         })?;
