@@ -17,8 +17,9 @@ use super::{socket, socket_address};
 /// Connections that wait to be accepted, as the system caps it.
 const BACKLOG: i32 = 1024;
 
-/// Stands in the lock file, after the pid, if its server made the directory.
-const MADE_DIR: &str = "made its directory\n";
+/// The mode of a directory that a server has made: for this user alone, and sticky, by which its
+/// successors know that it goes with the last of them, whatever became of the first.
+const MADE_DIR: u32 = 0o1700;
 
 /// A path that this process serves at. Dropping it removes all that it put there.
 pub(super) struct Address {
@@ -48,15 +49,12 @@ impl Address {
         if matches!(&locked, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound)
         {
             // A predecessor that ended just now has taken its directory along.
+            drop(made_dir);
             made_dir = make_parent(path)?;
             locked = LockFile::take(&lock_path, path.display());
         }
-        let (mut lock, predecessor) = locked?;
-        // A killed server's directory is ours to remove in its place.
-        if predecessor.ends_with(MADE_DIR) {
-            made_dir = path.parent().map(Path::to_owned).map(MadeDir::new);
-        }
-        lock.sign(if made_dir.is_some() { MADE_DIR } else { "" })?;
+        let (mut lock, _) = locked?;
+        lock.sign("")?;
         let (path_buf, origin) = (path.to_owned(), Origin::here());
         let mut address =
             Address { path: path_buf, bound: false, origin, _lock: lock, _made_dir: made_dir };
@@ -113,14 +111,21 @@ pub(super) fn check_private(dir: &Path) -> Result<()> {
     }
 }
 
-/// Makes the directory of `path`, if it is missing; says which it made.
+/// Makes the directory of `path`, if it is missing; says which is to go with this server: one that
+/// this one or an earlier one has made.
 fn make_parent(path: &Path) -> Result<Option<MadeDir>> {
     let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else {
         return Ok(None);
     };
-    match DirBuilder::new().mode(0o700).create(dir) {
+    match DirBuilder::new().mode(MADE_DIR).create(dir) {
         Ok(()) => Ok(Some(MadeDir::new(dir.to_owned()))),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let is_made = fs::symlink_metadata(dir).is_ok_and(|found| {
+                let mode = found.mode() & 0o7777;
+                found.is_dir() && found.uid() == getuid().as_raw() && mode == MADE_DIR
+            });
+            Ok(is_made.then(|| MadeDir::new(dir.to_owned())))
+        }
         Err(error) => Err(Error::os("making the socket's directory")(error)),
     }
 }

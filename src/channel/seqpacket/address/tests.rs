@@ -52,3 +52,38 @@ fn what_was_made_is_removed_and_nothing_else() {
     drop(address);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn a_directory_that_a_killed_server_made_goes_with_its_successor() {
+    let dir = tempfile::tempdir().unwrap();
+    let (made, own) = (dir.path().join("made"), dir.path().join("own"));
+    DirBuilder::new().mode(MADE_DIR).create(&made).unwrap(); // and was killed right then
+    DirBuilder::new().mode(0o700).create(&own).unwrap();
+    for dir in [&made, &own] {
+        drop(Address::listen(&dir.join("queue.sock")).unwrap());
+    }
+    assert!(!made.exists() && own.exists());
+}
+
+#[test]
+fn a_directory_goes_with_the_last_server_however_they_follow_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("made/queue.sock");
+    for _ in 0..300 {
+        let first = Address::listen(&path).unwrap();
+        let successor = std::thread::spawn({
+            let path = path.clone();
+            move || {
+                loop {
+                    match Address::listen(&path) {
+                        Err(Error::AddressInUse { .. }) => std::hint::spin_loop(),
+                        listening => return drop(listening.unwrap()),
+                    }
+                }
+            }
+        });
+        drop(first);
+        successor.join().unwrap();
+        assert!(!dir.path().join("made").exists());
+    }
+}
