@@ -56,7 +56,7 @@ impl Directory {
     /// out of it.
     ///
     /// Waits while another process gives its lease on the file back, as
-    /// [`blocking`](crate::workers::blocking) does.
+    /// [`blocking`] does.
     ///
     /// # Errors
     /// Those of the system other than that there is no such file: no right to read it, say.

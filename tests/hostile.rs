@@ -29,7 +29,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use shmferry::channel::{RequestQueue, Requester, Seqpacket};
-use shmferry::error::{Awaited, PeerFault, Rejection};
+use shmferry::error::{Awaited, Rejection};
 use shmferry::protocol::Reply;
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::workers::WorkerPool;
@@ -1602,9 +1602,13 @@ fn outcome(
     }
 }
 
+/// Whether it was told that the peer broke the protocol, and how.
+fn broke(outcome: &Result<Vec<u8>, Error>, how: &str) -> bool {
+    matches!(outcome, Err(Error::Peer(error)) if error.to_string().contains(how))
+}
+
 #[test]
 fn a_hostile_server_harms_nobody() {
-    use PeerFault::*;
     let _watchdog = watchdog();
     let (dir, path) = place();
     let other = dir.path().join("other.sock");
@@ -1629,23 +1633,17 @@ fn a_hostile_server_harms_nobody() {
     type Check = fn(&Result<Vec<u8>, Error>) -> bool;
     let deeds: [(&str, Check); 22] = [
         ("ring words", |r| matches!(r, Ok(bytes) if *bytes == pattern(10_000))),
-        ("chunk too long", |r| {
-            matches!(r, Err(Error::Peer(ChunkTooLong { len: 2049, limit: 2048 })))
-        }),
-        ("longest chunk", |r| matches!(r, Err(Error::Peer(ChunkTooLong { .. })))),
-        ("sum too long", |r| {
-            matches!(r, Err(Error::Peer(TooLong { announced: 2049, received: 2050 })))
-        }),
-        ("early end", |r| {
-            matches!(r, Err(Error::Peer(WrongEnd { announced: 10_000, received: 4096 })))
-        }),
-        ("no end", |r| matches!(r, Err(Error::Peer(WrongEnd { announced: 10, received: 10 })))),
-        ("empty chunks without end", |r| matches!(r, Err(Error::Peer(EmptyChunk)))),
+        ("chunk too long", |r| broke(r, "a chunk of 2049 bytes in a slot of 2048")),
+        ("longest chunk", |r| broke(r, "bytes in a slot of 2048")),
+        ("sum too long", |r| broke(r, "2050 bytes of an announced 2049")),
+        ("early end", |r| broke(r, "the end at 4096 bytes of an announced 10000")),
+        ("no end", |r| broke(r, "the end at 10 bytes of an announced 10")),
+        ("empty chunks without end", |r| broke(r, "an empty chunk")),
         ("bytes without end", |r| matches!(r, Ok(bytes) if bytes.len() == 1 << 20)),
-        ("unknown status", |r| matches!(r, Err(Error::Peer(UnknownStatus(77))))),
-        ("metadata too long", |r| matches!(r, Err(Error::Peer(MetadataTooLong { .. })))),
-        ("poison", |r| matches!(r, Err(Error::Peer(BaselessPoison)))),
-        ("poison and a withdrawal", |r| matches!(r, Err(Error::Peer(BaselessPoison)))),
+        ("unknown status", |r| broke(r, "unknown status 77")),
+        ("metadata too long", |r| broke(r, "metadata of")),
+        ("poison", |r| broke(r, "poisoned without a cause")),
+        ("poison and a withdrawal", |r| broke(r, "poisoned without a cause")),
         ("permits and poison", |r| matches!(r, Err(Error::Aborted))),
         ("silence", |r| matches!(r, Err(Error::Timeout(Awaited::Reply)))),
         ("impossible turn", |r| matches!(r, Err(Error::Timeout(Awaited::Reply)))),
@@ -1686,8 +1684,8 @@ fn a_hostile_server_harms_nobody() {
     for _ in 0..20 {
         let leased = pool.lease(soon()).unwrap();
         assert!(get("turns of idle segments").unwrap().is_empty());
-        let error = leased.request("honest").map(drop).unwrap_err();
-        assert!(matches!(error, Error::Peer(ImpossibleTurn(_))), "{error:?}");
+        let refused = leased.request("honest").map(|_| Vec::new());
+        assert!(broke(&refused, "an impossible phase"), "{refused:?}");
         assert!(get("honest").unwrap() == pattern(10_000));
     }
     whole();

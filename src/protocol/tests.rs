@@ -79,7 +79,7 @@ impl Stage {
         assert_eq!(self.pool.stats().retired, 1, "a sender that is not off keeps the old segment");
         assert_ne!(lease.segment().id(), self.segment.id());
         match result {
-            Error::Peer(fault) => fault,
+            Error::Peer(error) => error.0,
             other => panic!("{other:?}"),
         }
     }
@@ -162,7 +162,10 @@ fn poison_without_a_cause() {
     let Stage { transfer, segment, _request, .. } = stage();
     segment.header().filled.poison();
     let error = transfer.reply(soon()).map(drop).unwrap_err();
-    assert!(matches!(error, Error::Peer(PeerFault::BaselessPoison)), "{error}");
+    assert!(
+        matches!(error, Error::Peer(crate::error::ProtocolError(PeerFault::BaselessPoison))),
+        "{error}"
+    );
 }
 
 #[test]
@@ -289,14 +292,23 @@ fn a_receiver_that_poisons_or_flips_phases_is_caught_by_the_sender() {
     let mut sending = sender.accept(1000).unwrap();
     only(&pool).header().free.poison();
     let error = sending.next_slot(soon()).map(drop).unwrap_err();
-    assert!(matches!(error, Error::Peer(PeerFault::BaselessPoison)), "{error}");
+    assert!(
+        matches!(error, Error::Peer(crate::error::ProtocolError(PeerFault::BaselessPoison))),
+        "{error}"
+    );
     drop((sending, _transfer));
 
     let (sender, _transfer) = request();
     let mut sending = sender.accept(1000).unwrap();
     only(&pool).header().turn.spoil(0xdead);
     let error = sending.next_slot(soon()).unwrap().send(b"a").unwrap_err();
-    assert!(matches!(error, Error::Peer(PeerFault::ImpossibleTurn(0xdead))), "{error}");
+    assert!(
+        matches!(
+            error,
+            Error::Peer(crate::error::ProtocolError(PeerFault::ImpossibleTurn(0xdead)))
+        ),
+        "{error}"
+    );
 }
 
 #[test]
@@ -305,7 +317,10 @@ fn a_receiver_that_leaves_no_slot_for_a_refusal_is_caught() {
     let (sender, _transfer) = asked(&pool);
     only(&pool).header().free.reset(0);
     let error = sender.refuse(Refusal::NotFound).unwrap_err();
-    assert!(matches!(error, Error::Peer(PeerFault::BaselessPoison)), "{error}");
+    assert!(
+        matches!(error, Error::Peer(crate::error::ProtocolError(PeerFault::BaselessPoison))),
+        "{error}"
+    );
 }
 
 #[test]
@@ -360,7 +375,7 @@ fn a_segment_spoilt_while_it_is_leased_is_replaced_and_not_lost() {
         lease.segment().header().turn.spoil(word);
         let error = lease.request("key").map(drop).unwrap_err();
         assert!(
-            matches!(error, Error::Peer(PeerFault::ImpossibleTurn(found)) if found == word),
+            matches!(error, Error::Peer(crate::error::ProtocolError(PeerFault::ImpossibleTurn(found))) if found == word),
             "{error}"
         );
         drop(pool.lease(soon()).expect("the pool keeps its capacity"));

@@ -16,7 +16,7 @@ fn create() -> Result<(Segment<ReadSlots>, Memfd)> {
 
 fn refusal(fd: impl AsFd, id: SegmentId, geometry: Geometry) -> LayoutMismatch {
     match attach(fd, id, geometry) {
-        Err(Error::Layout(mismatch)) => mismatch,
+        Err(Error::Layout(unusable)) => unusable.0,
         other => panic!("{other:?}"),
     }
 }

@@ -16,7 +16,7 @@ fn owned() -> (Ownership, SegmentId, Geometry) {
 
 fn refusal(owner: Owner, id: SegmentId, geometry: Geometry) -> LayoutMismatch {
     match attach(owner, id, geometry) {
-        Err(Error::Layout(mismatch)) => mismatch,
+        Err(Error::Layout(unusable)) => unusable.0,
         other => panic!("{other:?}"),
     }
 }
@@ -151,7 +151,9 @@ fn what_was_checked_is_what_is_mapped() {
                         rustix::io::pread(&fd, &mut seen, 4096).unwrap();
                         assert_ne!(&seen, b"for the owner", "round {round}: mapped another's");
                     }
-                    Err(Error::Layout(LayoutMismatch::Foreign(NOBODY))) => break,
+                    Err(Error::Layout(crate::error::UnusableSegment(LayoutMismatch::Foreign(
+                        NOBODY,
+                    )))) => break,
                     // Nothing stands there for a moment.
                     Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                     Err(error) => panic!("{error}"),

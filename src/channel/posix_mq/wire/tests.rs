@@ -19,7 +19,7 @@ fn message(key: &[u8]) -> Message<'_> {
 
 fn is_malformed(bytes: &[u8]) -> bool {
     let found = Message::decode(bytes);
-    matches!(found, Err(Error::Peer(PeerFault::MalformedMessage { len })) if len == bytes.len())
+    matches!(found, Err(Error::Peer(crate::error::ProtocolError(PeerFault::MalformedMessage { len }))) if len == bytes.len())
 }
 
 #[test]
