@@ -56,6 +56,9 @@ macro_rules! conforms {
             #[test] fn bytes_arrive() { super::bytes_arrive(super::$backend()) }
             #[test] fn streams_arrive() { super::streams_arrive(super::$backend()) }
             #[test] fn refusals_arrive() { super::refusals_arrive(super::$backend()) }
+            #[test] fn a_reply_that_is_late_can_be_waited_for_again() {
+                super::a_reply_that_is_late_can_be_waited_for_again(super::$backend())
+            }
             #[test] fn metadata_arrives() { super::metadata_arrives(super::$backend()) }
             #[test] fn keys_are_bytes_up_to_the_limit() { super::keys_are_bytes_up_to_the_limit(super::$backend()) }
             #[test] fn many_workers_serve_many_askers() { super::many_workers_serve_many_askers(super::$backend()) }
@@ -155,6 +158,18 @@ fn refusals_arrive<B: Backing>(ends: Ends<B>) {
         sender.join().unwrap();
     }
     assert_all_idle(&ends);
+}
+
+fn a_reply_that_is_late_can_be_waited_for_again<B: Backing>(ends: Ends<B>) {
+    let (request, mut asked) = ends.pool.lease(soon()).unwrap().request("late").unwrap();
+    ends.requester.send(request, soon()).unwrap();
+    for _ in 0..2 {
+        let error = asked.wait(shortly()).unwrap_err();
+        assert!(matches!(error, Error::Timeout(Awaited::Reply)), "{error:?}");
+    }
+    ends.queue.recv(soon()).unwrap().refuse(Refusal::Failed).unwrap();
+    (0..2).for_each(|_| asked.wait(soon()).unwrap());
+    assert!(matches!(asked.reply(soon()).unwrap(), Reply::Refused(Refusal::Failed)));
 }
 
 fn metadata_arrives<B: Backing>(ends: Ends<B>) {

@@ -31,9 +31,12 @@ pub struct Receiver {
 /// How many of them there are in this process.
 static RECEIVERS: AtomicUsize = AtomicUsize::new(0);
 
-/// A request is out, or about to go out; no reply has come yet.
+/// A request is out, or about to go out; no reply has been read yet.
 #[derive(Debug)]
-pub struct Offered(());
+pub struct Offered {
+    /// The reply is there: the permit that came with it.
+    permit: Option<Permit>,
+}
 
 /// What a sender answered.
 #[derive(Debug)]
@@ -64,13 +67,27 @@ impl ShmTransfer<Receiver, Offered> {
         let waiter = Waiter::among(&RECEIVERS);
         let side =
             Receiver { guard, generation, offer: Arc::clone(&offer), waiter, is_kept: false };
-        Ok((ShmTransfer { side, state: Offered(()) }, offer, generation))
+        Ok((ShmTransfer { side, state: Offered { permit: None } }, offer, generation))
+    }
+
+    /// Waits until [`reply`](Self::reply) has something to read, and consumes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] when nothing came in time, after which it may be called again; or those of
+    /// [`reply`](Self::reply).
+    pub fn wait(&mut self, deadline: Deadline) -> Result<()> {
+        self.side.check_origin()?;
+        if self.state.permit.is_none() {
+            self.state.permit = Some(self.side.await_filled(deadline, Awaited::Reply)?);
+        }
+        Ok(())
     }
 
     /// Waits for the sender's answer. A small file has arrived whole by then (rule P2).
     ///
     /// # Errors
-    /// [`Error::Timeout`] when none came in time, which withdraws the request;
+    /// [`Error::Timeout`] when none came in time, which withdraws the request: to go on waiting
+    /// instead, [`wait`](Self::wait) first;
     /// [`Error::Disconnected`] or [`Error::Rejected`] when the queue's connection broke;
     /// [`Error::Aborted`] when the sender gave up, and [`Error::Peer`] when it answered nonsense.
     pub fn reply(mut self, deadline: Deadline) -> Result<Reply> {
@@ -84,7 +101,10 @@ impl ShmTransfer<Receiver, Offered> {
     #[inline]
     pub(crate) fn read_reply(&mut self, deadline: Deadline) -> Result<Answer> {
         self.side.check_origin()?;
-        let permit = self.side.await_filled(deadline, Awaited::Reply)?;
+        let permit = match self.state.permit.take() {
+            Some(permit) => permit,
+            None => self.side.await_filled(deadline, Awaited::Reply)?,
+        };
         let announcement = &self.side.header().announcement;
         // Each word is read once, checked, and only then used (rule P3).
         let status = announcement.status.load(Relaxed);
