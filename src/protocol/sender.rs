@@ -162,6 +162,7 @@ impl Sender {
     }
 
     /// Takes the request up, with bytes to follow.
+    #[inline(always)]
     fn accept(&mut self, size: Size, metadata: &[u8]) -> Result<()> {
         if size == Size::Known(Size::UNKNOWN) {
             return Err(Misuse::SizeReserved.into());
@@ -170,7 +171,6 @@ impl Sender {
     }
 
     /// Takes the request up, and writes the announcement.
-    #[inline(always)]
     fn announce(&mut self, status: u32, size: u64, metadata: &[u8]) -> Result<()> {
         let (len, limit) = (metadata.len(), METADATA_LIMIT);
         if len > limit {
