@@ -1,9 +1,9 @@
 //! The transfer under loom: pool, receiver, sender and links as they ship, by `ci/loom.sh`.
 //!
-//! Real are the turn word, the semaphores, the announcement, the chunk words, the pool's way of
-//! getting a segment back, and the links' locks. Replaced are the mapping (`mapping_model.rs`), the
+//! Real are the turn word, the semaphores, the announcement, the chunk words, the return of
+//! segments to the pool, and the links' locks. Replaced are the mapping (`mapping_model.rs`), the
 //! futex (`sync/model.rs`), the queue (the test hands the request over), and the processor numbers,
-//! so that nobody spins. Both sides of a transfer have a link of their own, as two processes have.
+//! so that no side spins. Each side of a transfer has a link of its own, as in two processes.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -21,11 +21,11 @@ use crate::segment::{
 };
 use crate::sync::Deadline;
 
-/// Memory of this process, which loom watches.
+/// A backing of ordinary memory, whose accesses loom checks.
 struct Watched(Mapping);
 
 thread_local! {
-    /// Whether segments cannot be made. All of a model's threads are one thread outside it.
+    /// Whether the making of segments fails. All threads of a model run in one real thread.
     static NO_MEMORY: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -62,23 +62,23 @@ type Asked = ShmTransfer<Receiver, Offered>;
 type Asking = ShmTransfer<Sender, Starting>;
 
 std::thread_local! {
-    /// Sleepers look all the time whether their link is severed. Each model is run by one thread.
+    /// Whether sleepers check their link all the time. Each model runs in one real thread.
     static RECHECKS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// When a sleeper looks at its link again. loom knows no time: all the time, or never.
+/// When a sleeper checks its link again. loom has no clock: all the time, or never.
 pub(super) fn recheck() -> Deadline {
     if RECHECKS.get() { Deadline::after(Duration::ZERO) } else { Deadline::NEVER }
 }
 
-/// As [`model`], with sleepers that look all the time.
+/// As [`model`], with sleepers that check their link all the time.
 fn model_with_glances(body: impl Fn() + Sync + Send + 'static) {
     RECHECKS.set(true);
     model(body);
     RECHECKS.set(false);
 }
 
-/// As long as a late sender takes, or no time at all.
+/// Grace periods: as long as a late sender takes, or none.
 const PATIENT: Duration = Duration::MAX;
 const IMPATIENT: Duration = Duration::ZERO;
 
@@ -88,7 +88,7 @@ fn pool(slots: u32, grace: Duration) -> Pool {
     builder.slots(slots).grace(grace).create().unwrap()
 }
 
-/// A link to a sender in this process, as the pid tells: its death may free a segment.
+/// A link to a sender with this process's pid, whose death may free a segment.
 fn link_to_sender() -> Arc<Link> {
     let peer = crate::peer::Peer { pid: Some(std::process::id()), uid: 0 };
     Arc::new(Link::to_receiver(peer))
@@ -110,7 +110,7 @@ fn ask(pool: &Pool) -> (Asked, Asking) {
     ask_over(pool, &link(), &link())
 }
 
-/// Sends these bytes, one a chunk, as long as anybody wants them.
+/// Sends these bytes, one in each chunk, until the receiver cancels.
 fn send(asking: Asking, bytes: &[u8]) -> Result<u64> {
     let mut sending = asking.accept(bytes.len() as u64)?;
     for byte in bytes {
@@ -252,7 +252,7 @@ fn a_refusal_is_told_as_what_it_is() {
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || asking.refuse(Refusal::NotFound).unwrap());
         assert!(matches!(asked.reply(Deadline::NEVER), Ok(Reply::Refused(Refusal::NotFound))));
-        // The segment is back, or comes back as soon as the sender has left.
+        // The segment is in the pool, or returns as soon as the sender has left.
         let (next, _late) = ask(&pool);
         assert_eq!(pool.stats().retired, 0);
         drop(next);
@@ -267,7 +267,7 @@ fn a_sender_that_acts_on_the_turn_word_alone_sees_the_offer() {
         let lease = pool.lease(Deadline::NEVER).unwrap();
         let (pooled, guard) = lease.into_parts();
         let segment = pooled.writable().unwrap();
-        // It has been told of the first generation too early, and asks until there is one.
+        // It knows the first generation before it is opened, and tries until it is.
         let sender = thread::spawn(move || {
             loop {
                 let asking =
@@ -324,7 +324,7 @@ fn a_segment_whose_sender_lingers_is_replaced() {
         let old = thread::spawn(move || drop(send(asking, &[1, 1])));
         drop(asked);
         let (asked, asking) = ask(&pool);
-        // In this thread: the slot that it reads is of this generation, whoever else writes where.
+        // In this thread: the slot read is of this generation, wherever a late sender writes.
         assert_eq!(send(asking, &[2]).unwrap(), 1);
         assert_eq!(receive(asked).unwrap(), [2]);
         old.join().unwrap();
@@ -469,7 +469,7 @@ fn a_severed_link_ends_the_wait_for_a_reply() {
             let ours = Arc::clone(&ours);
             thread::spawn(move || ours.sever(|| None))
         };
-        request.sent_over(&ours, None); // enrolled before, while, or after the link is severed
+        request.sent_over(&ours, None); // registered before, while, or after the link is severed
         let error = asked.reply(Deadline::NEVER).unwrap_err();
         assert!(matches!(error, Error::Disconnected), "{error:?}");
         watcher.join().unwrap();
@@ -602,7 +602,8 @@ fn two_that_lease_the_only_segment_take_turns() {
     });
 }
 
-/// The server hangs up before it takes the request: that it is withdrawn, or was taken, is certain.
+/// The server hangs up before it takes the request: the request is either withdrawn or taken, never
+/// both.
 #[test]
 fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
     model(|| {
@@ -627,7 +628,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
         let lease = again(asked.give_up()).unwrap();
         let was_taken = server.join().unwrap();
         assert_ne!(is_untaken, was_taken);
-        // The segment is good for the successor in either case.
+        // The segment can be offered to the successor in either case.
         let (request, asked) = lease.request("key").unwrap();
         let asking = request.begin_here(&link()).unwrap();
         request.sent_over(&link(), None);
@@ -716,7 +717,7 @@ fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
         };
         drop(asked);
         let (asked, asking) = ask(&pool);
-        // Replaced only if it announced and died between the looks at its phase and at its life.
+        // Replaced only if it announced and died between the reads of its phase and of its death.
         assert!(pool.stats().retired <= 1);
         assert_eq!(send(asking, &[2]).unwrap(), 1);
         assert_eq!(receive(asked).unwrap(), [2]);
@@ -838,7 +839,7 @@ fn a_sender_whose_link_is_severed_goes_on_to_its_next_look_at_free() {
         let sender = thread::spawn(move || send(asking, &[1]));
         let watcher = thread::spawn(move || theirs.sever(|| None));
         let received = receive(asked);
-        // What it finished is received whole: its link ends its own waits only.
+        // What it finished is received whole: the sender's link ends only the sender's waits.
         match sender.join().unwrap() {
             Ok(_) => assert_eq!(received.unwrap(), [1]),
             Err(Error::Disconnected) => {
@@ -936,7 +937,7 @@ fn what_lingers_beside_is_looked_after_and_not_given_back_too_early() {
         let (second, asking) = ask(&pool);
         let late = thread::spawn(move || drop(send(asking, &[1, 1])));
         drop((first, second));
-        // The first lease looks after the second segment, too.
+        // The first lease also checks the second segment.
         let leased = [2, 3].map(|byte| (byte, ask(&pool)));
         for (byte, (asked, asking)) in leased {
             assert_eq!(send(asking, &[byte]).unwrap(), 1);
