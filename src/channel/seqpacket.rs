@@ -1,5 +1,4 @@
-//! The queue over a Unix socket: one connection carries requests and segment descriptors, and tells
-//! the peer's identity and death.
+//! The queue over a Unix socket, which carries descriptors, and tells of the peer's death.
 
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};

@@ -1,5 +1,4 @@
-//! The receiver's side of a transfer: the offer, the reply, and the return of the segment to its
-//! pool.
+//! The receiver's side of a transfer: the offer, the reply, and the return of the segment.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,5 +1,4 @@
-//! The `Memfd` backing: anonymous memory behind a descriptor. The kernel frees it with the last
-//! process that has it, even if that one is killed.
+//! The `Memfd` backing: sealed anonymous memory; the kernel frees it after its last user's death.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 

@@ -1,5 +1,4 @@
-//! Decides when to spin before sleeping (rule P8): only if the peer can be running now, and answers
-//! fast.
+//! Decides when to spin before sleeping (rule P8): if the peer can be running, and answers fast.
 
 use std::hint;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

@@ -1,5 +1,4 @@
-//! The server's side of one client's connection: its segments, its ring, and the handling of its
-//! messages.
+//! The server's side of one client's connection: its segments, its ring, its messages.
 
 use std::collections::BTreeMap;
 use std::io::IoSliceMut;

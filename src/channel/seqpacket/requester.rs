@@ -1,5 +1,4 @@
-//! The client of a Unix-socket queue: connects by itself, passes each descriptor once, and sends to
-//! the successor what could not be sent to a server that died.
+//! The client of a Unix-socket queue: connects by itself, and again to a server's successor.
 
 use std::collections::BTreeSet;
 use std::fmt;

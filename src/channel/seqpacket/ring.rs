@@ -1,5 +1,4 @@
-//! The ring of requests in memory that a client shares with its server: while a worker polls it, a
-//! request costs neither side a system call.
+//! The ring of requests in shared memory: while a worker polls it, a request needs no system call.
 //!
 //! The client makes the ring, and passes it to the server over their connection. Each side keeps
 //! its own cursor in private memory, and publishes its position. A request that does not fit (a
