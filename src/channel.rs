@@ -1,4 +1,4 @@
-//! Requests, and the queues that carry them: control travels here, and no bytes of files.
+//! Requests, and the queues that carry them: control messages only, no file contents.
 
 use std::fmt;
 use std::sync::Arc;
@@ -44,9 +44,9 @@ pub(crate) use {
 /// The longest key that a request carries, in bytes.
 pub const KEY_LIMIT: usize = 4096;
 
-/// The receiver's end of a queue: where requests are put in.
+/// The receiver's end of a queue: sends requests.
 ///
-/// Typed by the backing of the segments that it can carry.
+/// `B` is the backing of the segments that the queue can pass on.
 pub trait Requester<B: Backing>: Send + Sync {
     /// Sends a request, waiting for room until the deadline.
     ///
@@ -55,13 +55,13 @@ pub trait Requester<B: Backing>: Send + Sync {
     fn send(&self, request: Request<B>, deadline: Deadline) -> Result<(), SendError<B>>;
 
     /// Asks for `key` through a leased segment: sends the request, and waits for the reply until
-    /// the deadline. A request that its server did not take, because it ended, goes to the
-    /// successor: that no sender has taken it is certain, and so it is answered once at most.
+    /// the deadline. A request that its server did not take before it ended goes to the successor.
+    /// It is withdrawn first, so no two servers answer it.
     ///
     /// # Errors
-    /// Those of [`send`](Self::send) and of [`reply`](ShmTransfer::reply).
-    /// [`Error::Disconnected`] means that a server took the request, and is gone; or that the
-    /// deadline passed before a successor could be asked.
+    /// Those of [`send`](Self::send) and of [`reply`](ShmTransfer::reply). [`Error::Disconnected`]
+    /// means that a server took the request and died, or that the deadline passed before a
+    /// successor could be asked.
     fn ask(&self, lease: Lease<B>, key: &[u8], deadline: Deadline) -> Result<Reply> {
         let mut lease = lease;
         for attempt in 0.. {
@@ -73,7 +73,7 @@ pub trait Requester<B: Backing>: Send + Sync {
                 Ok(Answer::Refused(Refusal::Leaving))
                     if transfer.may_have_successor() && !deadline.has_passed() => {}
                 Ok(Answer::Refused(why)) => return Ok(Reply::Refused(why)),
-                // Withdrawn now: no sender has taken it, nor can any more (P1).
+                // Withdrawn: no sender has accepted it, and none can any more (P1).
                 Err(Error::Disconnected) if !deadline.has_passed() && transfer.withdraw() => {}
                 Err(error) => return Err(error),
             }
@@ -87,38 +87,38 @@ pub trait Requester<B: Backing>: Send + Sync {
     }
 }
 
-/// Sleeps for a while that grows with the attempts: from one millisecond to 100.
+/// Sleeps before the next attempt: from one millisecond up to 100, growing with the attempts.
 pub(crate) fn pause(attempt: u32, deadline: Deadline) {
     const LONGEST: Duration = Duration::from_millis(100);
     let pause = Duration::from_millis(1 << attempt.min(7)).min(LONGEST);
     thread::sleep(deadline.remaining().map_or(pause, |left| left.min(pause)));
 }
 
-/// The sender's end of a queue: where requests come out, for many workers at once.
+/// The sender's end of a queue: hands out requests, to many workers at once.
 pub trait RequestQueue: Send + Sync {
     /// Takes the next request, waiting for one until the deadline.
     ///
     /// # Errors
     /// [`Error::Timeout`] when none came; [`Error::Closed`] after [`close`](Self::close);
-    /// [`Error::Misuse`] in a child of `fork`, whose parent's the queue is (a server that becomes a
-    /// daemon binds after its last fork); [`Error::Os`] when the system fails. A client's
-    /// misbehaviour is never an error here.
+    /// [`Error::Misuse`] in a child of `fork`: the queue belongs to its parent (a server that
+    /// becomes a daemon binds after its last fork); [`Error::Os`] when a system call fails. A
+    /// client's misbehaviour is never an error here.
     fn recv(&self, deadline: Deadline) -> Result<ShmTransfer<Sender, Starting>>;
 
     /// Stops taking requests: every `recv`, running or to come, fails with [`Error::Closed`].
     /// Transfers that were taken before go on.
     ///
-    /// Across processes, the address is free for a successor from here on. Requests that were not
+    /// Between processes, the address is free for a successor from here on. Requests that were not
     /// taken are answered with [`Refusal::Leaving`] until the queue is dropped, and end with
     /// [`Error::Disconnected`] then; [`Requester::ask`] asks the successor in both cases. Within a
     /// process they end with [`Error::Aborted`] at once.
     fn close(&self);
 }
 
-/// A small message that names a segment and what is to be put into it.
+/// A small message that names a segment and the key of what is to be put into it.
 ///
-/// Made by [`Lease::request`], sent by a [`Requester`]. Dropped unsent, it tells its transfer that
-/// no reply will come.
+/// Made by [`Lease::request`], sent by a [`Requester`]. If it is dropped unsent, its transfer
+/// fails: no reply will come.
 pub struct Request<B: Backing> {
     pooled: Arc<PooledSegment<B>>,
     generation: u64,
@@ -163,13 +163,14 @@ impl<B: Backing> Request<B> {
         self.pooled.segment.origin().check()
     }
 
-    /// The request as the sender of this same process gets it.
+    /// The request as a sender in this same process receives it.
     pub(crate) fn begin_here(&self, link: &Arc<Link>) -> Result<ShmTransfer<Sender, Starting>> {
         let segment = self.pooled.writable()?;
         Ok(ShmTransfer::begin(segment, self.generation, Arc::clone(&self.key), link))
     }
 
-    /// Consumes the request once it is on its way over `link`, whose connection is to be kept.
+    /// Consumes the request once it was sent over `link`; keeps `connection` open as long as the
+    /// transfer.
     pub(crate) fn sent_over(self, link: &Arc<Link>, connection: Option<Keep>) {
         self.offer.sent_over(link, connection);
     }
@@ -197,9 +198,9 @@ impl<B: Backing> fmt::Debug for Request<B> {
 #[derive(thiserror::Error)]
 #[error("the request could not be sent")]
 pub struct SendError<B: Backing> {
-    /// The request, to be tried elsewhere or dropped.
+    /// The request, which can be sent elsewhere or dropped.
     pub request: Request<B>,
-    /// What was in the way.
+    /// The reason.
     #[source]
     pub error: Error,
 }

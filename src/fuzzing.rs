@@ -1,4 +1,5 @@
-//! A door for `fuzz/`, in no other build: transfers over memory that the fuzzer writes to.
+//! Entry points for `fuzz/`, compiled in no other build: transfers over memory that the fuzzer
+//! writes to.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -11,10 +12,11 @@ use crate::{
     Sender, ShmTransfer, Starting,
 };
 
-/// Decodes a message of the socket, and one of a POSIX queue. What decodes encodes to the same bytes.
+/// Decodes a message of the socket, and one of a POSIX queue. A decoded message must encode to the
+/// same bytes.
 pub fn request(bytes: &[u8]) {
     match Message::decode(bytes) {
-        // Nothing is kept of what another version says after its number.
+        // After the number of another version, the rest is not kept.
         Ok(Message::Hello { version, .. }) if version != VERSION => {}
         Ok(message) => {
             assert_eq!(message.encode(), bytes);
@@ -27,12 +29,12 @@ pub fn request(bytes: &[u8]) {
     }
 }
 
-/// A ring of requests, whose memory the fuzzer writes to between the steps of two honest ends.
+/// A ring of requests, whose memory the fuzzer writes to between the steps of two correct ends.
 pub fn ring(script: &[u8]) {
     let _ = crate::channel::fuzz_ring(script);
 }
 
-/// An honest receiver whose request was sent, and the memory as its sender has it.
+/// A correct receiver whose request was sent, and the memory as its sender has it.
 pub fn offered(pool: &SegmentPool<Memfd>) -> Result<(ShmTransfer<Receiver, Offered>, OwnedFd)> {
     let lease = pool.lease(Deadline::NEVER)?;
     let index = lease.segment().id().index();
@@ -45,8 +47,8 @@ pub fn offered(pool: &SegmentPool<Memfd>) -> Result<(ShmTransfer<Receiver, Offer
     Ok((transfer, memory))
 }
 
-/// An honest sender that was asked for this generation, over memory that `spoil` wrote to before it was
-/// attached, and the memory as its receiver has it.
+/// A correct sender with a request of this generation, over memory that `spoil` wrote to before it
+/// was attached, and the memory as its receiver has it.
 pub fn starting(
     slots: u32,
     slot_len: u32,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// A pool, told apart from every other pool on the machine by a random number.
+/// A pool's identifier: a random number, unique on the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PoolId(pub(crate) u64);
 
@@ -12,7 +12,7 @@ impl fmt::Display for PoolId {
     }
 }
 
-/// A segment: its pool, and its number there, which is never used again.
+/// A segment's identifier: its pool, and its number there, which is never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SegmentId {
     pub(crate) pool: PoolId,

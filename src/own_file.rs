@@ -1,4 +1,4 @@
-//! Opens this user's files at names that others could take first, as in `/dev/shm`.
+//! Opens this user's files at names that other users could take first, as in `/dev/shm`.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -8,11 +8,11 @@ use rustix::process::geteuid;
 
 use crate::error::{Error, Result};
 
-/// Opens the file of this user and of this kind at a path. Never waits for the other end of a FIFO,
-/// and follows no link. `call` says in errors what was attempted.
+/// Opens a path, if it is of this kind and owned by this user. Does not wait for the other end of a
+/// FIFO, and follows no symbolic link. `call` names the operation in errors.
 ///
 /// # Errors
-/// [`Error::NameTaken`] when anything else stands there, [`Error::Os`] for what the system refuses.
+/// [`Error::NameTaken`] when the path is anything else, [`Error::Os`] when a system call fails.
 pub(crate) fn open_own(
     path: &Path,
     access: OFlags,
@@ -46,7 +46,7 @@ pub(crate) fn taken_by(path: &Path, found: &Stat) -> Error {
     Error::NameTaken { path: path.to_owned(), kind, uid: found.st_uid }
 }
 
-/// Whether it is of this kind, and this user's.
+/// Whether it is of this kind, and owned by this user.
 pub(crate) fn is_own(found: &Stat, kind: FileType) -> bool {
     FileType::from_raw_mode(found.st_mode) == kind && found.st_uid == geteuid().as_raw()
 }

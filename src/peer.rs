@@ -1,8 +1,9 @@
-//! Who the other process is, and whether it lives. Death is pushed, not polled (rule P7).
+//! The other process: who it is, and whether it is alive. Its death is an event, not polled (rule
+//! P7).
 //!
-//! Each connection has a [`Link`]. What waits for the peer is registered with it. When the
-//! connection hangs up, the process's one watcher thread severs the link, which poisons all that is
-//! registered, and so wakes every waiter at once.
+//! Each connection has a [`Link`], with which segments in use are registered. When the connection
+//! hangs up, the process's one watcher thread severs the link. That poisons all that is registered,
+//! and so wakes every waiter at once.
 
 use std::fmt;
 
@@ -11,7 +12,7 @@ mod background_close;
 #[cfg(target_os = "linux")]
 mod credentials;
 mod link;
-// loom's processes are threads.
+// Under loom, processes are threads.
 #[cfg_attr(loom, path = "peer/pidfd_model.rs")]
 mod pidfd;
 #[cfg(all(test, not(loom), target_os = "linux"))]
@@ -27,16 +28,16 @@ pub(crate) use {
     watcher::{Watch, on_hang_up},
 };
 
-/// There is no telling.
+/// This system has no pidfds: a peer never counts as ended.
 #[cfg(all(unix, not(target_os = "linux")))]
 pub(crate) fn untaken(_: std::os::fd::BorrowedFd<'_>) -> Option<u64> {
     None
 }
 
-/// The process at the other end of a connection, as the kernel vouched for it when it connected.
+/// The process at the other end of a connection, as the kernel identified it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Peer {
-    /// Its process id; `None` for a process that our pid namespace cannot name.
+    /// Its process id; `None` for a process without a number in our pid namespace.
     pub pid: Option<u32>,
     /// The user it ran as.
     pub uid: u32,

@@ -1,17 +1,17 @@
-//! Tells a process from the children that `fork` makes of it, without a system call.
+//! Distinguishes a process from its `fork` children, without a system call.
 //!
 //! A child of `fork` has a copy of everything: pools, transfers, queues, and every static. But the
-//! memory, sockets, names and locks behind them are still its parent's, and the threads that
-//! served them do not exist in the child. So each object that acts outside of its process keeps
-//! its [`Origin`]: its calls are refused in a child, and its `Drop` does nothing there but give
-//! back what is the child's own (descriptors, mappings, heap).
+//! memory, sockets, names and locks behind them still belong to its parent, and the threads that
+//! served them do not exist in the child. So each object that acts outside of its process keeps its
+//! [`Origin`]: its calls fail in a child, and its `Drop` releases only what is the child's own
+//! there (descriptors, mappings, heap).
 //!
 //! That check comes before anything else, locks included: a lock that another thread of the parent
 //! held at the moment of the fork is never released in the child.
 //!
-//! Children are counted by a `pthread_atfork` handler. A child made past the C library's `fork`
-//! (`_Fork`, the bare system call `clone`) is not seen. `vfork` and `posix_spawn` need no care:
-//! their child only executes another program.
+//! Children are counted by a `pthread_atfork` handler. A child made without the C library's `fork`
+//! (by `_Fork`, or the bare system call `clone`) is not detected. `vfork` and `posix_spawn` are no
+//! problem: their child only executes another program.
 #![allow(unsafe_code)]
 
 use std::mem::ManuallyDrop;
@@ -24,14 +24,14 @@ use crate::error::Misuse;
 #[cfg(all(test, unix, not(loom)))]
 mod tests;
 
-/// The number of this process: 1 in the process that first asked, one more in each child of it.
+/// The number of this process: 1 in the process that first needed it, one more in each child.
 static GENERATION: AtomicU32 = AtomicU32::new(UNKNOWN);
 
-/// Nothing has asked yet, and the handler is not registered.
+/// No number is assigned yet, and the handler is not registered.
 const UNKNOWN: u32 = 0;
 const FIRST: u32 = 1;
-/// The system would not register the handler: the pid stands in for the number, each time asked
-/// for.
+/// The handler could not be registered: the pid is used instead of the number, by a system call
+/// each time.
 const ASK: u32 = u32::MAX;
 
 /// The process that made something.
@@ -47,14 +47,14 @@ impl Origin {
         Origin { generation: generation(), pid: std::process::id() }
     }
 
-    /// Whether it is this process; `false` in a child that was forked from it.
+    /// Whether that is this process; `false` in a child forked from it.
     #[inline]
     pub(crate) fn is_here(self) -> bool {
-        // The number of a process that has to ask is its pid, and so never `ASK`.
+        // In the `ASK` mode, `generation` is a pid, and so never equal to `ASK`.
         self.generation == GENERATION.load(Ordering::Relaxed) || self.is_here_by_pid()
     }
 
-    /// Where the number does not tell.
+    /// The slow path, where the number is not known.
     #[cold]
     fn is_here_by_pid(self) -> bool {
         GENERATION.load(Ordering::Relaxed) == ASK && self.pid == std::process::id()
@@ -67,18 +67,18 @@ impl Origin {
         if self.is_here() { Ok(()) } else { Err(Misuse::Forked { made_by: self.pid }) }
     }
 
-    /// Its pid, as it sees that itself.
+    /// Its pid, in its own pid namespace.
     pub(crate) fn pid(self) -> u32 {
         self.pid
     }
 }
 
-/// The number of this process. The handler is registered before the first is given out.
+/// The number of this process. Registers the handler before the first is assigned.
 fn generation() -> u32 {
     match GENERATION.load(Ordering::Acquire) {
         UNKNOWN => {
             let first = if count_forks() { FIRST } else { ASK };
-            // Of two threads that come here at once, the first decides for both.
+            // Of two concurrent threads, the first decides for both.
             let order = (Ordering::AcqRel, Ordering::Acquire);
             let _ = GENERATION.compare_exchange(UNKNOWN, first, order.0, order.1);
             generation()
@@ -88,14 +88,15 @@ fn generation() -> u32 {
     }
 }
 
-/// Has each child counted from now on; `false` if the system refuses. Twice does no harm.
+/// Registers the handler that counts each child; `false` if the system refuses. Registering it
+/// twice is harmless.
 fn count_forks() -> bool {
     // SAFETY: the handler takes nothing, does not unwind, and does nothing but load and store an
     // atomic, which is allowed between a fork and an exec. Of a library that is unloaded, the
     // system removes the handlers first.
     #[cfg(unix)]
     return unsafe { libc::pthread_atfork(None, None, Some(forked)) } == 0;
-    // There is no `fork`.
+    // This system has no `fork`.
     #[cfg(not(unix))]
     return true;
 }
@@ -110,7 +111,7 @@ unsafe extern "C" fn forked() {
     }
 }
 
-/// A static that begins anew in each process. Never waits for a lock.
+/// A static with a fresh value in each process. Never waits for a lock.
 pub(crate) struct PerProcess<T: 'static> {
     current: AtomicPtr<Entry<T>>,
 }
@@ -136,7 +137,7 @@ impl<T: Default + Send + Sync> PerProcess<T> {
                 Box::into_raw(Box::new(Entry { origin: Origin::here(), value: T::default() }));
             let order = (Ordering::AcqRel, Ordering::Acquire);
             if self.current.compare_exchange(found, made, order.0, order.1).is_err() {
-                // SAFETY: made by `into_raw` above, and not given to anyone.
+                // SAFETY: made by `into_raw` above, and not shared.
                 drop(unsafe { Box::from_raw(made) });
             }
         }
@@ -157,7 +158,8 @@ impl<T: Default + Send + Sync> PerProcess<T> {
     }
 }
 
-/// What only the process that made it may drop, since that takes locks. A child forgets it.
+/// A value that only the process that made it may drop, because its drop takes locks. A child leaks
+/// it.
 #[derive(Clone, Debug)]
 pub(crate) struct Own<T> {
     value: ManuallyDrop<T>,
@@ -191,10 +193,10 @@ impl<T> Drop for Own<T> {
     }
 }
 
-/// One of those that a static counts in this process, while it lives. A child counts from zero.
+/// Counts one object of this process in a static, while it lives. A child counts from zero.
 ///
-/// The upper half of the word says which process has counted, so that what a child drops of its
-/// parent's is not taken off its own count.
+/// The upper half of the word is the number of the process that counted. So a child that drops its
+/// parent's objects does not reduce its own count.
 #[derive(Debug)]
 pub(crate) struct Counted {
     all: &'static AtomicUsize,
@@ -212,13 +214,13 @@ impl Counted {
         Counted { all, tag }
     }
 
-    /// How many there are.
+    /// The number of counted objects.
     pub(crate) fn count(all: &AtomicUsize) -> usize {
         let word = all.load(Ordering::Relaxed);
         if word & !COUNT == tag() { word & COUNT } else { 0 }
     }
 
-    /// How many there are, this one included.
+    /// The number of counted objects, including this one.
     pub(crate) fn all(&self) -> usize {
         Self::count(self.all)
     }
@@ -227,7 +229,7 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         let one_less = |word: usize| (word & !COUNT == self.tag).then(|| word - 1);
-        // Fails if another process counts there by now.
+        // Fails in a child of `fork` that counts its own by now.
         let _ = self.all.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
     }
 }

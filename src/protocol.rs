@@ -1,4 +1,4 @@
-//! The transfer: its sides and states, and the words that they exchange (rules P).
+//! The transfer: its sides, its states, and what an answer says (rules P).
 
 use std::any::type_name;
 use std::fmt;
@@ -40,9 +40,17 @@ pub use {sink::send_all, spool::Spool};
 /// | side | state | what can be done | leads to |
 /// | --- | --- | --- | --- |
 /// | [`Receiver`] | [`Offered`] | [`reply`](ShmTransfer::reply) | `Receiving`, or a [`Refusal`] |
-/// | [`Receiver`] | [`Receiving`] | [`next_chunk`](ShmTransfer::next_chunk), [`copy_to`](ShmTransfer::copy_to), `io::Read` | |
-/// | [`Sender`] | [`Starting`] | [`accept`](ShmTransfer::accept), [`refuse`](ShmTransfer::refuse) | `Sending`, or the end |
-/// | [`Sender`] | [`Sending`] | [`next_slot`](ShmTransfer::next_slot), [`send_file`](ShmTransfer::send_file), `io::Write`, [`finish`](ShmTransfer::finish) | the end |
+/// | [`Receiver`] | [`Receiving`] | [`next_chunk`], [`copy_to`], `io::Read` | the end |
+/// | [`Sender`] | [`Starting`] | [`accept`], [`refuse`] | `Sending`, or the end |
+/// | [`Sender`] | [`Sending`] | [`next_slot`], [`send_file`], `io::Write`, [`finish`] | the end |
+///
+/// [`next_chunk`]: ShmTransfer::next_chunk
+/// [`copy_to`]: ShmTransfer::copy_to
+/// [`accept`]: ShmTransfer::accept
+/// [`refuse`]: ShmTransfer::refuse
+/// [`next_slot`]: ShmTransfer::next_slot
+/// [`send_file`]: ShmTransfer::send_file
+/// [`finish`]: ShmTransfer::finish
 ///
 /// Dropping is safe at every point (rule P5). A receiver that is dropped early cancels, and the
 /// sender's next step fails with [`Error::Cancelled`](crate::Error::Cancelled). A sender that is
@@ -57,7 +65,7 @@ pub use {sink::send_all, spool::Spool};
 ///     let _ = transfer.next_chunk(Deadline::NEVER);
 /// }
 /// ```
-/// Asking for the next chunk while holding one:
+/// Asking for the next chunk while one is borrowed:
 /// ```compile_fail,E0499
 /// # use shmferry::protocol::;
 /// fn two_at_once(mut body: ShmTransfer<Receiver, Receiving>) -> Result<()> {
@@ -81,7 +89,7 @@ pub use {sink::send_all, spool::Spool};
 ///     let _ = transfer.accept(1);
 /// }
 /// ```
-/// Finishing with a slot in hand:
+/// Finishing while a slot is borrowed:
 /// ```compile_fail,E0505
 /// # use shmferry::protocol::;
 /// fn unfinished(mut sending: ShmTransfer<Sender, Sending>) -> Result<()> {
@@ -97,8 +105,8 @@ pub struct ShmTransfer<Side, State> {
     state: State,
 }
 
-/// How long the calls that take no deadline wait for the next step of the other side, unless
-/// told otherwise by `set_timeout`: 30 seconds without progress.
+/// How long the calls without a deadline wait for the other side's next step, unless `set_timeout`
+/// changes it: 30 seconds without progress.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The most bytes of [`Metadata`] that travel beside status and size.
@@ -109,7 +117,7 @@ pub const METADATA_LIMIT: usize = MAX_METADATA;
 pub enum Size {
     /// Exactly so many bytes; fewer or more is an error on both sides.
     Known(u64),
-    /// A stream, whose end is marked when it comes.
+    /// A stream: its last chunk is marked as the end.
     Unknown,
 }
 
@@ -124,11 +132,11 @@ impl Size {
         self.known().unwrap_or(Self::UNKNOWN)
     }
 
-    /// What a file holds. One without blocks on a disk may hold something else than it says, as
-    /// in procfs: then the size is unknown.
+    /// The length of a file. For one without blocks on a disk, as in procfs, the stated length can
+    /// be wrong: the size is then unknown.
     ///
     /// # Errors
-    /// When the file cannot be asked, or not be read at an offset: a pipe, a directory.
+    /// When `fstat` fails, or when the file cannot be read at an offset: a pipe, a directory.
     #[cfg(unix)]
     pub fn of_file(file: &File) -> io::Result<Size> {
         use std::os::unix::fs::{FileExt, MetadataExt};
@@ -184,16 +192,16 @@ pub enum Refusal {
     NotFound,
     /// The sender failed.
     Failed,
-    /// The key makes no sense to the sender.
+    /// The sender does not understand the key.
     Invalid,
-    /// The server ends, and did not take the request: its successor can be asked, which
-    /// [`Requester::ask`](crate::channel::Requester::ask) does by itself.
+    /// The server is shutting down and did not take the request.
+    /// [`Requester::ask`](crate::channel::Requester::ask) then asks its successor by itself.
     Leaving,
     /// A reason of the application's own.
     Other {
-        /// Which one: the two sides agree on what it means.
+        /// The reason's number, whose meaning the two sides agree on.
         code: u16,
-        /// What more there is to say, encoded: see [`metadata`](Refusal::metadata).
+        /// Encoded details: see [`metadata`](Refusal::metadata).
         metadata: Box<[u8]>,
     },
 }
@@ -204,8 +212,8 @@ impl Refusal {
         Refusal::Other { code, metadata: Box::default() }
     }
 
-    /// The same with metadata, up to [`METADATA_LIMIT`] bytes of it. Only a reason of the
-    /// application's own has metadata: others stay as they are.
+    /// The same reason with metadata of up to [`METADATA_LIMIT`] bytes. Only [`Refusal::Other`] has
+    /// metadata; other reasons are returned unchanged.
     pub fn with(self, metadata: &impl Metadata) -> Refusal {
         match self {
             Refusal::Other { code, .. } => {
@@ -215,7 +223,7 @@ impl Refusal {
         }
     }
 
-    /// What the sender attached to a reason of its own.
+    /// The metadata that the sender attached to a [`Refusal::Other`].
     ///
     /// # Errors
     /// [`Error::Peer`](crate::Error::Peer) when it does not read as an `M`.
@@ -240,8 +248,8 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// The status word of an announcement that brings bytes. Any other is a [`Refusal`]'s; zero, which
-/// the receiver wrote before it offered, is none.
+/// The status word of an announcement that is followed by bytes. Any other nonzero one is a
+/// [`Refusal`]'s. Zero means that there is no announcement yet.
 const FOUND: u32 = 1;
 
 impl Refusal {

@@ -1,4 +1,4 @@
-//! Segments: what backs them, and the views that each side has.
+//! Segments of shared memory: their backings, and the view that each side has of them.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -53,9 +53,10 @@ pub enum WriteSlots {}
 pub struct Segment<View> {
     id: SegmentId,
     mapping: Mapping,
-    /// There is a [`SlotWriter`]. Not in shared memory, where the peer could change it.
+    /// True while a [`SlotWriter`] exists. It is private memory, so the peer cannot change it.
     is_claimed: AtomicBool,
-    /// The process that mapped it. A child of `fork` may read what it inherits, and no more.
+    /// The process that mapped it. A child of `fork` may read the memory it inherits, but not write
+    /// it.
     origin: Origin,
     view: PhantomData<fn() -> View>,
 }
@@ -66,12 +67,12 @@ impl<View> Segment<View> {
         Segment { id, mapping, is_claimed, origin: Origin::here(), view: PhantomData }
     }
 
-    /// Which segment this is.
+    /// The segment's pool and its number in it.
     pub fn id(&self) -> SegmentId {
         self.id
     }
 
-    /// How it is cut.
+    /// How it is divided into slots.
     pub fn geometry(&self) -> Geometry {
         self.mapping.geometry()
     }
@@ -80,7 +81,7 @@ impl<View> Segment<View> {
         self.mapping.header()
     }
 
-    /// The process that mapped it, and that alone may change anything in it.
+    /// The process that mapped it: the only one that may write to it through this mapping.
     pub(crate) fn origin(&self) -> Origin {
         self.origin
     }
@@ -93,7 +94,8 @@ impl Segment<ReadSlots> {
     }
 }
 
-// Each side ends its own waits only: the other learns of the hang-up from its own watcher.
+// Each side poisons only the semaphore that it waits on itself. The other side learns of the
+// hang-up from its own watcher.
 impl Poison for Segment<ReadSlots> {
     fn poison(&self) {
         self.header().filled.poison();
@@ -112,39 +114,40 @@ impl<View> fmt::Debug for Segment<View> {
     }
 }
 
-/// What segments are made of, and how they reach the peer.
+/// The memory that segments are made of, and how it reaches the peer.
 ///
-/// A pool is typed by its backing, and so are requests: a queue that cannot carry what a pool's
-/// segments need does not take them. Sealed: a new backing comes with its rules and its tests.
+/// A pool has its backing as a type parameter, and so have requests: a queue takes only requests
+/// whose backing it can pass on. The trait is sealed: each backing needs rules and tests of its
+/// own.
 pub trait Backing: sealed::Backing + Send + Sync + 'static {}
 
 pub(crate) mod sealed {
     use super::*;
 
-    /// What every backing does. The value is what keeps a segment's memory reachable for peers.
+    /// The functions of every backing. The value keeps one segment's memory reachable for peers.
     pub trait Backing: Sized {
-        /// What a pool holds as long as it lives; dropped after its segments.
+        /// A resource that the pool owns for its whole life; dropped after its segments.
         type Ownership: Send + Sync;
 
-        /// Makes that, before the pool's first segment.
+        /// Makes the ownership value, before the pool's first segment.
         fn own(pool: PoolId) -> Result<Self::Ownership>;
 
-        /// Bytes that segments can still take, where the system says so.
+        /// Bytes that new segments can still take; `None` where the system does not tell.
         fn available() -> Option<u64>;
 
-        /// Makes the memory, really present (rule L2), with an initialised header.
+        /// Allocates the memory with all its pages present (rule L2), and initialises the header.
         fn create(
             own: &Self::Ownership,
             id: SegmentId,
             geometry: Geometry,
         ) -> Result<(Segment<ReadSlots>, Self)>;
 
-        /// Maps it once more, as a sender of this same process does.
+        /// Maps the segment a second time, writable: for a sender in the same process.
         fn attach(&self, id: SegmentId, geometry: Geometry) -> Result<Segment<WriteSlots>>;
     }
 }
 
-/// Bytes of memory that the system can still give, where it says so.
+/// Bytes of memory that the system can still give; `None` where it does not tell.
 #[cfg(target_os = "linux")]
 pub(crate) fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;

@@ -1,6 +1,6 @@
-//! Waiting: deadlines, the semaphore that lives in shared memory, and its in-process sibling.
+//! Waiting: deadlines, the semaphore in shared memory, and the fair one within a process.
 //!
-//! Nothing here knows of segments or transfers.
+//! Nothing here depends on segments or transfers.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -24,14 +24,14 @@ pub(crate) use fair_semaphore::FairSemaphore;
 pub(crate) use semaphore::{Interrupted, Permit, Semaphore};
 pub(crate) use spin::{BUDGET, Presence, Spinner, current_cpu};
 
-/// Atomics and fences, through one door, so that a model checker can stand in for them.
+/// Atomics and fences, all imported from here, so that loom can replace them.
 pub(crate) mod atomic {
     pub(crate) use super::host::sync::atomic::{
         AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*, fence,
     };
 }
 
-/// Locks that are held while shared memory is touched, through one door as well.
+/// Locks held while shared memory is touched, imported from here for the same reason.
 pub(crate) mod modelled {
     pub(crate) use super::host::{
         sync::{Condvar, Mutex, MutexGuard},
@@ -44,7 +44,7 @@ pub(crate) mod modelled {
     }
 }
 
-// The one place that chooses how a thread of one process sleeps for a thread of another.
+// Chooses the parker: how a thread of one process sleeps until a thread of another wakes it.
 #[cfg_attr(loom, path = "sync/model.rs")]
 #[cfg_attr(all(not(loom), target_os = "linux", not(feature = "raw-sync")), path = "sync/futex.rs")]
 #[cfg_attr(
@@ -55,7 +55,7 @@ mod parker;
 pub(crate) use parker::Parker;
 
 /// Locks a mutex whose data no panic can leave half-changed: every critical section here only moves
-/// values, so a poisoned lock is as good as a sound one.
+/// values, so poisoning is ignored.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

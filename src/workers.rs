@@ -1,12 +1,12 @@
-//! A pool of worker threads that give up their places while they wait for somebody.
+//! A pool of worker threads; while a worker blocks, its place at work is free for another.
 //!
-//! A fixed number of threads serves badly when some of them are stuck with slow clients, and a
-//! thread for each job lets everything run at once. A [`WorkerPool`] bounds the jobs that are *at
-//! work* and not those that wait: around everything that blocks on somebody else, a worker gives
-//! its place to the next job by [`blocking`], and takes a place again, in order of arrival, before
-//! it goes on.
+//! With a fixed number of threads, slow clients can occupy all of them; with one thread for each
+//! job, the number of running jobs is not bounded. A [`WorkerPool`] bounds the jobs *at work*, and
+//! not those that wait. A worker calls [`blocking`] around everything that blocks on another thread
+//! or process: its place at work is free meanwhile. It takes a place again, in order of arrival,
+//! before it goes on.
 //!
-//! The waits of this crate (for a lease, a reply, a slot, a sink) do so by themselves.
+//! The waits of this crate (for a lease, a reply, a slot, a sink) call it by themselves.
 
 use std::fmt;
 use std::io;
@@ -23,7 +23,7 @@ use crate::sync::{Deadline, FairSemaphore, OnDrop, at_place, lock};
 #[cfg(test)]
 mod tests;
 
-/// Threads that take jobs and do them, at most so many at once.
+/// Threads that take jobs and do them, a bounded number at once.
 ///
 /// ```
 /// use shmferry::workers::{blocking, WorkerPool};
@@ -39,7 +39,7 @@ mod tests;
 ///     2,
 ///     move || inbox.lock().unwrap().recv().ok(), // blocks; `None` ends the pool
 ///     move |n| {
-///         blocking(|| std::thread::yield_now()); // anything that waits for somebody else
+///         blocking(|| std::thread::yield_now()); // anything that waits for another thread
 ///         done.send(n * n).unwrap();
 ///     },
 /// )?;
@@ -54,21 +54,20 @@ pub struct WorkerPool {
 }
 
 impl WorkerPool {
-    /// The most threads a pool grows to, at work and waiting together. Jobs beyond that stay where
-    /// `next` takes them from.
+    /// The most threads of a pool, at work and waiting together. Further jobs are not taken from
+    /// `next` until a thread is free.
     pub const THREAD_LIMIT: usize = 4096;
 
     /// Starts with one thread, and adds more as they are needed.
     ///
-    /// `next` blocks until there is a job; it holds no place meanwhile, and one thread at least is
-    /// in it whenever the limit allows. A thread that the system refuses is tried again, after a
-    /// pause of 10 to 100 ms, for as long as none is in `next`. `None` means that no more jobs will
-    /// come, and so does a panic.
-    /// `work` does a job in one of `places` places; a panic in it ends that job only. Dropping the
-    /// pool lets its threads go on.
+    /// `next` blocks until there is a job; it takes no place at work, and at least one thread is in
+    /// it whenever the limit allows. If a thread cannot be started, this is tried again after a
+    /// pause of 10 to 100 ms, as long as none is in `next`. `None` means that no more jobs will
+    /// come, and so does a panic. `work` does a job in one of `places` places; a panic in it ends
+    /// that job only. Dropping the pool lets its threads go on.
     ///
     /// # Errors
-    /// When the system refuses the first thread, or that which starts others after a refusal.
+    /// When the system refuses the first thread, or the one that retries refused threads.
     ///
     /// # Panics
     /// If `places` is zero.
@@ -113,9 +112,9 @@ impl WorkerPool {
         self.shared.refusals.load(Relaxed)
     }
 
-    /// Waits until `next` has said `None`, every job is done, and `next` and `work` are dropped
-    /// with all that they hold; `false` when the deadline came first, and at once in a child of
-    /// `fork`, which has none of the pool's threads. Does not itself end anything.
+    /// Waits until `next` has returned `None`, every job is done, and `next` and `work` are dropped
+    /// with all that they own. Returns `false` when the deadline came first, and at once in a child
+    /// of `fork`, which has none of the pool's threads. Does not end the pool itself.
     pub fn join(&self, deadline: Deadline) -> bool {
         let Shared { origin, ended, .. } = &*self.shared;
         if !origin.is_here() {
@@ -144,13 +143,13 @@ impl fmt::Debug for WorkerPool {
 
 struct Shared {
     name: String,
-    /// The process that the threads are in. One of them that forks ends alone in the child.
+    /// The process that the threads are in. A worker that forks ends in the child.
     origin: Origin,
-    /// How many threads may wait for a job before one ends.
+    /// How many threads may wait for a job; a thread beyond that ends.
     spares: usize,
     threads: Mutex<Threads>,
     ended: Condvar,
-    /// Told when a thread was refused, and when the pool is over.
+    /// Notified when a thread was refused, and when the pool is over.
     refused: Condvar,
     refusals: AtomicU64,
 }
@@ -160,20 +159,20 @@ struct Threads {
     threads: usize,
     /// Threads in `next`.
     at_next: usize,
-    /// `next` has said `None`.
+    /// `next` has returned `None`.
     over: bool,
-    /// No thread was at `next`, and the system refused one.
+    /// No thread was in `next`, and the system refused one.
     was_refused: bool,
 }
 
-/// What each thread of a pool does; holds all that `next` and `work` hold.
+/// The code that each thread of a pool runs; owns `next` and `work`.
 struct Orders {
     shared: Arc<Shared>,
     round: Box<Round>,
 }
 
-/// Takes a job, calls its argument with whether there was one, and does it unless told to stop;
-/// says whether there may be another.
+/// Takes a job, calls its argument with whether there was one, and does it unless that returns
+/// `false`. Returns whether there may be another.
 type Round = dyn Fn(&dyn Fn(bool) -> bool) -> bool + Send + Sync;
 
 impl Orders {
@@ -194,8 +193,8 @@ impl Orders {
         spawned.map(drop)
     }
 
-    /// Has a thread wait for the next job, if none does. If the system refuses one, the starter
-    /// tries again.
+    /// Starts a thread to wait for the next job, if none waits. If the system refuses, the starter
+    /// thread tries again.
     fn spawn_if_none_is_at_next(self: &Arc<Orders>) {
         let shared = &self.shared;
         let is_needed = {
@@ -204,14 +203,14 @@ impl Orders {
         };
         if is_needed && self.spawn_worker().is_err() {
             shared.refusals.fetch_add(1, Relaxed);
-            // Taken back by the starter alone: a worker that finds one at `next` may have seen
-            // another's attempt, which fails next.
+            // Only the starter clears this: a worker that sees a thread in `next` may see another
+            // worker's attempt, which is about to fail.
             lock(&shared.threads).was_refused = true;
             shared.refused.notify_all();
         }
     }
 
-    /// This thread has left `next`; `false` if that was in a child of `fork`.
+    /// Records that this thread has left `next`; `false` in a child of `fork`.
     fn took(self: &Arc<Orders>, is_job: bool) -> bool {
         let shared = &self.shared;
         if !shared.origin.is_here() {
@@ -235,14 +234,14 @@ impl Orders {
 
 fn serve(orders: Arc<Orders>) {
     let shared = Arc::clone(&orders.shared);
-    // Counted out, whatever ends this thread.
+    // Counts this thread out, even if it panics.
     let _ended = OnDrop(|| {
         if shared.origin.is_here() {
             lock(&shared.threads).threads -= 1;
             shared.ended.notify_all();
         }
     });
-    let orders = orders; // dropped before that: a thread that has joined may end the process
+    let orders = orders; // dropped first: `join` may return after the count, and the process end
     while (orders.round)(&|is_job| orders.took(is_job)) && shared.origin.is_here() {
         let mut threads = lock(&shared.threads);
         if threads.over || threads.at_next >= shared.spares {
@@ -252,10 +251,10 @@ fn serve(orders: Arc<Orders>) {
     }
 }
 
-/// Starts the thread that starts others where a worker was refused one: workers have jobs, and do
-/// not wait for that. It keeps nothing that `next` and `work` hold.
+/// Starts the starter: the thread that retries the starting of refused workers, so that workers do
+/// not wait for that. It does not keep `next` and `work` alive.
 fn spawn_starter(orders: &Arc<Orders>) -> io::Result<()> {
-    /// How long to leave a system that refuses threads alone, at first and at most.
+    /// The pause before the next attempt after a refusal: first and longest.
     const PAUSES: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(100)];
     let (shared, orders) = (Arc::clone(&orders.shared), Arc::downgrade(orders));
     let start = move || {
@@ -271,7 +270,7 @@ fn spawn_starter(orders: &Arc<Orders>) -> io::Result<()> {
             drop(threads);
             thread::sleep(pause);
             pause = PAUSES[1].min(pause * 2);
-            // Counted as a worker while it holds the orders: `join` waits for it.
+            // Counted as a worker while it has the orders, so that `join` waits for it.
             lock(&shared.threads).threads += 1;
             if let Some(orders) = orders.upgrade() {
                 orders.spawn_if_none_is_at_next();

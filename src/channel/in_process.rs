@@ -21,7 +21,7 @@ use super::{Request, RequestQueue, Requester, SendError};
 ///
 /// Cheap to clone; all clones are the same queue, and each is both of its ends. Requests still in
 /// it when it is closed, or when the last clone is dropped, are aborted. A thread that ends without
-/// closing the queue is noticed by nobody: there is no death to push within a process.
+/// closing the queue is not noticed: within a process, no hang-up tells of it.
 ///
 /// ```
 /// use shmferry::channel::{InProcess, Requester, RequestQueue};
@@ -61,8 +61,8 @@ pub struct InProcess {
 }
 
 impl InProcess {
-    /// A queue with room for `requests` that nobody has taken yet; zero makes every `send` wait for
-    /// a `recv`.
+    /// A queue with room for `requests` that are not taken yet; zero makes every `send` wait for a
+    /// `recv`.
     pub fn bounded(requests: usize) -> InProcess {
         let (inlet, outlet) = bounded(requests);
         let (open, closed) = bounded(0);
@@ -76,7 +76,7 @@ impl InProcess {
         lock(&self.open).is_none()
     }
 
-    /// Waits for room, or for the end of the queue; hands back what was not sent, and why.
+    /// Waits for room, or for the end of the queue; hands back what was not sent, with the reason.
     fn send_slowly(
         &self,
         transfer: ShmTransfer<Sender, Starting>,
@@ -91,7 +91,7 @@ impl InProcess {
                 Err(unsent) => Some((unsent.0, Error::Closed)),
             },
             Some(ready) => {
-                // The channel to say so carries nothing; it only ends.
+                // This channel carries no values: its disconnection tells of the end.
                 let _ = ready.recv(&self.closed);
                 Some((transfer, Error::Closed))
             }
@@ -99,7 +99,7 @@ impl InProcess {
         }
     }
 
-    /// Aborts what nobody will take any more.
+    /// Aborts the requests left in the closed queue.
     fn drain(&self) {
         self.outlet.try_iter().for_each(drop);
     }
@@ -120,8 +120,8 @@ impl<B: Backing> Requester<B> for InProcess {
         let unsent = match self.inlet.try_send(transfer) {
             Ok(()) => None,
             Err(TrySendError::Disconnected(transfer)) => Some((transfer, Error::Closed)),
-            // The loan of the place ends after the send: to wait for a place with a slot of the channel
-            // reserved would have every receiver spin on that slot.
+            // The send is inside `blocking`. Waiting for a place at work with a slot of the channel
+            // reserved would make every receiver spin on that slot.
             Err(TrySendError::Full(transfer)) => {
                 workers::blocking(|| self.send_slowly(transfer, deadline))
             }
@@ -134,7 +134,7 @@ impl<B: Backing> Requester<B> for InProcess {
             None => {
                 request.sent_over(&self.link, None);
                 if self.is_closed() {
-                    self.drain(); // closed meanwhile, perhaps after its own drain
+                    self.drain(); // closed meanwhile, perhaps after its drain
                 }
                 Ok(())
             }

@@ -1,5 +1,4 @@
-//! The thread that answers clients after a queue's `close`, until the queue is dropped: each is told to
-//! ask the successor.
+//! The thread that tells clients to ask the successor, from a queue's `close` until its drop.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -9,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::process::Origin;
 use crate::sync::lock;
 
-/// The thread. Dropping it ends it.
+/// The running thread. Dropping this ends it.
 pub(super) struct Leaving {
     end: Arc<End>,
     thread: Option<JoinHandle<()>>,
@@ -23,11 +22,11 @@ struct End {
 }
 
 impl Leaving {
-    /// Calls `round` again and again; it says how long to wait before the next call. It needs no
-    /// descriptor: a server that closes may have none left.
+    /// Calls `round` repeatedly; it returns how long to wait before the next call. Needs no
+    /// descriptor, since a server that closes may have none left.
     ///
     /// # Errors
-    /// [`Error::Os`] without a thread for it.
+    /// [`Error::Os`] when the thread cannot be started.
     pub(super) fn start(mut round: impl FnMut() -> Duration + Send + 'static) -> Result<Leaving> {
         let end = Arc::new(End::default());
         let told = Arc::clone(&end);
@@ -56,15 +55,17 @@ impl Drop for Leaving {
     fn drop(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         if !self.origin.is_here() {
-            // A child of `fork` has no such thread: its number may be that of one of the child's own.
+            // A child of `fork` does not have this thread: the handle may name one of the child's
+            // own.
             std::mem::forget(thread);
             return;
         }
         *lock(&self.end.has_come) = true;
         self.end.told.notify_all();
-        // It may be this one, in the application's report of a client that was turned away.
+        // The queue may be dropped on this very thread, by the application's callback for a
+        // rejected client.
         if thread.thread().id() != thread::current().id() {
-            // It panics only by a defect, which the panic hook has told.
+            // It panics only by a defect, which the panic hook has reported.
             let _ = thread.join();
         }
     }

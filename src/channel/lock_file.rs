@@ -1,4 +1,4 @@
-//! A lock file: held while a server lives, by a lock that the kernel lets go of when that dies.
+//! A lock file: locked while a server lives; the kernel releases the lock when the server dies.
 
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -13,9 +13,8 @@ use crate::error::{Error, Result};
 use crate::own_file::open_own;
 use crate::process::Origin;
 
-/// Locked by this process. Dropping it removes the file; but what a predecessor has left in it
-/// stays until it is [signed](Self::sign): it tells the next one that there may be more to clear
-/// up.
+/// A file locked by this process; dropping it removes the file. What a predecessor wrote stays in
+/// it until [`sign`](Self::sign): it tells the next server that there may be leftovers to remove.
 pub(super) struct LockFile {
     path: PathBuf,
     file: File,
@@ -24,11 +23,11 @@ pub(super) struct LockFile {
 }
 
 impl LockFile {
-    /// Locks the file; returns also what a predecessor that was killed left in it.
+    /// Locks the file; returns it with what a killed predecessor left in it.
     ///
     /// # Errors
-    /// [`Error::AddressInUse`], with its pid, when a living server of `address` holds it;
-    /// [`Error::NameTaken`] when what stands there is no regular file, or another user's.
+    /// [`Error::AddressInUse`], with its pid, when a living server of `address` has locked it;
+    /// [`Error::NameTaken`] when the path is not a regular file of this user.
     pub(super) fn take(path: &Path, address: impl Display) -> Result<(LockFile, String)> {
         loop {
             let mut file = open(path, OFlags::RDWR | OFlags::CREATE)?;
@@ -43,8 +42,7 @@ impl LockFile {
                 }
                 Err(errno) => return Err(Error::os("flock")(errno)),
             }
-            // A server that ends removes the file: is what we locked still the one that stands
-            // there?
+            // A server that ends removes the file: check that the locked file still has the name.
             let locked = file.metadata().map_err(Error::os("fstat"))?;
             match fs::symlink_metadata(path) {
                 Ok(found) if (found.dev(), found.ino()) == (locked.dev(), locked.ino()) => {}
@@ -55,8 +53,8 @@ impl LockFile {
         }
     }
 
-    /// Says who holds it, with a note for a successor. To be called when what the predecessor left
-    /// is gone.
+    /// Writes this process's pid, and a note for a successor. To be called after the predecessor's
+    /// leftovers are removed.
     pub(super) fn sign(&mut self, note: &str) -> Result<()> {
         let content = format!("{}\n{note}", std::process::id());
         let file = &mut self.file;
@@ -69,7 +67,7 @@ impl LockFile {
     }
 }
 
-/// The pid that the lock file of a server tells; `None` if there is none, or it is not this user's.
+/// The pid in a server's lock file; `None` if there is none, or the file is not this user's.
 #[cfg_attr(not(feature = "posix-mq"), allow(dead_code))]
 pub(super) fn holder(path: &Path) -> Option<u32> {
     let mut told = String::new();
@@ -77,7 +75,7 @@ pub(super) fn holder(path: &Path) -> Option<u32> {
     pid_in(&told)
 }
 
-/// Bytes of the first line at most.
+/// The most bytes of the first line.
 const LONGEST_PID: u64 = 16;
 
 fn open(path: &Path, access: OFlags) -> Result<File> {
@@ -93,7 +91,7 @@ fn pid_in(content: &str) -> Option<u32> {
 impl Drop for LockFile {
     fn drop(&mut self) {
         if self.ours && self.origin.is_here() {
-            // Nothing can be done about a failure here, and the next server copes with leftovers.
+            // A failure is ignored: the next server removes leftovers.
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -1,4 +1,4 @@
-//! What the workers of a queue wait on together: one epoll, which tells each event to one of them.
+//! The epoll on which all workers of a queue wait; each event wakes one of them.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,21 +13,21 @@ use crate::error::{Error, Result};
 use crate::process::Origin;
 use crate::sync::Deadline;
 
-/// The tokens of the closer and of the nudge; no other descriptor has them.
+/// The tokens of the two eventfds; no other descriptor has them.
 const CLOSER: u64 = u64::MAX;
-const NUDGE: u64 = u64::MAX - 1;
+const WAKE_ONE: u64 = u64::MAX - 1;
 
-/// How long to leave a kernel without memory alone before the next try.
+/// The pause before the next attempt when the kernel is out of memory.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Descriptors, each armed for one event at a time: whoever is woken for one has it to itself until it
-/// is armed again.
+/// Descriptors, each armed for one event at a time: the worker woken for one has it exclusively
+/// until it arms it again.
 pub(super) struct Poller {
     epoll: OwnedFd,
-    /// Readable, for good, once the poller is closed.
+    /// An eventfd that is readable for good once the poller is closed.
     closer: OwnedFd,
     closed: AtomicBool,
-    /// Wakes one worker each time that it is written to; never read.
+    /// An eventfd that wakes one worker each time it is written to; never read.
     wake_one: OwnedFd,
     /// A child of `fork` shares the epoll and both eventfds with its parent, and leaves them alone.
     origin: Origin,
@@ -43,7 +43,7 @@ impl Poller {
             .map_err(Error::os("epoll_ctl"))?;
         let wake_one = eventfd(0, flags).map_err(Error::os("eventfd"))?;
         let each_write = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&epoll, &wake_one, epoll::EventData::new_u64(NUDGE), each_write)
+        epoll::add(&epoll, &wake_one, epoll::EventData::new_u64(WAKE_ONE), each_write)
             .map_err(Error::os("epoll_ctl"))?;
         Ok(Poller {
             epoll,
@@ -60,9 +60,9 @@ impl Poller {
             .map_err(Error::os("epoll_ctl"))
     }
 
-    /// Has the next event of a descriptor told to one worker. While the kernel will not, for lack of memory or
-    /// for whatever reason, tries again until it is closed: of what is not armed, nobody would ever hear
-    /// again. Fails for a descriptor that is not there any more.
+    /// Arms a descriptor for its next event. While the kernel fails, for lack of memory or another
+    /// reason, tries again until the poller is closed: events of an unarmed descriptor would never
+    /// be reported. Fails for a descriptor that was removed.
     pub(super) fn arm(&self, fd: impl AsFd, token: u64) -> Result<()> {
         loop {
             match epoll::modify(&self.epoll, &fd, epoll::EventData::new_u64(token), ONE_EVENT) {
@@ -78,7 +78,8 @@ impl Poller {
         }
     }
 
-    /// Waits for an event, and returns its token; `None` at the deadline, or when nudged.
+    /// Waits for an event, and returns its token; `None` at the deadline, or after
+    /// [`wake_one`](Self::wake_one).
     ///
     /// # Errors
     /// [`Error::Closed`] once [`close`](Self::close) was called.
@@ -88,7 +89,7 @@ impl Poller {
             let mut events = [MaybeUninit::uninit()];
             match epoll::wait(&self.epoll, &mut events, deadline.timespec().as_ref()) {
                 Ok(([event], _)) if event.data.u64() == CLOSER => {}
-                Ok(([event], _)) if event.data.u64() == NUDGE => return Ok(None),
+                Ok(([event], _)) if event.data.u64() == WAKE_ONE => return Ok(None),
                 Ok(([event], _)) => return Ok(Some(event.data.u64())),
                 Ok(_) if deadline.has_passed() => return Ok(None),
                 Ok(_) | Err(Errno::INTR) => {}
@@ -109,9 +110,9 @@ impl Poller {
         if self.closed.load(Ordering::Acquire) { Err(Error::Closed) } else { Ok(()) }
     }
 
-    /// Ends the wait of one worker, or the next one's if nobody waits now.
+    /// Ends the wait of one worker, or the next wait if no worker waits now.
     pub(super) fn wake_one(&self) {
-        // Cannot fail but by overflow, after more nudges than there is time for.
+        // Can fail only by overflow of the 64-bit counter, which is never reached.
         let _ = rustix::io::write(&self.wake_one, &1u64.to_ne_bytes());
     }
 
@@ -121,7 +122,7 @@ impl Poller {
             return;
         }
         self.closed.store(true, Ordering::Release);
-        // Cannot fail but by overflow, and then it is readable already.
+        // Can fail only by overflow, and then it is readable already.
         let _ = rustix::io::write(&self.closer, &1u64.to_ne_bytes());
     }
 }

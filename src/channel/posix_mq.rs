@@ -1,6 +1,6 @@
 //! The transport by names: requests through a POSIX message queue, segments in named shared memory.
 //!
-//! Feature `posix-mq`. Elsewhere than on Linux there is only the memory.
+//! Feature `posix-mq`. On systems other than Linux there is only the memory.
 
 #[cfg(target_os = "linux")]
 mod builder;

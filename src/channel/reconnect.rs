@@ -1,4 +1,4 @@
-//! A client's line to its server: connected when there is something to send, and again to a successor.
+//! A client's connection to its server: made at the first request, and again to a successor.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -30,31 +30,32 @@ pub(super) trait Connect {
     ) -> Result<()>;
 }
 
-/// A way to one server process. It lives as long as the line uses it, or a transfer over it.
+/// A connection to one server process. It stays open while [`Reconnecting`] or a transfer uses it.
 pub(super) trait Connection: Send + Sync + 'static {
     fn link(&self) -> &Arc<Link>;
 }
 
-/// The line of one pool to one address. Used by many threads.
+/// Connects one pool to one address, and reconnects when the server is replaced. Used by many
+/// threads.
 pub(super) struct Reconnecting<C: Connect> {
     connector: C,
     pool: PoolId,
     connect_timeout: ConnectTimeout,
-    /// There has been a connection.
+    /// True once there has been a connection.
     was_connected: AtomicBool,
     current: Mutex<Option<Arc<C::Connection>>>,
-    /// Lets one thread at a time connect. The mutex is never held over anything that blocks.
+    /// Lets one thread at a time connect. The mutex is never held over a blocking call.
     connecting: FairSemaphore,
     origin: Origin,
 }
 
-/// How long a client waits for a server that is not there, within its deadline; as long as that if
-/// neither is told.
+/// How long a client waits for an absent server, within its deadline; until the deadline if neither
+/// is set.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ConnectTimeout {
-    /// At any time.
+    /// At any time, before and after a first connection.
     pub(super) always: Option<Duration>,
-    /// Once a server has been there, and is gone.
+    /// After the loss of a server.
     pub(super) after_loss: Option<Duration>,
 }
 
@@ -75,7 +76,7 @@ impl<C: Connect> Reconnecting<C> {
         }
     }
 
-    /// The server, if there is a connection to it, and it is this process's.
+    /// The server, if there is a connection to it. `None` in a child of `fork`.
     pub(super) fn server(&self) -> Option<Peer> {
         self.origin.check().ok()?;
         self.living().and_then(|connection| connection.link().peer())
@@ -86,7 +87,7 @@ impl<C: Connect> Reconnecting<C> {
         self.connected(deadline, ConnectTimeout::default()).map(drop)
     }
 
-    /// Connects first where there is no connection. A request that could not be sent to a server that
+    /// Connects first if there is no connection. A request that could not be sent to a server that
     /// died goes to its successor.
     pub(super) fn send(
         &self,
@@ -123,14 +124,14 @@ impl<C: Connect> Reconnecting<C> {
         unreachable!("the loop has no end of its own")
     }
 
-    /// The connection to a server that takes requests.
+    /// The connection, if its server still takes requests.
     fn living(&self) -> Option<Arc<C::Connection>> {
         let is_usable = |link: &Link| !link.is_severed() && !link.is_leaving();
         lock(&self.current).clone().filter(|connection| is_usable(connection.link()))
     }
 
-    /// Whether the server has said that it ends, and still lives: its successor may come only when
-    /// it is gone.
+    /// Whether the server has said that it is leaving, and is still alive: its successor may start
+    /// only after it is gone.
     fn is_being_replaced(&self) -> bool {
         let current = lock(&self.current).clone();
         current.is_some_and(|connection| {
@@ -138,11 +139,11 @@ impl<C: Connect> Reconnecting<C> {
         })
     }
 
-    /// The living connection, or a new one as soon as the server is there: waits for a server that is
-    /// not there as long as told, and until the deadline for one that is.
+    /// The living connection, or a new one as soon as the server is there. Waits for an absent
+    /// server for `connect_timeout`, and for a present one until the deadline.
     ///
-    /// A server that is not there cannot tell when it comes: we look again after a pause, which
-    /// grows from one millisecond to 100.
+    /// The start of a server is not announced: this tries again after a pause, which grows from one
+    /// millisecond to 100.
     fn connected(
         &self,
         deadline: Deadline,
@@ -173,7 +174,7 @@ impl<C: Connect> Reconnecting<C> {
         unreachable!("the loop has no end of its own")
     }
 
-    /// Connects, unless somebody else just did; `None` when no server is there now.
+    /// Connects, unless another thread just did; `None` when no server is there now.
     fn try_connect(&self, deadline: Deadline) -> Result<Option<Arc<C::Connection>>> {
         if let Some(connection) = self.living() {
             return Ok(Some(connection));
@@ -182,7 +183,7 @@ impl<C: Connect> Reconnecting<C> {
         if let Some(connection) = &opened {
             self.was_connected.store(true, Relaxed);
             let before = lock(&self.current).replace(Arc::clone(connection));
-            drop(before); // not under the lock: it hangs up, unless a transfer needs it
+            drop(before); // not under the lock: this may close the connection
         }
         Ok(opened)
     }

@@ -1,4 +1,4 @@
-//! The queue over a Unix socket: requests, segment descriptors, identity and death in one connection.
+//! The queue over a Unix socket, which carries descriptors, and tells of the peer's death.
 
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -33,14 +33,15 @@ pub(crate) mod wire;
 pub use queue::SeqpacketQueue;
 pub use requester::SeqpacketRequester;
 
-/// Where a Unix-socket queue is, and who may use it (rule S3).
+/// The address of a Unix-socket queue, and who may use it (rule S3).
 ///
 /// One server takes requests from many clients, each with a pool of its own. Either side may start
 /// first, and each outlives the other: a client connects by itself, and again when the server was
 /// restarted.
 ///
-/// Requests with keys of up to 240 bytes travel in a ring in shared memory that each connection has, without
-/// a system call as long as the server is awake; what does not fit there travels over the socket.
+/// Each connection has a ring in shared memory for requests with keys of up to 240 bytes. While the
+/// server is awake, such a request needs no system call. Requests that do not fit go over the
+/// socket.
 ///
 /// ```
 /// use shmferry::channel::{Requester, RequestQueue, Seqpacket};
@@ -75,7 +76,7 @@ pub struct Seqpacket {
     policy: Policy,
 }
 
-/// What a server takes from its clients, and whom a client trusts as its server.
+/// The limits that a server sets for its clients, and the users that either side trusts.
 #[derive(Clone)]
 struct Policy {
     users: Vec<u32>,
@@ -89,7 +90,8 @@ struct Policy {
 type OnRejected = dyn Fn(Option<Peer>, &Error) + Send + Sync;
 
 impl Seqpacket {
-    /// A queue at this path. Only processes of the same user may use it, unless told otherwise.
+    /// A queue at this path. Only processes of the same user may use it, unless
+    /// [`allow_user`](Self::allow_user) is called.
     pub fn new(path: impl Into<PathBuf>) -> Seqpacket {
         let policy = Policy {
             users: vec![getuid().as_raw()],
@@ -103,10 +105,10 @@ impl Seqpacket {
     }
 
     /// The path `shmferry/NAME.sock` in this user's runtime directory: `$XDG_RUNTIME_DIR`, or a
-    /// directory of the user's own in the temporary one.
+    /// private directory of the user in the temporary directory.
     ///
     /// # Errors
-    /// [`Error::Misuse`] when the directory that stands there is not this user's alone.
+    /// [`Error::Misuse`] when that directory exists and is not private to this user.
     pub fn runtime_path(name: &str) -> Result<PathBuf> {
         let dir = match env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()) {
             Some(dir) => PathBuf::from(dir).join("shmferry"),
@@ -121,54 +123,54 @@ impl Seqpacket {
         &self.path
     }
 
-    /// Lets processes of another user in too; on a client, trusts a server of that user. The
-    /// socket's file stays 0600: to reach it, the other user needs to be given access to it.
+    /// On a server, accepts processes of another user too; on a client, trusts a server of that
+    /// user. The socket file keeps mode 0600: the other user has to be given access to it.
     pub fn allow_user(mut self, uid: u32) -> Self {
         self.policy.users.push(uid);
         self
     }
 
-    /// The most clients that a server has at a time; 256 unless told otherwise. Beyond it, those
-    /// that have connected and said nothing make room first.
+    /// The most clients that a server has at a time; 256 by default. Beyond it, clients that have
+    /// connected and sent nothing are dropped first.
     pub fn max_clients(mut self, clients: u32) -> Self {
         self.policy.max_clients = clients.max(1);
         self
     }
 
-    /// The most segments that a server takes from one client; 1024 unless told otherwise.
+    /// The most segments that a server maps for one client; 1024 by default.
     pub fn max_segments(mut self, segments: u32) -> Self {
         self.policy.max_segments = segments;
         self
     }
 
-    /// The most bytes of segments that a server takes from one client; 4 GiB unless told otherwise.
-    /// As much again may be in segments that the client has retired, and that transfers under way
-    /// keep mapped for their time.
+    /// The most bytes of segments that a server maps for one client; 4 GiB by default. As much
+    /// again may be in segments that the client has retired and that transfers under way keep
+    /// mapped.
     ///
-    /// That is also the most memory that a client can cost: an honest one has paid for its segments
-    /// itself, but one that gives their pages back to the system has the server pay for each that
-    /// it writes to.
+    /// It also bounds the memory that a client can cost the server. The pages of a segment are
+    /// charged to the client; if the client frees them, the server is charged for each page it
+    /// writes to.
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.policy.max_bytes = bytes;
         self
     }
 
-    /// How long a client's `send` waits for a server that is not there, within its deadline; as long
-    /// as the deadline unless told otherwise. Zero means one look.
+    /// How long a client's `send` waits for an absent server, within its deadline; until the
+    /// deadline by default. Zero means a single attempt.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.policy.connect_timeout.always = Some(timeout);
         self
     }
 
-    /// As [`connect_timeout`](Self::connect_timeout), but only once the client has found a server: how long it waits
-    /// for the successor of one that is gone. As long as the server has said that it ends and still
-    /// lives, the time does not count.
+    /// As [`connect_timeout`](Self::connect_timeout), but only after a first connection: how long
+    /// the client waits for the successor of a server that is gone. The time does not run while a
+    /// server that is leaving is still alive.
     pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {
         self.policy.connect_timeout.after_loss = Some(timeout);
         self
     }
 
-    /// Has a server report each client that it turns away, and why.
+    /// Sets a callback for each client that the server rejects, with the reason.
     pub fn on_rejected(
         mut self,
         report: impl Fn(Option<Peer>, &Error) + Send + Sync + 'static,
@@ -177,19 +179,19 @@ impl Seqpacket {
         self
     }
 
-    /// Serves at this path. A socket left behind by a dead server is taken over; a missing
-    /// directory is made, for this user only, and removed again at the end.
+    /// Serves at this path. The socket of a dead server is replaced. A missing directory is made,
+    /// private to this user, and removed again at the end.
     ///
     /// # Errors
     /// [`Error::AddressInUse`] when a living server is there, [`Error::NameTaken`] when its lock
-    /// file is another user's, or no regular file, [`Error::Misuse`] for a path that is too long,
-    /// [`Error::Os`] for what the system refuses.
+    /// file is not a regular file of this user, [`Error::Misuse`] for a path that is too long,
+    /// [`Error::Os`] when a system call fails.
     pub fn bind(self) -> Result<SeqpacketQueue> {
         SeqpacketQueue::bind(&self.path, self.policy)
     }
 
-    /// A client of the server at this path, for requests with segments of `pool`. Connects when it
-    /// first has something to send.
+    /// A client of the server at this path, for requests with segments of `pool`. Connects at its
+    /// first request.
     ///
     /// # Errors
     /// [`Error::Misuse`] for a path that is too long, or the pool of a process that this one was
@@ -225,7 +227,7 @@ impl Policy {
     }
 }
 
-/// A new socket of our kind.
+/// A new socket: sequenced packets, non-blocking.
 fn socket() -> Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
@@ -240,7 +242,7 @@ fn socket_address(path: &Path) -> Result<SocketAddrUnix> {
     })
 }
 
-/// Sends one message, and a descriptor with it, waiting for room until the deadline.
+/// Sends one message, with a descriptor if one is given; waits for room until the deadline.
 fn send(
     socket: &Socket,
     message: &[u8],
@@ -266,7 +268,8 @@ fn send(
                     Err(errno) => return Err(Error::os("poll")(errno)),
                 }
             }
-            // The system has too many descriptors on their way; it says nothing when that ends.
+            // Too many descriptors are in flight in the system; there is no event for the end of
+            // that.
             Err(Errno::TOOMANYREFS) if !deadline.has_passed() => {
                 workers::blocking(|| pause(0, deadline))
             }

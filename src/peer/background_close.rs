@@ -1,7 +1,7 @@
-//! Closes what a peer had a say in on a thread of its own: closing can block for as long as the peer likes.
+//! Closes peer-supplied descriptors on a background thread: `close` can block (SO_LINGER, FUSE).
 //!
-//! A descriptor that a peer sent can be a socket that lingers, or a file of a file system that the peer
-//! itself serves. Messages that nobody read hold such descriptors, too, and are closed with their
+//! A descriptor that a peer sent can be a socket with SO_LINGER, or a file of a file system that
+//! the peer itself serves. Unread messages hold such descriptors too, and are closed with their
 //! connection.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,17 +15,18 @@ use crate::process::Counted;
 #[cfg(test)]
 mod tests;
 
-/// How many may be under way before no more peers are let in.
+/// How many may be under way before no more peers are accepted.
 const MOST: usize = 64;
 
 static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
 
-/// Whether so many descriptors are being closed that nobody should be let in who could add to them.
+/// Whether too many descriptors are being closed: no peer should be accepted that could add to
+/// them.
 pub(crate) fn is_behind() -> bool {
     Counted::count(&UNDER_WAY) >= MOST
 }
 
-/// A socket that peers send messages to, read or not.
+/// A socket that may have unread messages of a peer; closed in the background.
 pub(crate) struct Socket(Option<OwnedFd>);
 
 impl From<OwnedFd> for Socket {
@@ -49,11 +50,11 @@ impl Drop for Socket {
     }
 }
 
-/// The most descriptors that the kernel lets one message carry. With less room for them, it would close
-/// the rest itself, on the thread that reads.
+/// The most descriptors in one message (`SCM_MAX_FD`). With less room, the kernel closes the rest
+/// itself, on the thread that reads.
 pub(crate) const MOST_DESCRIPTORS: usize = 253;
 
-/// Descriptors that came with a message.
+/// Descriptors that came with a message; closed in the background.
 pub(crate) struct ReceivedFds(pub(crate) Vec<OwnedFd>);
 
 impl ReceivedFds {
@@ -81,6 +82,6 @@ fn close(fds: Vec<OwnedFd>) {
         drop(fds);
         drop(under_way);
     };
-    // Without a thread to be had, they are closed here.
+    // If no thread can be started, the closure is dropped here, and closes them.
     let _ = thread::Builder::new().name("shmferry-close".to_owned()).spawn(closing);
 }

@@ -1,7 +1,8 @@
-//! What the kernel knows of the other end of a socket: its process, and what it has not yet taken.
+//! Asks the kernel about the other end of a socket: its process, and the bytes it has not yet
+//! taken.
 //!
-//! `SO_PEERCRED` by hand: the kernel reports pid 0 for a peer outside our pid namespace, which the
-//! wrappers' non-zero pid type cannot hold.
+//! `SO_PEERCRED` is called directly: the kernel reports pid 0 for a peer outside our pid namespace,
+//! which rustix's non-zero pid type cannot hold.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -20,8 +21,8 @@ impl Peer {
     }
 }
 
-/// Bytes written to a socket or pipe that its other end has not taken yet; `None` where the kernel does
-/// not say. For TCP, taken means acknowledged by the other end's kernel.
+/// Bytes written to a socket or pipe that its other end has not taken yet; `None` where the kernel
+/// does not tell. For TCP, taken means acknowledged by the other end's kernel.
 pub(crate) fn untaken(sink: BorrowedFd<'_>) -> Option<u64> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the call writes one `c_int` to `bytes`, which is one, private and alive.
@@ -29,11 +30,12 @@ pub(crate) fn untaken(sink: BorrowedFd<'_>) -> Option<u64> {
     if told == 0 {
         return u64::try_from(bytes).ok();
     }
-    // Pipes say it by the other name. So do sockets, of what came in: they never get here.
+    // Pipes report it by `FIONREAD`. For sockets that means received bytes, but they never get
+    // here.
     rustix::io::ioctl_fionread(sink).ok()
 }
 
-/// The pid, zero if it has none here, and the user of the process at the other end.
+/// The pid and user of the process at the other end. The pid is zero outside our pid namespace.
 fn of_socket(socket: BorrowedFd<'_>) -> io::Result<(libc::pid_t, libc::uid_t)> {
     const SIZE: libc::socklen_t = size_of::<libc::ucred>() as libc::socklen_t;
     let mut cred = MaybeUninit::<libc::ucred>::zeroed();

@@ -11,16 +11,16 @@ use crate::sync::modelled::{Mutex, lock};
 use super::Peer;
 use super::pidfd::PeerProcess;
 
-/// Something that can be ended for all who wait on it.
+/// Something whose waits can all be ended.
 pub(crate) trait Poison: Send + Sync {
     /// Ends every wait, now and later.
     fn poison(&self);
 }
 
-/// The connection to one peer, as those who wait for that peer see it.
+/// A connection to one peer: ends the waits for that peer, and knows why.
 pub(crate) struct Link {
     peer: Option<Peer>,
-    /// Tells a peer that is dead for certain from one that only hung up (rule P6).
+    /// Distinguishes a peer that is certainly dead from one that only hung up (rule P6).
     pub(super) process: PeerProcess,
     /// A child of `fork` leaves the link alone.
     origin: Origin,
@@ -37,14 +37,14 @@ struct LinkState {
     relief: Option<Relief>,
 }
 
-/// What is to happen once fewer than `below` are registered.
+/// A call to make once fewer than `below` are registered.
 struct Relief {
     below: usize,
     then: Box<dyn FnOnce() + Send>,
 }
 
 impl Link {
-    /// To a sender in another process, whose death decides what becomes of segments.
+    /// To a sender in another process, whose death allows the reuse of its segments.
     #[cfg(target_os = "linux")]
     pub(crate) fn to_sender(peer: Peer) -> Link {
         Link { process: PeerProcess::open(peer.pid), ..Link::to_receiver(peer) }
@@ -55,7 +55,7 @@ impl Link {
         Link { peer: Some(peer), ..Link::within() }
     }
 
-    /// To this same process, which never outlives itself.
+    /// To this same process, whose death needs no detection.
     pub(crate) fn within() -> Link {
         Link {
             peer: None,
@@ -69,8 +69,8 @@ impl Link {
         self.peer
     }
 
-    /// Poisons everything registered, now and later. Whoever comes first finds out why, and nobody
-    /// learns of the end before that.
+    /// Poisons everything registered, now and later. The first call evaluates `why`, before any
+    /// waiter can see the end.
     pub(crate) fn sever(&self, why: impl FnOnce() -> Option<Rejection>) {
         if !self.origin.is_here() {
             return;
@@ -87,7 +87,7 @@ impl Link {
         lock(&self.state).severed
     }
 
-    /// The server said that it ends: further requests are for its successor. Transfers go on.
+    /// Records that the server is leaving: further requests go to its successor. Transfers go on.
     pub(crate) fn set_leaving(&self) {
         lock(&self.state).leaving = true;
     }
@@ -96,7 +96,7 @@ impl Link {
         lock(&self.state).leaving
     }
 
-    /// Why the other side is gone.
+    /// The error for a waiter: why the other side is gone.
     pub(crate) fn disconnect_reason(&self) -> Error {
         lock(&self.state).rejection.map_or(Error::Disconnected, Error::Rejected)
     }
@@ -108,7 +108,7 @@ impl Link {
         registration
     }
 
-    /// Counts one more that is under way, with nothing to poison yet.
+    /// Counts a transfer as under way, with nothing to poison yet.
     pub(crate) fn count(self: &Arc<Link>) -> Registration {
         let mut state = lock(&self.state);
         let number = state.next;
@@ -122,7 +122,8 @@ impl Link {
         lock(&self.state).registered.len() < bound
     }
 
-    /// Calls `then`, once, as soon as fewer than `below` are registered; perhaps at once.
+    /// Calls `then`, once, as soon as fewer than `below` are registered; immediately if they
+    /// already are.
     pub(crate) fn when_below(&self, below: usize, then: impl FnOnce() + Send + 'static) {
         let mut state = lock(&self.state);
         if state.registered.len() < below {
@@ -133,14 +134,14 @@ impl Link {
         }
     }
 
-    /// Whether the peer's process has ended, waiting for it until the deadline. `false` too when
-    /// there is no telling.
+    /// Whether the peer's process has ended, waiting for it until the deadline. `false` also when
+    /// that cannot be known.
     pub(crate) fn wait_dead(&self, deadline: Deadline) -> bool {
         self.process.wait_ended(deadline)
     }
 }
 
-/// Keeps its subject registered; once dropped, the link cannot poison the subject any more.
+/// Keeps its subject registered; after its drop, the link does not poison the subject any more.
 pub(crate) struct Registration {
     link: Arc<Link>,
     number: u64,

@@ -3,8 +3,8 @@
 use crate::sync::Deadline;
 
 /// A peer's process, by pidfd. Without one (an old kernel, a peer in a foreign pid namespace) it
-/// never counts as ended, and its segments are retired instead. Should the pid have been reused
-/// before this was opened, it names a living process: the safe side.
+/// never counts as ended, and its segments are retired instead. If the pid was reused before this
+/// was opened, it refers to a living process, which is safe.
 #[derive(Default)]
 pub(super) struct PeerProcess {
     #[cfg(target_os = "linux")]

@@ -1,4 +1,4 @@
-//! A peer's process for loom, where it is a thread: it has ended once the model says so.
+//! A peer's process for loom, where it is a thread: it has ended once the model calls `peer_died`.
 
 use crate::sync::Deadline;
 use crate::sync::modelled::{Mutex, lock};
@@ -21,7 +21,7 @@ impl PeerProcess {
 }
 
 impl Link {
-    /// The peer's process has ended. What it wrote before is seen by all who learn of that.
+    /// Ends the peer's process. A thread that learns of it sees all that the process wrote before.
     pub(crate) fn peer_died(&self) {
         *lock(&self.process.has_ended) = true;
     }

@@ -1,4 +1,4 @@
-//! Links: who is dead for certain, when there is room, and why a peer is gone.
+//! Links: certain deaths, in-flight limits, and reasons of an end.
 
 use super::*;
 use crate::error::{Error, Rejection};

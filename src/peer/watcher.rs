@@ -1,7 +1,7 @@
-//! The one thread of a process that learns of hang-ups, and tells whoever they concern.
+//! The one thread of a process that learns of hang-ups, and runs the calls registered for them.
 //!
-//! A child of `fork` has no such thread, and shares the epoll instance with its parent: it makes
-//! both anew, and leaves the parent's alone.
+//! A child of `fork` does not have the thread, and shares the epoll instance with its parent. It
+//! makes new ones, and leaves the parent's alone.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,8 +19,8 @@ use crate::sync::lock;
 #[cfg(test)]
 mod tests;
 
-/// Calls `then`, once, on the watcher thread, when the other end of a socket or FIFO hangs up. Dropping
-/// the returned watch forgets about it.
+/// Calls `then`, once, on the watcher thread, when the other end of a socket or FIFO hangs up.
+/// Dropping the returned [`Watch`] cancels that.
 pub(crate) fn on_hang_up<F: AsFd + Send + Sync + 'static>(
     end: Arc<F>,
     then: impl FnOnce() + Send + 'static,
@@ -59,7 +59,7 @@ impl Drop for Watch {
     }
 }
 
-/// The thread, and what it is to do.
+/// The thread's epoll, and the calls that it runs.
 struct Watcher {
     epoll: OwnedFd,
     calls: Mutex<Calls>,
@@ -92,7 +92,8 @@ impl Watcher {
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
         let watching = epoll.try_clone().map_err(Error::os("dup"))?;
-        // The thread finds the watcher in its cell: whoever can register with it has put it there.
+        // The thread finds the watcher in its cell: it is there before a connection can be
+        // registered.
         thread::Builder::new()
             .name("shmferry-watch".to_owned())
             .spawn(move || watch(&watching, || cell.get()))
@@ -111,7 +112,7 @@ fn watch(epoll: &OwnedFd, watcher: impl Fn() -> Option<&'static Watcher>) {
         }
         for event in &events {
             let call = watcher().and_then(|w| lock(&w.calls).waiting.remove(&event.data.u64()));
-            // Not under the lock: the call may drop watches.
+            // Not under the lock, because the call may drop watches.
             if let Some(call) = call {
                 call();
             }

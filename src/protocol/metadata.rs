@@ -1,8 +1,8 @@
-//! Typed metadata: what travels beside status and size, up to 1 KiB of it.
+//! Typed metadata: up to 1 KiB that is sent beside status and size.
 
-/// A value that a sender can attach to its announcement, and a receiver read from it.
+/// A value that a sender can attach to its announcement, and a receiver can read from it.
 ///
-/// Both sides must mean the same type; a value that does not decode is the peer's fault.
+/// Both sides must use the same type. A value that does not decode is reported as the peer's fault.
 ///
 /// ```
 /// use shmferry::Metadata;
@@ -27,7 +27,7 @@ pub trait Metadata: Sized {
     /// The value as bytes, at most [`METADATA_LIMIT`](crate::protocol::METADATA_LIMIT) of them.
     fn encode(&self) -> Vec<u8>;
 
-    /// The value from bytes that a peer wrote; `None` when they do not make one.
+    /// The value from bytes that a peer wrote; `None` if they are invalid.
     fn decode(bytes: &[u8]) -> Option<Self>;
 }
 

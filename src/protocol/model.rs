@@ -1,9 +1,9 @@
 //! The transfer under loom: pool, receiver, sender and links as they ship, by `ci/loom.sh`.
 //!
-//! Real are the turn word, the semaphores, the announcement, the chunk words, the pool's way of
-//! getting a segment back, and the links' locks. Replaced are the mapping (`mapping_model.rs`), the
+//! Real are the turn word, the semaphores, the announcement, the chunk words, the return of
+//! segments to the pool, and the links' locks. Replaced are the mapping (`mapping_model.rs`), the
 //! futex (`sync/model.rs`), the queue (the test hands the request over), and the processor numbers,
-//! so that nobody spins. Both sides of a transfer have a link of their own, as two processes have.
+//! so that no side spins. Each side of a transfer has a link of its own, as in two processes.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -21,11 +21,11 @@ use crate::segment::{
 };
 use crate::sync::Deadline;
 
-/// Memory of this process, which loom watches.
+/// A backing of ordinary memory, whose accesses loom checks.
 struct Watched(Mapping);
 
 thread_local! {
-    /// Whether segments cannot be made. All of a model's threads are one thread outside it.
+    /// Whether the making of segments fails. All threads of a model run in one real thread.
     static NO_MEMORY: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -62,25 +62,25 @@ type Asked = ShmTransfer<Receiver, Offered>;
 type Asking = ShmTransfer<Sender, Starting>;
 
 std::thread_local! {
-    /// Sleepers look all the time whether their link is severed. Each model is run by one thread.
+    /// Whether sleepers check their link all the time. Each model runs in one real thread.
     static RECHECKS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// When a sleeper looks at its link again. loom knows no time: all the time, or never.
+/// When a sleeper checks its link again. loom has no clock: all the time, or never.
 pub(super) fn recheck() -> Deadline {
     if RECHECKS.get() { Deadline::after(Duration::ZERO) } else { Deadline::NEVER }
 }
 
-/// As [`model`], with sleepers that look all the time.
-fn model_with_glances(body: impl Fn() + Sync + Send + 'static) {
+/// As [`model`], with sleepers that check their link all the time.
+fn model_with_rechecks(body: impl Fn() + Sync + Send + 'static) {
     RECHECKS.set(true);
     model(body);
     RECHECKS.set(false);
 }
 
-/// As long as a late sender takes, or no time at all.
-const PATIENT: Duration = Duration::MAX;
-const IMPATIENT: Duration = Duration::ZERO;
+/// Grace periods: as long as a late sender takes, or none.
+const LONG_GRACE: Duration = Duration::MAX;
+const NO_GRACE: Duration = Duration::ZERO;
 
 /// A pool of one segment, whose slots hold one byte each.
 fn pool(slots: u32, grace: Duration) -> Pool {
@@ -88,7 +88,7 @@ fn pool(slots: u32, grace: Duration) -> Pool {
     builder.slots(slots).grace(grace).create().unwrap()
 }
 
-/// A link to a sender in this process, as the pid tells: its death may free a segment.
+/// A link to a sender with this process's pid, whose death may free a segment.
 fn link_to_sender() -> Arc<Link> {
     let peer = crate::peer::Peer { pid: Some(std::process::id()), uid: 0 };
     Arc::new(Link::to_receiver(peer))
@@ -110,7 +110,7 @@ fn ask(pool: &Pool) -> (Asked, Asking) {
     ask_over(pool, &link(), &link())
 }
 
-/// Sends these bytes, one a chunk, as long as anybody wants them.
+/// Sends these bytes, one in each chunk, until the receiver cancels.
 fn send(asking: Asking, bytes: &[u8]) -> Result<u64> {
     let mut sending = asking.accept(bytes.len() as u64)?;
     for byte in bytes {
@@ -161,7 +161,7 @@ fn model(body: impl Fn() + Sync + Send + 'static) {
 #[test]
 fn the_announcement_and_the_first_chunk_go_out_with_one_post() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || assert_eq!(send(asking, &[7]).unwrap(), 1));
         let mut body = found(asked).unwrap();
@@ -177,7 +177,7 @@ fn the_announcement_and_the_first_chunk_go_out_with_one_post() {
 #[test]
 fn one_slot_in_strict_turns() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || assert_eq!(send(asking, &[1, 2]).unwrap(), 2));
         assert_eq!(receive(asked).unwrap(), [1, 2]);
@@ -188,7 +188,7 @@ fn one_slot_in_strict_turns() {
 #[test]
 fn two_slots_in_flight() {
     model(|| {
-        let pool = pool(2, PATIENT);
+        let pool = pool(2, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || assert_eq!(send(asking, &[1, 2, 3]).unwrap(), 3));
         assert_eq!(receive(asked).unwrap(), [1, 2, 3]);
@@ -199,7 +199,7 @@ fn two_slots_in_flight() {
 #[test]
 fn wake_ups_in_batches() {
     model(|| {
-        let pool = pool(2, PATIENT);
+        let pool = pool(2, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || {
             let mut sending = asking.accept(4).unwrap().in_batches();
@@ -215,7 +215,7 @@ fn wake_ups_in_batches() {
 #[test]
 fn a_wake_up_put_off_comes_with_an_abort() {
     model(|| {
-        let pool = pool(2, PATIENT);
+        let pool = pool(2, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || {
             let mut sending = asking.accept(3).unwrap().in_batches();
@@ -231,7 +231,7 @@ fn a_wake_up_put_off_comes_with_an_abort() {
 #[test]
 fn a_stream_and_its_marked_end() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || {
             let mut sending = asking.accept(Size::Unknown).unwrap();
@@ -248,11 +248,11 @@ fn a_stream_and_its_marked_end() {
 #[test]
 fn a_refusal_is_told_as_what_it_is() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || asking.refuse(Refusal::NotFound).unwrap());
         assert!(matches!(asked.reply(Deadline::NEVER), Ok(Reply::Refused(Refusal::NotFound))));
-        // The segment is back, or comes back as soon as the sender has left.
+        // The segment is in the pool, or returns as soon as the sender has left.
         let (next, _late) = ask(&pool);
         assert_eq!(pool.stats().retired, 0);
         drop(next);
@@ -263,11 +263,11 @@ fn a_refusal_is_told_as_what_it_is() {
 #[test]
 fn a_sender_that_acts_on_the_turn_word_alone_sees_the_offer() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let lease = pool.lease(Deadline::NEVER).unwrap();
         let (pooled, guard) = lease.into_parts();
         let segment = pooled.writable().unwrap();
-        // It has been told of the first generation too early, and asks until there is one.
+        // It knows the first generation before it is opened, and tries until it is.
         let sender = thread::spawn(move || {
             loop {
                 let asking =
@@ -287,7 +287,7 @@ fn a_sender_that_acts_on_the_turn_word_alone_sees_the_offer() {
 #[test]
 fn a_receiver_that_goes_ends_the_wait_for_a_slot() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || {
             let error = send(asking, &[1, 2, 3]).unwrap_err();
@@ -303,7 +303,7 @@ fn a_receiver_that_goes_ends_the_wait_for_a_slot() {
 #[test]
 fn a_segment_is_leased_again_after_a_cancellation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let old = thread::spawn(move || drop(send(asking, &[1, 1])));
         drop(found(asked).unwrap());
@@ -319,12 +319,12 @@ fn a_segment_is_leased_again_after_a_cancellation() {
 #[test]
 fn a_segment_whose_sender_lingers_is_replaced() {
     model(|| {
-        let pool = pool(1, IMPATIENT);
+        let pool = pool(1, NO_GRACE);
         let (asked, asking) = ask(&pool);
         let old = thread::spawn(move || drop(send(asking, &[1, 1])));
         drop(asked);
         let (asked, asking) = ask(&pool);
-        // In this thread: the slot that it reads is of this generation, whoever else writes where.
+        // In this thread: the slot read is of this generation, wherever a late sender writes.
         assert_eq!(send(asking, &[2]).unwrap(), 1);
         assert_eq!(receive(asked).unwrap(), [2]);
         old.join().unwrap();
@@ -334,7 +334,7 @@ fn a_segment_whose_sender_lingers_is_replaced() {
 #[test]
 fn an_abort_ends_the_wait_after_what_was_filled() {
     model(|| {
-        let pool = pool(2, PATIENT);
+        let pool = pool(2, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || {
             let mut sending = asking.accept(3).unwrap();
@@ -351,7 +351,7 @@ fn an_abort_ends_the_wait_after_what_was_filled() {
 #[test]
 fn an_abort_before_any_answer_ends_the_wait_for_one() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || drop(asking));
         let error = asked.reply(Deadline::NEVER).unwrap_err();
@@ -363,7 +363,7 @@ fn an_abort_before_any_answer_ends_the_wait_for_one() {
 #[test]
 fn what_an_aborting_sender_does_stays_in_its_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let old = thread::spawn(move || drop(asking));
         drop(asked); // withdrawn, cancelled, or aborted already
@@ -379,7 +379,7 @@ fn what_an_aborting_sender_does_stays_in_its_generation() {
 #[test]
 fn what_a_finishing_sender_does_stays_in_its_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let old = thread::spawn(move || drop(send(asking, &[1])));
         drop(asked); // withdrawn, cancelled, or finished already
@@ -395,7 +395,7 @@ fn what_a_finishing_sender_does_stays_in_its_generation() {
 #[test]
 fn withdrawing_or_accepting_wins_and_never_both() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || match asking.accept(1) {
             Ok(mut sending) => match sending.next_slot(Deadline::NEVER) {
@@ -416,7 +416,7 @@ fn withdrawing_or_accepting_wins_and_never_both() {
 #[test]
 fn a_late_accept_of_an_old_generation_is_stale_and_writes_nothing() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, late) = ask(&pool);
         drop(asked);
         let old = thread::spawn(move || {
@@ -434,7 +434,7 @@ fn a_late_accept_of_an_old_generation_is_stale_and_writes_nothing() {
 #[test]
 fn a_request_that_is_dropped_unsent_ends_the_wait_for_its_reply() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
         let requester = thread::spawn(move || drop(request));
         let error = asked.reply(Deadline::NEVER).unwrap_err();
@@ -446,7 +446,7 @@ fn a_request_that_is_dropped_unsent_ends_the_wait_for_its_reply() {
 #[test]
 fn the_next_generation_begins_while_the_old_sender_is_in_its_last_wake() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let old = thread::spawn(move || assert_eq!(send(asking, &[1]).unwrap(), 1));
         assert_eq!(receive(asked).unwrap(), [1]);
@@ -462,14 +462,14 @@ fn the_next_generation_begins_while_the_old_sender_is_in_its_last_wake() {
 #[test]
 fn a_severed_link_ends_the_wait_for_a_reply() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
         let ours = link();
         let watcher = {
             let ours = Arc::clone(&ours);
             thread::spawn(move || ours.sever(|| None))
         };
-        request.sent_over(&ours, None); // enrolled before, while, or after the link is severed
+        request.sent_over(&ours, None); // registered before, while, or after the link is severed
         let error = asked.reply(Deadline::NEVER).unwrap_err();
         assert!(matches!(error, Error::Disconnected), "{error:?}");
         watcher.join().unwrap();
@@ -479,7 +479,7 @@ fn a_severed_link_ends_the_wait_for_a_reply() {
 #[test]
 fn a_severed_link_ends_the_wait_for_a_slot() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let theirs = link();
         let (asked, asking) = ask_over(&pool, &link(), &theirs);
         let watcher = thread::spawn(move || theirs.sever(|| None));
@@ -496,7 +496,7 @@ fn a_severed_link_ends_the_wait_for_a_slot() {
 #[test]
 fn a_link_severed_late_poisons_nothing_of_the_next_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (ours, theirs) = (link(), link());
         let (asked, asking) = ask_over(&pool, &ours, &theirs);
         let old = thread::spawn(move || assert_eq!(send(asking, &[1]).unwrap(), 1));
@@ -517,7 +517,7 @@ fn a_link_severed_late_poisons_nothing_of_the_next_generation() {
 #[test]
 fn a_link_severed_while_its_sender_leaves_poisons_nothing_of_the_next_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let theirs = link();
         let (asked, asking) = ask_over(&pool, &link(), &theirs);
         let old = thread::spawn(move || drop(send(asking, &[1])));
@@ -535,7 +535,7 @@ fn a_link_severed_while_its_sender_leaves_poisons_nothing_of_the_next_generation
 #[test]
 fn a_cancellation_is_not_held_against_the_next_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let old = asking.accept(1).unwrap();
         drop(asked);
@@ -552,8 +552,8 @@ fn a_cancellation_is_not_held_against_the_next_generation() {
 
 #[test]
 fn what_was_filled_before_a_link_ended_is_read_whenever_the_reader_looks() {
-    model_with_glances(|| {
-        let pool = pool(1, PATIENT);
+    model_with_rechecks(|| {
+        let pool = pool(1, LONG_GRACE);
         let ours = link();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let sender = thread::spawn(move || {
@@ -567,8 +567,8 @@ fn what_was_filled_before_a_link_ended_is_read_whenever_the_reader_looks() {
 
 #[test]
 fn a_link_that_ended_is_seen_although_the_peer_wipes_the_poison_off() {
-    model_with_glances(|| {
-        let pool = pool(1, PATIENT);
+    model_with_rechecks(|| {
+        let pool = pool(1, LONG_GRACE);
         let ours = link();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let segment = Arc::clone(&pool.live().1[0].segment);
@@ -586,7 +586,7 @@ fn a_link_that_ended_is_seen_although_the_peer_wipes_the_poison_off() {
 #[test]
 fn two_that_lease_the_only_segment_take_turns() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let first = pool.lease(Deadline::NEVER).unwrap();
         let others = [1, 2].map(|byte| {
             let pool = pool.clone();
@@ -602,11 +602,12 @@ fn two_that_lease_the_only_segment_take_turns() {
     });
 }
 
-/// The server hangs up before it takes the request: that it is withdrawn, or was taken, is certain.
+/// The server hangs up before it takes the request: the request is either withdrawn or taken, never
+/// both.
 #[test]
 fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let lease = pool.lease(Deadline::NEVER).unwrap();
         let again = lease.again();
         let (request, mut asked) = lease.request("key").unwrap();
@@ -627,7 +628,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
         let lease = again(asked.give_up()).unwrap();
         let was_taken = server.join().unwrap();
         assert_ne!(is_untaken, was_taken);
-        // The segment is good for the successor in either case.
+        // The segment can be offered to the successor in either case.
         let (request, asked) = lease.request("key").unwrap();
         let asking = request.begin_here(&link()).unwrap();
         request.sent_over(&link(), None);
@@ -640,7 +641,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
 #[test]
 fn a_hang_up_on_a_sender_that_lives_gives_no_segment_back_before_it_has_left() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let ours = link();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let old = thread::spawn(move || drop(send(asking, &[1, 1])));
@@ -657,7 +658,7 @@ fn a_hang_up_on_a_sender_that_lives_gives_no_segment_back_before_it_has_left() {
 #[test]
 fn a_hang_up_on_a_sender_that_lives_and_lingers_has_its_segment_replaced() {
     model(|| {
-        let pool = pool(1, IMPATIENT);
+        let pool = pool(1, NO_GRACE);
         let ours = link();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let old = thread::spawn(move || drop(send(asking, &[1, 1])));
@@ -673,7 +674,7 @@ fn a_hang_up_on_a_sender_that_lives_and_lingers_has_its_segment_replaced() {
 #[test]
 fn a_segment_whose_sender_died_is_leased_again() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let ours = link_to_sender();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let sending = asking.accept(2).unwrap();
@@ -697,7 +698,7 @@ fn a_segment_whose_sender_died_is_leased_again() {
 #[test]
 fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let ours = link_to_sender();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let mut sending = asking.accept(2).unwrap();
@@ -716,7 +717,7 @@ fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
         };
         drop(asked);
         let (asked, asking) = ask(&pool);
-        // Replaced only if it announced and died between the looks at its phase and at its life.
+        // Replaced only if it announced and died between the reads of its phase and of its death.
         assert!(pool.stats().retired <= 1);
         assert_eq!(send(asking, &[2]).unwrap(), 1);
         assert_eq!(receive(asked).unwrap(), [2]);
@@ -728,7 +729,7 @@ fn a_sender_that_dies_while_it_sends_leaves_nothing_in_the_next_generation() {
 #[test]
 fn a_link_severed_in_the_midst_costs_the_transfer_and_not_the_segment() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let ours = link();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let old = thread::spawn(move || drop(send(asking, &[1])));
@@ -750,7 +751,7 @@ fn a_link_severed_in_the_midst_costs_the_transfer_and_not_the_segment() {
 #[test]
 fn a_request_dropped_unsent_poisons_nothing_of_the_next_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
         let requester = thread::spawn(move || drop(request));
         drop(asked);
@@ -765,7 +766,7 @@ fn a_request_dropped_unsent_poisons_nothing_of_the_next_generation() {
 #[test]
 fn a_request_sent_after_its_transfer_is_over_poisons_nothing_of_the_next_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let ours = link();
         let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
         let sending = {
@@ -786,7 +787,7 @@ fn a_request_sent_after_its_transfer_is_over_poisons_nothing_of_the_next_generat
 #[test]
 fn a_batch_that_is_cancelled_leaves_the_segment_to_the_next_generation() {
     model(|| {
-        let pool = pool(2, PATIENT);
+        let pool = pool(2, LONG_GRACE);
         let (asked, asking) = ask(&pool);
         let sender = thread::spawn(move || {
             let mut sending = asking.accept(4).unwrap().in_batches();
@@ -812,7 +813,7 @@ fn a_batch_that_is_cancelled_leaves_the_segment_to_the_next_generation() {
 #[test]
 fn a_request_dropped_although_a_sender_has_it_is_answered_or_withdrawn() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
         let asking = request.begin_here(&link()).unwrap();
         let requester = thread::spawn(move || drop(request));
@@ -832,13 +833,13 @@ fn a_request_dropped_although_a_sender_has_it_is_answered_or_withdrawn() {
 #[test]
 fn a_sender_whose_link_is_severed_goes_on_to_its_next_look_at_free() {
     model(|| {
-        let pool = pool(2, PATIENT);
+        let pool = pool(2, LONG_GRACE);
         let theirs = link();
         let (asked, asking) = ask_over(&pool, &link(), &theirs);
         let sender = thread::spawn(move || send(asking, &[1]));
         let watcher = thread::spawn(move || theirs.sever(|| None));
         let received = receive(asked);
-        // What it finished is received whole: its link ends its own waits only.
+        // What it finished is received whole: the sender's link ends only the sender's waits.
         match sender.join().unwrap() {
             Ok(_) => assert_eq!(received.unwrap(), [1]),
             Err(Error::Disconnected) => {
@@ -853,7 +854,7 @@ fn a_sender_whose_link_is_severed_goes_on_to_its_next_look_at_free() {
 #[test]
 fn a_sender_is_not_stopped_by_a_hang_up_that_only_its_receiver_knows_of() {
     model(|| {
-        let pool = pool(2, PATIENT);
+        let pool = pool(2, LONG_GRACE);
         let ours = link();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         let sender = thread::spawn(move || send(asking, &[1, 2]));
@@ -868,7 +869,7 @@ fn a_sender_is_not_stopped_by_a_hang_up_that_only_its_receiver_knows_of() {
 #[test]
 fn a_sender_that_stands_still_is_waited_for_until_the_grace_is_over() {
     model(|| {
-        let pool = pool(1, IMPATIENT);
+        let pool = pool(1, NO_GRACE);
         let (asked, asking) = ask(&pool);
         let still = asking.accept(1).unwrap();
         drop(asked);
@@ -883,7 +884,7 @@ fn a_sender_that_stands_still_is_waited_for_until_the_grace_is_over() {
 #[test]
 fn a_link_severed_while_its_sender_aborts_poisons_nothing_of_the_next_generation() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let theirs = link();
         let (asked, asking) = ask_over(&pool, &link(), &theirs);
         let old = thread::spawn(move || drop(asking));
@@ -901,7 +902,7 @@ fn a_link_severed_while_its_sender_aborts_poisons_nothing_of_the_next_generation
 #[test]
 fn a_link_severed_while_its_receiver_goes_poisons_nothing_of_another_threads_transfer() {
     model(|| {
-        let pool = pool(1, PATIENT);
+        let pool = pool(1, LONG_GRACE);
         let ours = link();
         let (asked, asking) = ask_over(&pool, &ours, &link());
         drop(asking); // aborted
@@ -930,13 +931,13 @@ fn a_link_severed_while_its_receiver_goes_poisons_nothing_of_another_threads_tra
 fn what_lingers_beside_is_looked_after_and_not_given_back_too_early() {
     model(|| {
         let builder = SegmentPool::<Watched>::builder().segments(2).segment_len(1);
-        let pool: Pool = builder.slots(1).grace(IMPATIENT).create().unwrap();
+        let pool: Pool = builder.slots(1).grace(NO_GRACE).create().unwrap();
         let (first, asking) = ask(&pool);
         let still = asking.accept(1).unwrap();
         let (second, asking) = ask(&pool);
         let late = thread::spawn(move || drop(send(asking, &[1, 1])));
         drop((first, second));
-        // The first lease looks after the second segment, too.
+        // The first lease also checks the second segment.
         let leased = [2, 3].map(|byte| (byte, ask(&pool)));
         for (byte, (asked, asking)) in leased {
             assert_eq!(send(asking, &[byte]).unwrap(), 1);
@@ -950,7 +951,7 @@ fn what_lingers_beside_is_looked_after_and_not_given_back_too_early() {
 #[test]
 fn a_segment_that_cannot_be_replaced_is_not_lost() {
     model(|| {
-        let pool = pool(1, IMPATIENT);
+        let pool = pool(1, NO_GRACE);
         let (asked, asking) = ask(&pool);
         let still = asking.accept(1).unwrap();
         drop(asked);

@@ -1,4 +1,4 @@
-//! What a request and its transfer share: whether the request is out, and over which link.
+//! What a request and its transfer share: whether the request was sent, and over which link.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use crate::peer::{Link, Registration};
 use crate::segment::{Phase, ReadSlots, Segment};
 use crate::sync::modelled::{Mutex, lock};
 
-/// What a request and its transfer share within the receiver's process: who will answer.
+/// Shared by a request and its transfer, within the receiver's process. Says over which link the
+/// answer will come.
 pub(crate) struct Offer {
     segment: Arc<Segment<ReadSlots>>,
     generation: u64,
@@ -15,11 +16,11 @@ pub(crate) struct Offer {
 }
 
 enum OfferState {
-    /// The request waits to be sent.
+    /// The request has not been sent yet.
     Unsent,
-    /// It went over a connection, which now watches over the segment, and lives as long as this.
+    /// It went over a connection. The connection's end poisons the segment, and this keeps it open.
     Sent { registration: Registration, _connection: Option<Keep> },
-    /// The transfer is over, and the segment may be in other hands.
+    /// The transfer is over, and another transfer may have the segment.
     Over,
 }
 
@@ -32,7 +33,7 @@ impl OfferState {
     }
 }
 
-/// A connection that lives as long as it is needed.
+/// Keeps a connection open.
 pub(crate) type Keep = Arc<dyn Any + Send + Sync>;
 
 impl Offer {
@@ -40,8 +41,8 @@ impl Offer {
         Offer { segment, generation, state: Mutex::new(OfferState::Unsent) }
     }
 
-    /// The request went out: from now on the link's end ends the transfer's waits. The connection
-    /// stays as long as the transfer, or its end would not be told.
+    /// Records that the request was sent: from now on the link's end ends the transfer's waits. The
+    /// connection is kept open as long as the transfer; otherwise its end would not be noticed.
     pub(crate) fn sent_over(&self, link: &Arc<Link>, connection: Option<Keep>) {
         let mut state = lock(&self.state);
         if !matches!(*state, OfferState::Over) {
@@ -50,19 +51,20 @@ impl Offer {
         }
     }
 
-    /// The request was dropped: nobody will answer.
+    /// Withdraws the offer, because the request was dropped unsent: no answer will come.
     pub(crate) fn abandon(&self) {
         let state = lock(&self.state);
         if matches!(*state, OfferState::Unsent) {
             let header = self.segment.header();
-            // Fails only if a sender has it after all, and then that one answers.
+            // Fails only if a sender has accepted it after all: that sender will answer.
             if header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn).is_ok() {
                 header.filled.poison();
             }
         }
     }
 
-    /// Whether its transfer is over, so that the segment may be in other hands, or gone.
+    /// Whether the transfer is over: another transfer may have the segment then, or it may be
+    /// unmapped.
     pub(crate) fn is_over(&self) -> bool {
         matches!(*lock(&self.state), OfferState::Over)
     }
@@ -75,7 +77,7 @@ impl Offer {
         lock(&self.state).link()
     }
 
-    /// Ends the offer: nothing can poison the segment any more on behalf of this transfer.
+    /// Ends the offer: from here on, nothing poisons the segment on behalf of this transfer.
     pub(super) fn end(&self) -> Option<Arc<Link>> {
         let over = std::mem::replace(&mut *lock(&self.state), OfferState::Over);
         over.link()

@@ -1,4 +1,4 @@
-//! The receiver's side of a transfer: the offer, the reply, and the segment's way home.
+//! The receiver's side of a transfer: the offer, the reply, and the return of the segment.
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,11 +24,12 @@ pub struct Receiver {
     generation: u64,
     offer: Arc<Offer>,
     pub(super) waiter: Waiter,
-    /// The segment goes back to its pool by another way than by our drop.
+    /// True if the caller of [`give_up`](ShmTransfer::give_up) returns the segment, instead of
+    /// `Drop`.
     is_kept: bool,
 }
 
-/// How many of them there are in this process.
+/// The number of receivers in this process.
 static RECEIVERS: AtomicUsize = AtomicUsize::new(0);
 
 /// A request is out, or about to go out; no reply has been read yet.
@@ -41,26 +42,27 @@ pub struct Offered {
 /// What a sender answered.
 #[derive(Debug)]
 pub enum Reply {
-    /// It has what was asked for; the bytes follow.
+    /// The sender has what was asked for; the bytes follow.
     Found(ShmTransfer<Receiver, Receiving>),
-    /// It has not, and says why. The segment is on its way back to the pool.
+    /// The sender refused, and says why. The segment goes back to the pool.
     Refused(Refusal),
 }
 
-/// What a sender answered, with the transfer still in hand.
+/// What a sender answered, without consuming the transfer.
 pub(crate) enum Answer {
     Found(Receiving),
     Refused(Refusal),
 }
 
 impl ShmTransfer<Receiver, Offered> {
-    /// Opens the next generation of a leased segment. Whatever a late sender of an older one does
-    /// from now on fails at its first step (rule P1).
+    /// Opens the next generation of a leased segment. From now on, a late sender of an older
+    /// generation fails at its first step (rule P1).
     pub(crate) fn offer(
         guard: SegmentGuard,
     ) -> Result<(ShmTransfer<Receiver, Offered>, Arc<Offer>, u64)> {
         let generation = open(&guard.segment).inspect_err(|_| {
-            // Spoilt while it was leased. It goes back nevertheless, as one to be replaced.
+            // The turn word was corrupted while the segment was leased. It is returned, to be
+            // replaced.
             guard.give_back(Ended::spoilt());
         })?;
         let offer = Arc::new(Offer::new(Arc::clone(&guard.segment), generation));
@@ -89,7 +91,8 @@ impl ShmTransfer<Receiver, Offered> {
     /// [`Error::Timeout`] when none came in time, which withdraws the request: to go on waiting
     /// instead, [`wait`](Self::wait) first;
     /// [`Error::Disconnected`] or [`Error::Rejected`] when the queue's connection broke;
-    /// [`Error::Aborted`] when the sender gave up, and [`Error::Peer`] when it answered nonsense.
+    /// [`Error::Aborted`] when the sender gave up, and [`Error::Peer`] when its answer breaks the
+    /// protocol.
     pub fn reply(mut self, deadline: Deadline) -> Result<Reply> {
         Ok(match self.read_reply(deadline)? {
             Answer::Found(state) => Reply::Found(self.receiving(state)),
@@ -97,7 +100,7 @@ impl ShmTransfer<Receiver, Offered> {
         })
     }
 
-    /// As [`reply`](Self::reply), with the transfer still in hand.
+    /// As [`reply`](Self::reply), without consuming the transfer.
     #[inline]
     pub(crate) fn read_reply(&mut self, deadline: Deadline) -> Result<Answer> {
         self.side.check_origin()?;
@@ -122,7 +125,7 @@ impl ShmTransfer<Receiver, Offered> {
         ShmTransfer { side: self.side, state }
     }
 
-    /// Whether the request went to another process, which a successor may replace.
+    /// Whether the request went to another process, which may have a successor.
     pub(crate) fn may_have_successor(&self) -> bool {
         self.side.offer.link().is_some_and(|link| link.peer().is_some())
     }
@@ -133,7 +136,7 @@ impl ShmTransfer<Receiver, Offered> {
         turn.advance(self.side.generation, Phase::Offered, Phase::Withdrawn).is_ok()
     }
 
-    /// Ends the transfer as its drop does, but for the segment, which the caller sees to.
+    /// Ends the transfer as its drop does, but leaves it to the caller to return the segment.
     pub(crate) fn give_up(mut self) -> Ended {
         self.side.is_kept = true;
         self.side.end()
@@ -144,10 +147,10 @@ impl ShmTransfer<Receiver, Offered> {
 fn open(segment: &Segment<ReadSlots>) -> Result<u64, PeerFault> {
     let header = segment.header();
     let (generation, _) = header.turn.load()?;
-    // The segment is idle: nobody else touches what is reset here (rule P6).
+    // The segment is idle: no other thread or process writes to what is reset here (rule P6).
     header.announcement.status.store(0, Relaxed);
     header.announcement.metadata_len.store(0, Relaxed);
-    header.announcement.pid.store(0, Relaxed); // until this generation's sender tells its own
+    header.announcement.pid.store(0, Relaxed); // until this generation's sender writes its own
     header.filled.reset(0);
     header.free.reset(segment.geometry().slot_count());
     header.receiver.cancelled.store(0, Relaxed);
@@ -167,7 +170,7 @@ impl Receiver {
         self.guard.segment.origin().check()
     }
 
-    /// The metadata, so many bytes of it (rule P3).
+    /// The metadata, `len` bytes of it, copied out (rule P3).
     #[inline(never)]
     fn metadata(&self, len: u32) -> Result<Box<[u8]>, PeerFault> {
         let limit = MAX_METADATA as u32;
@@ -176,7 +179,8 @@ impl Receiver {
         Ok(bytes.iter().map(|byte| byte.load(Relaxed)).collect())
     }
 
-    /// Why there are no bytes. Has what is asked next go to the successor of a server that ends.
+    /// The refusal that a status word stands for. For [`Refusal::Leaving`], marks the link, so that
+    /// later requests go to the server's successor.
     fn refused(&self, status: u32, metadata_len: u32) -> Result<Refusal> {
         let why = Refusal::from_word(status).ok_or(PeerFault::UnknownStatus(status))?;
         Ok(match why {
@@ -193,14 +197,14 @@ impl Receiver {
         })
     }
 
-    /// Tells a sender that waits for a slot that bytes were taken (rule P9). A hint, ours alone to
-    /// write.
+    /// Tells a sender that waits for a slot that bytes were taken (rule P9). A hint; only the
+    /// receiver writes it.
     pub(super) fn tell_progress(&self) {
         let progress = &self.header().receiver.progress;
         progress.store(progress.load(Relaxed).wrapping_add(1), Relaxed);
     }
 
-    /// Whether others stand in line for a segment of the pool.
+    /// Whether other callers wait for a segment of the pool.
     #[cfg(target_os = "linux")]
     pub(super) fn is_segment_wanted(&self) -> bool {
         self.guard.is_wanted()
@@ -219,23 +223,23 @@ impl Receiver {
         permit.map_err(|why| why_interrupted(why, awaited, || self.why_poisoned()))
     }
 
-    /// Who ended the wait for filled slots: the sender, its death, or our own side.
+    /// Why the wait for filled slots ended: the sender aborted, it died, or this side ended it.
     fn why_poisoned(&self) -> Error {
         match (self.header().turn.phase_of(self.generation), self.offer.link()) {
             (Some(Phase::Aborted), _) => Error::Aborted,
             (Some(Phase::Withdrawn), None) => Misuse::NeverSent.into(),
             (_, Some(link)) if link.is_severed() => link.disconnect_reason(),
-            // An aborting sender poisons just before its last act, which sets the phase.
+            // An aborting sender poisons first, and sets the phase as its last write.
             (Some(Phase::Accepted | Phase::Announced), _) => Error::Aborted,
             _ => PeerFault::BaselessPoison.into(),
         }
     }
 
-    /// Withdraws what no sender accepted, and cancels what one is still at.
+    /// Withdraws the offer if no sender accepted it, and cancels if a sender is still writing.
     fn end(&mut self) -> Ended {
         let link = self.offer.end();
         let header = self.header();
-        // Fails, rightly, for every transfer that a sender has taken up.
+        // Fails for every transfer that a sender has accepted, as intended.
         let _ = header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn);
         if let Some(Phase::Accepted | Phase::Announced) = header.turn.phase_of(self.generation) {
             header.receiver.cancelled.store(1, Relaxed); // published by the poison
@@ -246,7 +250,7 @@ impl Receiver {
 }
 
 impl Drop for Receiver {
-    /// Ends the transfer, and gives the segment back.
+    /// Ends the transfer, and returns the segment.
     fn drop(&mut self) {
         if !self.is_kept && self.check_origin().is_ok() {
             let ended = self.end();

@@ -25,7 +25,7 @@ mod tests;
 
 pub use slot::{Sending, Slot};
 
-/// The side that answers a request and puts the bytes in.
+/// The side that answers a request and writes the bytes.
 pub struct Sender {
     segment: Arc<Segment<WriteSlots>>,
     stand: Stand,
@@ -34,19 +34,19 @@ pub struct Sender {
     posted: Option<Instant>,
 }
 
-/// Where a sender stands with its segment.
+/// What a sender may do with its segment.
 enum Stand {
-    /// It may accept the offer. The link counts it, and has nothing to poison yet.
+    /// It may accept the offer. The link counts it as under way, but has nothing to poison yet.
     Asked {
         generation: u64,
         registration: Registration,
     },
     On(SlotWriter),
-    /// It has left, with this phase; or was never on.
+    /// It has left with this phase, or never accepted.
     Off(Phase),
 }
 
-/// How many of them there are in this process.
+/// The number of senders in this process.
 static SENDERS: AtomicUsize = AtomicUsize::new(0);
 
 /// A request has come in; nothing has been answered yet.
@@ -71,7 +71,7 @@ impl ShmTransfer<Sender, Starting> {
         ShmTransfer { side, state: Starting { key } }
     }
 
-    /// Disarms the drop: the request was never delivered, and is handed back.
+    /// Disarms `Drop`: the request was never delivered, and is handed back.
     pub(crate) fn forget(mut self) {
         self.side.stand = Stand::Off(Phase::Idle);
     }
@@ -81,17 +81,17 @@ impl ShmTransfer<Sender, Starting> {
         &self.state.key
     }
 
-    /// What is asked for, to be kept.
+    /// What is asked for, as an owned value.
     pub(crate) fn shared_key(&self) -> Arc<[u8]> {
         Arc::clone(&self.state.key)
     }
 
-    /// Who asks; `None` within one process.
+    /// The process that asks; `None` within one process.
     pub fn peer(&self) -> Option<Peer> {
         self.side.stand.link()?.peer()
     }
 
-    /// Takes the request up, with so many bytes to follow ([`Size::Unknown`] for a stream). The
+    /// Accepts the request, and announces `size` bytes ([`Size::Unknown`] for a stream). The
     /// receiver learns of it with the first chunk (rule P2).
     ///
     /// # Errors
@@ -128,14 +128,14 @@ impl ShmTransfer<Sender, Starting> {
         };
         self.side.announce(why.to_word(), 0, metadata)?;
         let header = self.side.header();
-        // Nothing has been sent yet, so that all slots are free.
+        // Nothing has been sent yet, so all slots are free.
         let permit = header.free.try_wait().map_err(|_| PeerFault::BaselessPoison)?;
         self.side.end(Phase::Refused, permit)
     }
 }
 
 impl Stand {
-    /// The link to the receiver, until the end.
+    /// The link to the receiver; `None` after the end.
     fn link(&self) -> Option<&Link> {
         match self {
             Stand::Asked { registration, .. } => Some(registration.link()),
@@ -144,7 +144,7 @@ impl Stand {
         }
     }
 
-    /// The writer of a sender that leaves with this phase; `None` unless it is on its segment.
+    /// Takes the writer out of a sender that leaves with this phase; `None` unless it has accepted.
     fn leave(&mut self, phase: Phase) -> Option<SlotWriter> {
         match mem::replace(self, Stand::Off(phase)) {
             Stand::On(writer) => Some(writer),
@@ -161,7 +161,7 @@ impl Sender {
         self.segment.header()
     }
 
-    /// Takes the request up, with bytes to follow.
+    /// Accepts the request, with bytes to follow.
     #[inline(always)]
     fn accept(&mut self, size: Size, metadata: &[u8]) -> Result<()> {
         if size == Size::Known(Size::UNKNOWN) {
@@ -170,7 +170,7 @@ impl Sender {
         self.announce(FOUND, size.to_word(), metadata)
     }
 
-    /// Takes the request up, and writes the announcement.
+    /// Accepts the request, and writes the announcement.
     fn announce(&mut self, status: u32, size: u64, metadata: &[u8]) -> Result<()> {
         let (len, limit) = (metadata.len(), METADATA_LIMIT);
         if len > limit {
@@ -204,8 +204,8 @@ impl Sender {
         Ok(())
     }
 
-    /// The right to write; fails unless the segment is in our hands, and not in those of the
-    /// process that this one was forked from.
+    /// The right to write. Fails if this sender does not have the segment, and in a child of
+    /// `fork`: the parent has it there.
     fn writer(&mut self) -> Result<&mut SlotWriter> {
         self.segment.origin().check()?;
         match &mut self.stand {
@@ -215,7 +215,7 @@ impl Sender {
     }
 
     /// Waits for a free slot as long as the receiver makes progress: until it has taken no byte for
-    /// as long as the timeout.
+    /// the whole timeout.
     fn await_progress(&mut self) -> Result<Permit> {
         let progress = |sender: &Sender| sender.header().receiver.progress.load(Relaxed);
         let mut idle = Idle::new(self.waiter.timeout, progress(self));
@@ -230,7 +230,8 @@ impl Sender {
     fn await_free(&mut self, deadline: Deadline) -> Result<Permit> {
         let Sender { segment, stand, waiter, .. } = self;
         let header = segment.header();
-        // Unlike the receiver, the sender drains nothing: there is nobody to fill slots for.
+        // Unlike the receiver, the sender does not drain permits after poison: no receiver is left
+        // to read the slots.
         if header.free.is_poisoned() {
             return Err(self.why_poisoned());
         }
@@ -244,7 +245,7 @@ impl Sender {
         permit.map_err(|why| why_interrupted(why, Awaited::FreeSlot, || self.why_poisoned()))
     }
 
-    /// Who ended the wait for free slots: the receiver, or its death.
+    /// Why the wait for free slots ended: the receiver cancelled, or it died.
     fn why_poisoned(&self) -> Error {
         if self.header().receiver.cancelled.load(Relaxed) != 0 {
             return Error::Cancelled;
@@ -255,7 +256,7 @@ impl Sender {
         }
     }
 
-    /// Hands a filled slot over and wakes the receiver; in batches, not for each slot.
+    /// Hands a filled slot over and wakes the receiver; in batches, only once for several slots.
     fn hand_over(&mut self, permit: Permit, in_batches: bool) {
         let is_late = in_batches && self.puts_off_wake_up();
         let header = self.segment.header();
@@ -265,8 +266,8 @@ impl Sender {
         }
     }
 
-    /// Whether the wake-up for the next slot can wait for another slot. Never put off is the one
-    /// for the announcement, and none of a source that is slower than a wake-up.
+    /// Whether the wake-up for this slot can be put off until a later slot. It cannot for the slot
+    /// with the announcement, or when the source is slower than a wake-up.
     fn puts_off_wake_up(&mut self) -> bool {
         let before = self.posted.replace(Instant::now()); // none before the slot that announces
         let slots = self.segment.geometry().slot_count();
@@ -290,12 +291,12 @@ impl Sender {
             return;
         }
         if matches!(self.stand, Stand::Asked { .. }) {
-            let _ = self.take_up(); // fails if there is nobody to tell
+            let _ = self.take_up(); // fails if the request was withdrawn
         }
         let Some(writer) = self.stand.leave(Phase::Aborted) else { return };
         let header = self.segment.header();
         header.filled.set_poison();
-        // Fails only if the peer spoilt the word, and then nobody can be told any more.
+        // Fails only if the peer corrupted the word; the receiver cannot be told then.
         let _ = writer.leave(Phase::Aborted);
         header.filled.wake(); // reads only
     }

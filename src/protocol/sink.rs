@@ -1,4 +1,4 @@
-//! Waiting for what bytes are passed on to: a socket, a pipe or a file (rule P9).
+//! Waits for a sink, to which received bytes are passed on: a socket, a pipe or a file (rule P9).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,25 +14,25 @@ use crate::sync::{Deadline, blocking, wait_ready};
 
 use super::wait::Idle;
 
-/// How often a wait for a sink asks whether it is to end early.
+/// How often a wait for a sink checks whether to end early.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Systems without `NOSIGNAL` have a process-wide or per-socket way to be spared SIGPIPE.
+/// Prevents SIGPIPE. Systems without `NOSIGNAL` have a process-wide or per-socket setting for that.
 const FLAGS: SendFlags = SendFlags::DONTWAIT.union(if cfg!(target_os = "linux") {
     SendFlags::NOSIGNAL
 } else {
     SendFlags::empty()
 });
 
-/// Sends bytes to a socket. Waits for it as long as its other end makes progress: until that has
-/// taken no byte for `timeout`. One that reads slowly but steadily is waited for as long as it
-/// reads, as far as the kernel tells: of TCP it learns in steps of the receiver's window, 64 KiB or
-/// so on loopback, so that `timeout` should be longer than one of those takes. While it waits, this
-/// thread gives up its place, as by [`blocking`](crate::workers::blocking).
+/// Sends bytes to a socket. Waits as long as the other end makes progress: until it has taken no
+/// byte for `timeout`. A reader that is slow but steady is not cut off. The kernel reports TCP
+/// progress in steps of the receiver's window, about 64 KiB on loopback, so `timeout` should be
+/// longer than one step takes. The wait is [`blocking`](crate::workers::blocking): the thread's
+/// place at work is free meanwhile.
 ///
 /// # Errors
 /// [`Error::Timeout`] when the other end has taken nothing for `timeout`, [`Error::Sink`] when the
-/// socket fails, or for what is no socket.
+/// socket fails, or when the descriptor is not a socket.
 pub fn send_all(socket: impl AsFd, bytes: &[u8], timeout: Duration) -> Result<()> {
     send_all_telling(socket.as_fd(), bytes, timeout, || {})
 }
@@ -71,9 +71,9 @@ impl SinkWait {
         SinkWait(Idle::new(timeout, untaken(sink)))
     }
 
-    /// Waits until the sink takes bytes again; `false` if `is_ended` says before that to wait no more,
-    /// after which the same wait may go on. Calls `moved` whenever the other end has taken bytes,
-    /// though it has no room for more yet.
+    /// Waits until the sink takes bytes again; `false` if `is_ended` ends the wait before, after
+    /// which it can be resumed. Calls `moved` whenever the other end has taken bytes, even if it
+    /// has no room for more yet.
     pub(super) fn go_on(
         &mut self,
         sink: BorrowedFd<'_>,

@@ -1,4 +1,4 @@
-//! Setting what is left of a slow body aside, so that its segment serves others meanwhile.
+//! Copies the rest of a body for a slow reader to a file, so that its segment is free for others.
 
 use std::env;
 use std::fs::{File, OpenOptions};
@@ -20,47 +20,47 @@ use crate::sync::{Deadline, wait_ready};
 use super::sink::send_all_telling;
 use super::{Receiver, Receiving, ShmTransfer};
 
-/// How much is read from a spooled body at a time.
+/// How many bytes of a spooled body are read at a time.
 const BUFFER: usize = 256 << 10;
 
-/// Room for bodies whose readers are slow, in unnamed files of the temporary directory. Shared by all
-/// transfers that may use it.
+/// Space for bodies whose readers are slow, in unnamed files of the temporary directory. Shared by
+/// all transfers that are given it.
 ///
 /// See [`ShmTransfer::copy_to_or_spool`].
 #[derive(Debug)]
 pub struct Spool {
     limit: u64,
     in_use: AtomicU64,
-    /// Bodies set aside so far.
+    /// Bodies spooled so far.
     bodies: AtomicU64,
-    /// Held while a body is set aside. One at a time: each frees a segment, and then others may not
-    /// need to.
+    /// Locked while a body is being spooled. One at a time: each one frees a segment, after which
+    /// the others may not need to.
     filling: Mutex<()>,
 }
 
 impl Spool {
-    /// Room for `limit` bytes in all. Zero sets nothing aside.
+    /// Space for `limit` bytes in all. With zero, nothing is spooled.
     pub fn new(limit: u64) -> Spool {
         let (in_use, bodies) = (AtomicU64::new(0), AtomicU64::new(0));
         Spool { limit, in_use, bodies, filling: Mutex::new(()) }
     }
 
-    /// Bytes set aside now, or about to be.
+    /// Bytes that are spooled now, or reserved for it.
     pub fn in_use(&self) -> u64 {
         self.in_use.load(Relaxed)
     }
 
-    /// How many bodies have been set aside so far.
+    /// How many bodies have been spooled so far.
     pub fn bodies(&self) -> u64 {
         self.bodies.load(Relaxed)
     }
 
-    /// Takes room for so many bytes, and the right to fill it; `None` if there is less, or if
-    /// another body is being set aside.
+    /// Reserves space for so many bytes, and the right to fill it; `None` if there is less, or if
+    /// another body is being spooled.
     fn reserve(&self, bytes: u64) -> Option<(Reserved<'_>, MutexGuard<'_, ()>)> {
         let filling = match self.filling.try_lock() {
             Ok(filling) => filling,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(), // it guards no data
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(), // no data to break
             Err(TryLockError::WouldBlock) => return None,
         };
         let room = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
@@ -69,7 +69,7 @@ impl Spool {
     }
 }
 
-/// Room in a spool; given back when dropped.
+/// Space reserved in a spool; released when dropped.
 struct Reserved<'s> {
     spool: &'s Spool,
     bytes: u64,
@@ -81,19 +81,19 @@ impl Drop for Reserved<'_> {
     }
 }
 
-/// How long a sender may take for the next chunk of a body that is being set aside. A slower one is not
-/// worth it: its segment is not free before its end.
+/// How long a sender may take for the next chunk of a body that is being spooled. For a slower one
+/// spooling gains nothing: the segment stays in use until the sender has finished.
 const QUICK: Duration = Duration::from_millis(100);
 
-/// For how long a body is set aside although its socket takes bytes again.
+/// For how long spooling goes on although the socket takes bytes again.
 const LONGEST: Duration = Duration::from_secs(1);
 
 impl ShmTransfer<Receiver, Receiving> {
-    /// As [`copy_to`](Self::copy_to), to a socket, and ends the transfer; but while others stand in line
-    /// for a segment of the pool and the socket takes nothing, what is left of a body of known size
-    /// goes to the spool, if that and its disk have room, and if the sender is quick. The segment goes
-    /// back to its pool, and the rest to the socket from there. So a slow reader keeps a newcomer
-    /// waiting no longer than that takes.
+    /// As [`copy_to`](Self::copy_to), to a socket, and ends the transfer. While other callers wait
+    /// for a segment of the pool and the socket takes nothing, the rest of a body of known size
+    /// goes to the spool, if it and its disk have room, and if the sender is quick. The segment
+    /// then goes back to its pool, and the rest is sent from the file. So a slow reader does not
+    /// keep a segment from others.
     ///
     /// # Errors
     /// Those of [`copy_to`](Self::copy_to).
@@ -101,7 +101,7 @@ impl ShmTransfer<Receiver, Receiving> {
         let socket = socket.as_fd();
         let timeout = self.side.waiter.timeout;
         let (mut copied, mut wait) = (0, None);
-        // Each time that it is told to stop, which is ten times a second at most.
+        // One round for each time `copy_until` is told to stop: at most ten a second.
         loop {
             let (more, is_done) =
                 self.copy_until(socket, &mut wait, Receiver::is_segment_wanted)?;
@@ -111,7 +111,8 @@ impl ShmTransfer<Receiver, Receiving> {
             }
             let Some(left) = self.left() else { continue };
             let Some((_room, filling)) = spool.reserve(left) else { continue };
-            // All its blocks, before a byte moves: without them, the body stays where it is.
+            // All blocks are allocated first: without room on the disk, the body stays in the
+            // segment.
             let Ok(file) = unnamed_file(left) else { continue };
             let moved = self.set_aside(&file, socket);
             drop(filling);
@@ -120,7 +121,7 @@ impl ShmTransfer<Receiver, Receiving> {
                 drop(self); // the segment is free
                 return Ok(copied + send_file(&file, socket, timeout, || {})?);
             }
-            // What came, first; then what is still to come, or the reason why not.
+            // First what was spooled; then what is still to come, or the error.
             let sent = send_file(&file, socket, timeout, || self.side.tell_progress())?;
             copied += sent;
             if sent > 0 {
@@ -133,8 +134,8 @@ impl ShmTransfer<Receiver, Receiving> {
         }
     }
 
-    /// Writes what is left to a file; `false` if it stopped before the end, since the sender is slow, or
-    /// the socket takes bytes again.
+    /// Writes the rest to a file; `false` if it stopped early, because the sender is slow or the
+    /// socket takes bytes again.
     fn set_aside(&mut self, file: &File, socket: BorrowedFd<'_>) -> Result<bool> {
         let start = Instant::now();
         loop {
@@ -156,7 +157,7 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 }
 
-/// Sends all of a file; returns how many bytes that were. Calls `moved` as it goes on.
+/// Sends a whole file; returns its length. Calls `moved` whenever the socket makes progress.
 fn send_file(
     file: &File,
     socket: BorrowedFd<'_>,
@@ -178,12 +179,12 @@ fn send_file(
     }
 }
 
-/// A file without a name, with room for so many bytes on its disk: it goes when it is closed, whatever
-/// ends this process.
+/// A file without a name, with blocks for so many bytes. The kernel removes it when it is closed,
+/// even if this process is killed.
 fn unnamed_file(room: u64) -> io::Result<File> {
     let file = make_unnamed()?;
     match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, room) {
-        // File systems that cannot say: a write may fail then, which costs nothing but the attempt.
+        // The file system cannot allocate in advance. A write may fail then; the body stays usable.
         Ok(()) | Err(Errno::OPNOTSUPP) => Ok(file),
         Err(errno) => Err(errno.into()),
     }
@@ -197,7 +198,7 @@ fn make_unnamed() -> io::Result<File> {
     if let Ok(file) = unnamed {
         return Ok(file);
     }
-    // File systems that cannot make one: under a name, for a moment.
+    // The file system has no unnamed files: make one with a name, and remove the name at once.
     let path = dir.join(format!("shmferry-spool-{:016x}", random()?));
     let file = options.create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;

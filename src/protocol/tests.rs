@@ -1,4 +1,4 @@
-//! Peers that break the rules: each breach is told as what it is, and costs nothing else (rule P3).
+//! Peers that break the rules: each breach is reported as such, and does no other harm (rule P3).
 
 use std::io::Read;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
 }
 
-/// An honest receiver with its pool, and the segment in the hands of whoever plays the sender.
+/// A correct receiver with its pool, and the segment for the test to act as its sender.
 struct Stage {
     pool: SegmentPool<Memfd>,
     transfer: ShmTransfer<Receiver, Offered>,
@@ -42,7 +42,7 @@ fn only(pool: &SegmentPool<Memfd>) -> Arc<Segment<ReadSlots>> {
 }
 
 impl Stage {
-    /// Does what an honest sender does up to its first post, with these words in the announcement.
+    /// Acts as a correct sender up to its first post, with these words in the announcement.
     fn announce(&self, status: u32, size: u64, metadata_len: u32, first: ChunkLen) {
         let header = self.segment.header();
         header.turn.advance(self.generation, Phase::Offered, Phase::Accepted).unwrap();
@@ -59,12 +59,12 @@ impl Stage {
         header.filled.post(header.free.try_wait().unwrap());
     }
 
-    /// The fault that reading everything ends in. The segment must not come back into use.
+    /// Reads everything; returns the fault. The segment must not be used again.
     fn fault(self) -> PeerFault {
         let result = match self.transfer.reply(soon()) {
             Ok(Reply::Found(mut body)) => {
                 let error = body.read_to_end(&mut Vec::new()).unwrap_err();
-                // Nothing more is taken from a peer that was caught.
+                // After a fault, nothing more is read.
                 assert!(matches!(
                     body.next_chunk(soon()),
                     Err(Error::Misuse(Misuse::TransferOver))
@@ -170,7 +170,7 @@ fn poison_without_a_cause() {
 
 #[test]
 fn a_death_ends_waits_that_the_peer_tried_to_keep_up() {
-    // The peer says that nobody sleeps, and wipes the poison off; then it dies, or hangs up.
+    // The peer clears `sleepers` and the poison; then it dies, or hangs up.
     let Stage { transfer, segment, _request, .. } = stage();
     let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: None, uid: 0 }));
     _request.sent_over(&link, None);
@@ -189,7 +189,7 @@ fn a_death_frees_a_segment_only_if_it_was_its_senders_own() {
     enum Tells {
         ItsOwnPid,
         Another,
-        /// It came no further than to accept.
+        /// It accepted and wrote no pid.
         None,
     }
     for (tells, is_freed) in
@@ -270,7 +270,7 @@ fn a_spoilt_turn_word_costs_the_segment_and_no_more() {
     assert_eq!(stage.pool.stats().retired, 1);
     drop(lease);
 
-    // Spoilt while it lies idle, it is replaced before anyone gets it.
+    // Corrupted while idle, it is replaced before it is leased.
     stage.pool.live().1[0].segment.header().turn.spoil(7);
     let (_request, transfer) = stage.pool.lease(soon()).unwrap().request("key").unwrap();
     drop(transfer);
@@ -325,7 +325,7 @@ fn a_receiver_that_leaves_no_slot_for_a_refusal_is_caught() {
 
 #[test]
 fn a_hang_up_of_a_process_without_a_name_here_is_not_taken_for_its_death() {
-    // As of a server in another pid namespace, or on a kernel without pidfds (rule P6).
+    // As with a server in another pid namespace, or on a kernel without pidfds (rule P6).
     let pool = one_segment();
     let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
     let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: None, uid: 0 }));
@@ -387,7 +387,7 @@ fn a_segment_spoilt_while_it_is_leased_is_replaced_and_not_lost() {
 
 #[test]
 fn a_sender_that_has_given_up_touches_nothing_any_more() {
-    // Too many bytes abort; whoever goes on all the same must not reach the segment's next transfer.
+    // Too many bytes abort. A caller that writes on must not reach the segment's next transfer.
     use std::io::Write;
     let pool =
         SegmentPool::<Memfd>::builder().segments(1).segment_len(400).slots(2).create().unwrap();
@@ -515,8 +515,8 @@ fn what_was_filled_just_before_a_death_is_not_lost() {
     let header = stage.segment.header();
     static ALL: AtomicUsize = AtomicUsize::new(0);
     let cpu = AtomicU32::new(0);
-    // Between a look that timed out and the question whether the link is severed, at worst: the sender
-    // fills a slot, and dies; the watcher severs the link.
+    // The worst moment is between a timed-out wait and the check of the link: the sender fills a
+    // slot and dies, and the watcher severs the link.
     let is_severed = || {
         header.filled.add(header.free.try_wait().unwrap());
         header.filled.poison();
@@ -547,7 +547,7 @@ fn a_client_that_puts_the_turn_word_back_has_no_second_worker_in_its_slot() {
     let one = one.accept(4).unwrap();
     turn();
     assert!(matches!(two.accept(4), Err(Error::Stale)), "another worker is on the segment");
-    // Once the first is off it, the segment is anybody's again, as far as this process goes.
+    // Once the first has left, this process does not claim the segment any more.
     drop(one);
     turn();
     assert!(three.accept(4).is_ok());

@@ -1,4 +1,4 @@
-//! How each side of a transfer waits for the permits of the other (rules P7 to P9).
+//! How each side of a transfer waits for the other's permits (rules P7 to P9).
 
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use super::DEFAULT_TIMEOUT;
 #[cfg(loom)]
 use super::model::recheck;
 
-/// One side's way to wait, over a whole transfer.
+/// One side's waiting state over a whole transfer: its spinning history and its timeout.
 pub(super) struct Waiter {
     spinner: Spinner,
     presence: Presence,
@@ -25,9 +25,9 @@ pub(super) struct Waiter {
 /// One wait: for a permit of a semaphore, which the peer posts.
 pub(super) struct Wait<'h, F> {
     pub(super) semaphore: &'h Semaphore,
-    /// Where this side says which processor it runs on.
+    /// Where this side publishes the processor it runs on.
     pub(super) our_cpu: &'h AtomicU32,
-    /// Where the peer says that.
+    /// Where the peer publishes its processor.
     pub(super) peer_cpu: &'h AtomicU32,
     pub(super) deadline: Deadline,
     /// Whether the link to the peer has ended.
@@ -35,14 +35,14 @@ pub(super) struct Wait<'h, F> {
 }
 
 impl Waiter {
-    /// One of those that `all` counts.
+    /// A waiter that is counted in `all`.
     pub(super) fn among(all: &'static AtomicUsize) -> Waiter {
         let presence = Presence::among(all);
         Waiter { spinner: Spinner::new(), presence, timeout: DEFAULT_TIMEOUT }
     }
 
-    /// Takes a permit: at once, after a short spin where that can pay (rule P8), or after a sleep,
-    /// while another worker of this process may have our place.
+    /// Takes a permit: at once, after a short spin where that can pay (rule P8), or after a sleep.
+    /// The sleep is [`blocking`]; its place at work is free meanwhile.
     pub(super) fn wait(
         &mut self,
         wait: Wait<'_, impl Fn() -> bool>,
@@ -58,7 +58,7 @@ impl Waiter {
         let outcome = blocking(|| {
             loop {
                 match semaphore.wait(deadline.min(recheck())) {
-                    // What was filled before the end is still ours, if it came since we looked.
+                    // A slot filled before the end, since the last check, is still received.
                     Err(Interrupted::TimedOut) if is_severed() => {
                         return semaphore.try_wait().map_err(|_| Interrupted::Poisoned);
                     }
@@ -72,18 +72,18 @@ impl Waiter {
     }
 
     /// Whether this side, which has just posted, may wake its peer later, for several slots at
-    /// once. Where others wait for a processor, a peer that is woken for each slot runs dry and
-    /// sleeps again, slot by slot.
+    /// once. When processors are short, a peer woken for each slot finds only that one, and sleeps
+    /// again: one context switch per slot.
     ///
-    /// No wake-up is lost: at least half of the slots are in `ours`, which only we take from. So we
-    /// do not sleep before we have posted again; and a transfer's end, of whatever kind, wakes in
-    /// any case.
+    /// No wake-up is lost: at least half of the slots are in `ours`, from which only this side
+    /// takes. So this side does not sleep before it has posted again; and the end of a transfer, of
+    /// any kind, always wakes.
     pub(super) fn can_put_off(&self, ours: &Semaphore, slots: u32) -> bool {
         self.presence.is_crowded() && ours.permits() >= slots.div_ceil(2)
     }
 }
 
-/// Why a wait for `awaited` brought no permit.
+/// The error for a wait for `awaited` that took no permit.
 #[cold]
 pub(super) fn why_interrupted(
     interrupted: Interrupted,
@@ -97,7 +97,8 @@ pub(super) fn why_interrupted(
     }
 }
 
-/// Tells the peer which processor this side runs on (rule P8). A hint: nothing rests on it.
+/// Tells the peer which processor this side runs on (rule P8). A hint: correctness does not depend
+/// on it.
 pub(super) fn publish_cpu(ours: &AtomicU32) -> u32 {
     let cpu = current_cpu();
     if ours.load(Relaxed) != cpu {
@@ -106,17 +107,17 @@ pub(super) fn publish_cpu(ours: &AtomicU32) -> u32 {
     cpu
 }
 
-/// A sleeper looks whether its link was severed once a second. A hang-up is pushed, by poison; but
-/// a peer that hangs up and lives on can remove the poison, and cannot change what is in this
-/// process only.
+/// How often a sleeper checks whether its link was severed: once a second. A hang-up wakes it by
+/// poison, but a peer that hangs up and lives on can remove the poison. It cannot change the link,
+/// which is private to this process.
 #[cfg(not(loom))]
 fn recheck() -> Deadline {
     Deadline::after(Duration::from_secs(1))
 }
 
-/// How long one side has waited for the other without progress (rule P9): any byte that it took
-/// counts. Looked at several times within the timeout, so that a side that stops is cut soon after
-/// it.
+/// How long one side has waited for the other without progress (rule P9); any byte taken is
+/// progress. Checked several times within the timeout, so that a stopped side is given up soon
+/// after it.
 pub(super) struct Idle<P> {
     timeout: Duration,
     pub(super) seen: P,
@@ -129,14 +130,14 @@ impl<P: PartialEq> Idle<P> {
         Idle { timeout, seen, since: Instant::now() }
     }
 
-    /// When to look for progress next.
+    /// When to check for progress next.
     pub(super) fn look_again(&self) -> Deadline {
         const LOOKS: u32 = 16;
         let end = self.since.checked_add(self.timeout).map_or(Deadline::NEVER, Deadline::at);
         end.min(Deadline::after((self.timeout / LOOKS).max(Duration::from_millis(1))))
     }
 
-    /// Whether the timeout has passed, with what is to be seen now.
+    /// Whether the timeout has passed, given the progress counter `now`.
     pub(super) fn is_over(&mut self, now: P) -> bool {
         if now != self.seen {
             self.seen = now;

@@ -1,4 +1,4 @@
-//! How a segment is cut into slots.
+//! How a segment is divided into slots.
 
 use std::ops::RangeInclusive;
 
@@ -6,12 +6,12 @@ use crate::error::{LayoutMismatch, Misuse, Result};
 
 /// Bytes from the start of a segment to its first slot: one page.
 pub(crate) const HEADER_LEN: u32 = 4096;
-/// The most slots whose lengths fit the header.
+/// The most slots: the header has room for this many chunk words.
 pub(super) const MAX_SLOTS: u32 = if cfg!(loom) { 4 } else { 512 };
 /// Slots begin on page boundaries, whatever their length.
 pub(super) const PAGE: usize = 4096;
 
-/// How a segment is cut: so many slots of so many bytes.
+/// How a segment is divided: a number of slots, all of one length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     pub(super) slot_count: u32,
@@ -47,12 +47,12 @@ impl Geometry {
             .map_err(|_| out_of_range("the segment's length in bytes", segment_len, lengths))
     }
 
-    /// Slots a segment.
+    /// Slots in a segment.
     pub fn slot_count(self) -> u32 {
         self.slot_count
     }
 
-    /// Bytes a slot holds.
+    /// Bytes that a slot holds.
     pub fn slot_len(self) -> u32 {
         self.slot_len
     }

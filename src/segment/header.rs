@@ -1,8 +1,8 @@
 //! The first page of a segment: its layout (rules L), field by field, and the turn word.
 //!
-//! Only atomics, and what the parker keeps in cells, so that a reference to the header is sound
-//! while another process writes to it.
-//! Groups that different sides write are 128 bytes apart, since processors fetch lines in pairs.
+//! It holds only atomics, and the parker's cells, so that a reference to the header is sound while
+//! another process writes to it. Groups written by different sides are 128 bytes apart, because
+//! processors fetch cache lines in pairs: this avoids false sharing.
 
 use crate::error::{LayoutMismatch, PeerFault};
 use crate::id::{PoolId, SegmentId};
@@ -13,8 +13,8 @@ use super::geometry::{Geometry, HEADER_LEN, MAX_SLOTS};
 
 /// The most metadata an announcement carries, in bytes.
 pub(crate) const MAX_METADATA: usize = if cfg!(loom) { 4 } else { 1024 };
-/// Version of this layout and of the rules that go with it. The parker is one of them: two
-/// processes that sleep differently would not hear each other.
+/// Version of this layout and its rules. It includes the kind of parker: processes with different
+/// parkers cannot wake each other.
 pub(crate) const LAYOUT_VERSION: u32 = 1 | Parker::KIND << 16;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"shmferry");
@@ -52,10 +52,10 @@ struct GeometryGroup {
 #[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct Announcement {
-    /// Zero until there is one; see `protocol::Status`.
+    /// Zero until the sender announces: `protocol::FOUND`, or the number of a refusal.
     pub(crate) status: AtomicU32,
     pub(crate) metadata_len: AtomicU32,
-    /// Bytes to come, or [`u64::MAX`] when that is not known (rule P4).
+    /// Bytes to come, or [`u64::MAX`] for an unknown size (rule P4).
     pub(crate) size: AtomicU64,
     /// The sender's process.
     pub(crate) pid: AtomicU32,
@@ -68,14 +68,14 @@ pub(crate) struct Announcement {
 #[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct ReceiverGroup {
-    /// Not zero once the receiver wants no more.
+    /// Not zero once the receiver has cancelled.
     pub(crate) cancelled: AtomicU32,
     /// The receiver's process.
     pub(crate) pid: AtomicU32,
     /// The processor that the receiver last ran on (rule P8).
     pub(crate) cpu: AtomicU32,
-    /// Changes whenever the receiver, or what it passes the bytes on to, has taken some: a hint for
-    /// a sender that waits for a slot (rule P9).
+    /// Changes whenever the receiver, or its sink, has taken bytes: a hint for a sender that waits
+    /// for a slot (rule P9).
     pub(crate) progress: AtomicU32,
 }
 
@@ -102,7 +102,8 @@ const _: () = {
 };
 
 impl Header {
-    /// Writes the geometry and the first turn, and makes the semaphores. The owner's, before anyone else maps the segment.
+    /// Writes the geometry and the first turn, and initialises the semaphores. Called by the owner,
+    /// before any other process maps the segment.
     pub(crate) fn initialise(&self, id: SegmentId, geometry: Geometry) {
         let group = &self.geometry;
         group.version.store(LAYOUT_VERSION, Relaxed);
@@ -114,11 +115,11 @@ impl Header {
         self.turn.0.store(Turn::word(0, Phase::Idle), Relaxed);
         self.filled.initialise();
         self.free.initialise();
-        // Last, and with `Release`: whoever finds the magic finds the rest.
+        // Last, and with `Release`: a process that reads the magic sees every other field.
         group.magic.store(MAGIC, Release);
     }
 
-    /// Checks that the header is what a peer announced (rule L1). Each field is read once.
+    /// Checks the header against what the peer announced (rule L1). Each field is read once.
     pub(crate) fn verify(&self, id: SegmentId, geometry: Geometry) -> Result<(), LayoutMismatch> {
         let group = &self.geometry;
         if group.magic.load(Acquire) != MAGIC {
@@ -145,24 +146,24 @@ impl Header {
     }
 }
 
-/// The single truth about who may touch a segment (rule P1): `generation << 8 | phase`.
+/// Says which side may touch the segment (rule P1): `generation << 8 | phase`.
 ///
-/// Changed by compare-exchange only. Every change is `AcqRel`: whoever takes a turn sees all that
-/// was written before it was given.
+/// Changed by compare-exchange only. Every change is `AcqRel`: the side that takes a turn sees all
+/// that was written before the turn was handed over.
 #[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct Turn(pub(super) AtomicU64);
 
-/// Where a transfer stands.
+/// The phase of a transfer, in the turn word.
 ///
 /// | phase | entered by | the slots belong to |
 /// | --- | --- | --- |
 /// | `Idle` | owner | the pool |
-/// | `Offered` | receiver | nobody: a sender may accept |
+/// | `Offered` | receiver | neither side: a sender may accept |
 /// | `Accepted` | sender | the sender |
 /// | `Announced` | sender | `free` → the sender, `filled` → the receiver |
 /// | `Finished`, `Refused`, `Aborted` | sender, as its last write | the receiver |
-/// | `Withdrawn` | receiver, from `Offered` only | nobody, for good |
+/// | `Withdrawn` | receiver, from `Offered` only | neither side, until the next offer |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Phase {
@@ -177,7 +178,7 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
-    /// Whether no sender touches the segment, nor can before it is offered again.
+    /// Whether no sender touches the segment, and none can before it is offered again.
     pub(crate) fn is_off(self) -> bool {
         use Phase::*;
         matches!(self, Idle | Finished | Refused | Aborted | Withdrawn)
@@ -213,12 +214,12 @@ impl Turn {
         }
     }
 
-    /// Moves `generation` from one phase to another; fails with what was found instead.
+    /// Moves `generation` from one phase to another; fails with the word found if that differs.
     pub(crate) fn advance(&self, generation: u64, from: Phase, to: Phase) -> Result<(), PeerFault> {
         self.swap(Turn::word(generation, from), Turn::word(generation, to))
     }
 
-    /// Opens the generation after `generation`, which must be idle; returns it.
+    /// Opens the generation after `generation`, which must be `Idle`; returns the new one.
     pub(crate) fn open_next(&self, generation: u64) -> Result<u64, PeerFault> {
         let next = generation + 1;
         self.swap(Turn::word(generation, Phase::Idle), Turn::word(next, Phase::Offered))?;
@@ -243,14 +244,14 @@ pub(crate) struct ChunkWord(AtomicU32);
 pub(crate) struct ChunkLen {
     /// Bytes.
     pub(crate) len: u32,
-    /// Nothing comes after it.
+    /// Whether it is the last chunk of the transfer.
     pub(crate) last: bool,
 }
 
 impl ChunkWord {
     const LAST: u32 = 1 << 31;
 
-    /// `Relaxed`, as all that the semaphores' posts publish.
+    /// `Relaxed`: the post of `filled` publishes it.
     pub(crate) fn store(&self, chunk: ChunkLen) {
         self.0.store(chunk.len | if chunk.last { Self::LAST } else { 0 }, Relaxed);
     }

@@ -1,16 +1,16 @@
-//! A segment's memory in this process: maps it, and moves bytes into slots and out of them.
+//! A segment's memory in this process: maps it, and copies bytes into slots and out of them.
 //!
 //! The invariants that every block rests on:
 //! - **M1** `base` is the start of a mapping of at least `geometry.mapped_len()` bytes, readable,
 //!   that lives until the `Mapping` is dropped, and whose backing does not shrink: it was sealed
-//!   before it was mapped, or it is named memory that only processes of this user can open, and of
-//!   those we trust that none resizes it.
+//!   before it was mapped, or it is named memory that only processes of this user can open, which
+//!   are trusted not to resize it.
 //! - **M2** The first `HEADER_LEN` bytes of it are writable too.
 //! - **M3** So are the slots, if `slots_writable`.
-//! - **M4** Into the memory of M1 there are no references but to `Header`, which is all atomics
-//!   (and cells, with the `raw_sync` parker), and to `SharedByte`s, which are atomics that can only
-//!   be read. Otherwise, slots are touched through raw pointers and by system calls (rule S1): a
-//!   peer that breaks rule P3 can spoil the bytes that are read, and nothing else.
+//! - **M4** The only references into the memory of M1 are to `Header`, which is all atomics (and
+//!   cells, with the `raw_sync` parker), and to `SharedByte`s, which are read-only atomics.
+//!   Otherwise, slots are accessed through raw pointers and by system calls (rule S1): a peer that
+//!   breaks rule P3 can spoil the bytes that are read, and nothing else.
 #![allow(unsafe_code)]
 
 #[cfg(unix)]
@@ -26,13 +26,13 @@ use crate::sync::atomic::{AtomicU8, Relaxed};
 use super::geometry::{Geometry, HEADER_LEN, PAGE};
 use super::header::Header;
 
-/// A byte that another process can write at any time: each [`read`](Self::read) may find another
-/// value.
+/// A byte that another process can write at any time: each [`read`](Self::read) may return a
+/// different value.
 #[repr(transparent)]
 pub struct SharedByte(AtomicU8);
 
 impl SharedByte {
-    /// What it is now.
+    /// The value at this moment.
     #[inline]
     pub fn read(&self) -> u8 {
         self.0.load(Relaxed)
@@ -53,20 +53,20 @@ pub(crate) struct Mapping {
     keeper: Keeper,
 }
 
-/// Who ends the mapping.
+/// Who unmaps the memory.
 enum Keeper {
-    /// Made here: unmapped when dropped.
+    /// Mapped here: `Mapping` unmaps it when dropped.
     #[cfg(target_os = "linux")]
     Ours,
-    /// Mapped elsewhere: this unmaps it when it is dropped.
+    /// Mapped by the caller: the boxed value unmaps it when dropped.
     Other(#[expect(dead_code, reason = "kept for its drop")] Box<dyn Mapped>),
 }
 
-/// Memory that is mapped already, and is unmapped when this is dropped.
+/// Memory that is already mapped; dropping the value unmaps it.
 ///
 /// # Safety
 /// From `base` on, `len` bytes are readable and writable until this is dropped, their backing does
-/// not shrink, and nobody has references to them (M1 to M4).
+/// not shrink, and no references to them exist (M1 to M4).
 pub(crate) unsafe trait Mapped: Send + Sync + 'static {
     fn base(&self) -> *mut u8;
     fn len(&self) -> usize;
@@ -96,8 +96,8 @@ impl Mapping {
 /// Named memory.
 #[cfg_attr(not(feature = "posix-mq"), allow(dead_code))]
 impl Mapping {
-    /// Maps named memory that was opened and checked, by that same descriptor: its name may lead
-    /// elsewhere by now. Fails with `INVAL` for memory that is not long enough.
+    /// Maps named memory by the descriptor that was opened and checked, since the name may refer to
+    /// other memory by now. Fails with `INVAL` for memory that is too short.
     #[cfg(target_os = "linux")]
     pub(crate) fn opened(
         fd: impl std::os::fd::AsFd,
@@ -106,14 +106,13 @@ impl Mapping {
     ) -> rustix::io::Result<Mapping> {
         let base = map(fd, geometry.mapped_len(), rustix::mm::MapFlags::empty())?;
         let mapping = Mapping { base, geometry, slots_writable, keeper: Keeper::Ours };
-        // An error here, where `MAP_POPULATE` would keep silent about pages that cannot be had.
+        // Fails where `MAP_POPULATE` would not report pages that cannot be allocated.
         mapping.populate()?;
         mapping.protect_slots()?;
         Ok(mapping)
     }
 
-    /// Takes over memory that is mapped already. Fails with `InvalidInput` if it is not long
-    /// enough.
+    /// Takes over memory that is already mapped. Fails with `InvalidInput` if it is too short.
     pub(crate) fn kept(
         memory: impl Mapped,
         geometry: Geometry,
@@ -132,7 +131,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Makes the pages present in this process (rule L2), where the kernel knows how to (5.14).
+    /// Makes the pages present in this process (rule L2), on kernels that can (5.14).
     #[cfg(target_os = "linux")]
     fn populate(&self) -> rustix::io::Result<()> {
         use rustix::mm::{Advice, madvise};
@@ -146,8 +145,8 @@ impl Mapping {
 }
 
 impl Mapping {
-    /// Takes the right to write to the slots away, if this side only reads them (rule L4), and if
-    /// the header does not share a page with them.
+    /// Makes the slots read-only, if this side only reads them (rule L4), and if the header does
+    /// not share a page with them.
     #[cfg(unix)]
     fn protect_slots(&self) -> rustix::io::Result<()> {
         use rustix::mm::{MprotectFlags, mprotect};
@@ -236,7 +235,7 @@ impl Drop for Mapping {
     }
 }
 
-/// Sealed memory that is nothing but words, for what two sides share beside their segments.
+/// Sealed memory that holds only words, shared by two sides beside their segments.
 #[cfg(target_os = "linux")]
 pub(crate) struct Words {
     base: NonNull<u8>,
@@ -286,9 +285,9 @@ impl Drop for Words {
 }
 
 /// Maps `len` bytes of a descriptor for reading and writing, and makes their pages present in this
-/// process (rule L2). Fails with `INVAL` for one that is not long enough, or not sealed against
-/// becoming shorter: M1 rests on that, and so it is checked here, whatever the caller has checked
-/// for its messages.
+/// process (rule L2). Fails with `INVAL` for one that is too short, or not sealed against
+/// shrinking. M1 rests on that seal, so it is checked here again; callers check it for better error
+/// texts.
 #[cfg(target_os = "linux")]
 fn map_sealed(fd: impl std::os::fd::AsFd, len: usize) -> rustix::io::Result<NonNull<u8>> {
     use rustix::fs::{SealFlags, fcntl_get_seals};
@@ -298,8 +297,8 @@ fn map_sealed(fd: impl std::os::fd::AsFd, len: usize) -> rustix::io::Result<NonN
     map(fd, len, rustix::mm::MapFlags::POPULATE)
 }
 
-/// Maps `len` bytes of a descriptor for reading and writing. Fails with `INVAL` for one that is not
-/// long enough. That it stays so is the caller's to know (M1): it is sealed, or trusted.
+/// Maps `len` bytes of a descriptor for reading and writing. Fails with `INVAL` for one that is too
+/// short. That it does not shrink is the caller's obligation (M1): it is sealed, or trusted.
 #[cfg(target_os = "linux")]
 fn map(
     fd: impl std::os::fd::AsFd,
@@ -319,7 +318,7 @@ fn map(
     NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)
 }
 
-/// Bytes between slots and descriptors, moved by the kernel.
+/// Moves bytes between slots and descriptors by system calls.
 #[cfg(unix)]
 mod by_kernel {
     use std::os::fd::{AsRawFd, BorrowedFd};
@@ -332,14 +331,14 @@ mod by_kernel {
 
     use super::{Mapping, c_void, io};
 
-    // With offsets of 64 bits: on Linux, plain `pread` has 32 of them where pointers have.
+    // With 64-bit offsets: plain `pread` has 32-bit offsets on 32-bit Linux.
     #[cfg(not(target_os = "linux"))]
     use libc::{off_t as FileOffset, pread};
     #[cfg(target_os = "linux")]
     use libc::{off64_t as FileOffset, pread64 as pread};
 
     impl Mapping {
-        /// Reads from a file straight into a slot, by one `pread`. Returns how many bytes came.
+        /// Reads from a file into a slot, by one `pread`. Returns how many bytes were read.
         pub(crate) fn pread_slot(
             &self,
             slot: u32,
@@ -357,8 +356,8 @@ mod by_kernel {
             usize::try_from(read).map_err(|_| io::Error::last_os_error())
         }
 
-        /// Sends bytes of a slot to a socket or pipe without blocking, or writes them to what is
-        /// neither. Returns how many went.
+        /// Sends bytes of a slot to a socket or pipe without blocking, or writes them to another
+        /// kind of descriptor. Returns how many were written.
         pub(crate) fn send_slot(
             &self,
             slot: u32,
@@ -380,8 +379,8 @@ mod by_kernel {
         }
     }
 
-    /// How much of `len` bytes can be written to what is no socket without blocking. A pipe that
-    /// polls as writable takes `PIPE_BUF` bytes; a file takes everything.
+    /// How many of `len` bytes can be written without blocking to a descriptor that is not a
+    /// socket. A pipe that polls as writable takes `PIPE_BUF` bytes; a file takes everything.
     fn at_once(sink: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
         if FileType::from_raw_mode(fstat(sink)?.st_mode) != FileType::Fifo {
             return Ok(len);
@@ -392,7 +391,8 @@ mod by_kernel {
         }
     }
 
-    /// Systems without the flag have a process-wide or per-socket way to be spared SIGPIPE.
+    /// Prevents SIGPIPE. Systems without the flag have a process-wide or per-socket setting for
+    /// that.
     #[cfg(target_os = "linux")]
     const NO_SIGNAL: libc::c_int = libc::MSG_NOSIGNAL;
     #[cfg(not(target_os = "linux"))]

@@ -1,8 +1,7 @@
-//! The mapping for loom: memory of this process in a segment's place, each touch of a slot watched.
+//! The mapping for loom: ordinary memory in place of a segment; loom checks each access to a slot.
 //!
 //! It has the functions of `mapping.rs`. Those that need a kernel fail: the model moves bytes by
-//! `write_slot` and `read_slot`. Two of these touching a slot with nothing that puts one before the
-//! other is what loom reports.
+//! `write_slot` and `read_slot`. loom reports two accesses to one slot that are not ordered.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -23,10 +22,10 @@ pub(crate) struct Mapping {
     slots_writable: bool,
 }
 
-/// As that of `mapping.rs`.
+/// The trait of `mapping.rs`.
 ///
 /// # Safety
-/// Nobody asks it for anything here.
+/// No conditions: its functions are never called here.
 #[allow(dead_code)]
 pub(crate) unsafe trait Mapped: Send + Sync + 'static {
     fn base(&self) -> *mut u8;
@@ -38,12 +37,12 @@ struct Memory {
     slots: Vec<UnsafeCell<Vec<u8>>>,
 }
 
-// SAFETY: the cells are reached by `with` and `with_mut` only, and loom ends a model in which two
-// of these, one of them the latter, are not ordered.
+// SAFETY: the cells are accessed by `with` and `with_mut` only, and loom ends a model in which two
+// accesses, one of them a `with_mut`, are not ordered.
 unsafe impl Sync for Memory {}
 
 impl Mapping {
-    /// Fresh memory, all zeroes, as the receiver has it.
+    /// Zeroed memory, as the receiver maps it.
     pub(crate) fn watched(geometry: Geometry) -> Mapping {
         let slot = || UnsafeCell::new(vec![0; geometry.slot_len as usize]);
         let slots = (0..geometry.slot_count).map(|_| slot()).collect();
@@ -51,7 +50,7 @@ impl Mapping {
         Mapping { memory, geometry, slots_writable: false }
     }
 
-    /// The same memory, as the sender has it.
+    /// The same memory, as the sender maps it.
     pub(crate) fn writable(&self) -> Mapping {
         Mapping { memory: Arc::clone(&self.memory), geometry: self.geometry, slots_writable: true }
     }
@@ -78,7 +77,7 @@ impl Mapping {
 
     pub(crate) fn read_slot(&self, slot: u32, offset: usize, into: &mut [u8]) {
         self.memory.slots[slot as usize].with(|bytes| {
-            // SAFETY: nobody writes meanwhile, or loom has ended the model.
+            // SAFETY: no write is concurrent, or loom has ended the model.
             let bytes = unsafe { &*bytes };
             into.copy_from_slice(&bytes[offset..offset + into.len()]);
         });
@@ -87,7 +86,7 @@ impl Mapping {
     pub(crate) fn write_slot(&self, slot: u32, offset: usize, bytes: &[u8]) {
         assert!(self.slots_writable, "slots are mapped read-only");
         self.memory.slots[slot as usize].with_mut(|to| {
-            // SAFETY: nobody else touches it meanwhile, or loom has ended the model.
+            // SAFETY: no other access is concurrent, or loom has ended the model.
             let to = unsafe { &mut *to };
             to[offset..offset + bytes.len()].copy_from_slice(bytes);
         });
@@ -115,7 +114,7 @@ impl Mapping {
     }
 }
 
-/// Words in this process's memory, in the place of sealed ones.
+/// Words in ordinary memory, in place of sealed shared ones.
 #[derive(Clone)]
 pub(crate) struct Words(Arc<[AtomicU64]>);
 

@@ -1,5 +1,4 @@
-//! The `Memfd` backing: anonymous memory behind a descriptor, which the kernel frees with its last
-//! holder, whatever killed that.
+//! The `Memfd` backing: sealed anonymous memory; the kernel frees it after its last user's death.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -23,7 +22,8 @@ mod tests;
 #[derive(Debug)]
 pub struct Memfd(OwnedFd);
 
-/// What makes a descriptor safe to map: nobody can resize it, nor take that back.
+/// The seals that make a descriptor safe to map: it cannot be resized, and the seals cannot be
+/// removed.
 const SEALS: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK).union(SealFlags::SEAL);
 
 impl Backing for Memfd {}
@@ -60,19 +60,20 @@ impl AsFd for Memfd {
 /// The file system that ordinary memfds are in, as `statfs` names it.
 const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 
-/// Makes words that are to be shared, all zero, and the descriptor that reaches them.
+/// Allocates zeroed words to be shared with a peer; returns the mapping and its descriptor.
 pub(crate) fn create_words(name: &str, len: usize) -> Result<(Words, OwnedFd)> {
     let fd = allocate(name, len as u64)?;
     Ok((Words::sealed(&fd, len).map_err(Error::os("mmap"))?, fd))
 }
 
-/// Maps words that a peer handed over.
+/// Maps words from a peer's descriptor.
 pub(crate) fn attach_words(fd: impl AsFd, len: usize) -> Result<Words> {
     check(&fd, len as u64)?;
     Words::sealed(&fd, len).map_err(Error::os("mmap"))
 }
 
-/// Maps a segment that a peer handed over, checking all that it claims first (rules L1, L2).
+/// Maps a segment from a peer's descriptor, after checking everything the peer claims (rules L1,
+/// L2).
 pub(crate) fn attach(
     fd: impl AsFd,
     id: SegmentId,
@@ -84,7 +85,7 @@ pub(crate) fn attach(
     Ok(Segment::new(id, mapping))
 }
 
-/// Makes memory that is really there and that nobody can resize.
+/// Makes a memfd with all its blocks allocated, sealed against resizing.
 fn allocate(name: &str, len: u64) -> Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     // Kernels before 6.3 do not know the flag that forbids executing it.
@@ -98,17 +99,17 @@ fn allocate(name: &str, len: u64) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Checks that a descriptor is memory of this length, really there and sealed (rule L2).
+/// Checks that a descriptor is sealed memory of this length, with its blocks allocated (rule L2).
 fn check(fd: impl AsFd, expected: u64) -> Result<()> {
     let seals = match fcntl_get_seals(&fd) {
         Ok(seals) => seals,
-        Err(Errno::INVAL) => SealFlags::empty(), // no memfd at all
+        Err(Errno::INVAL) => SealFlags::empty(), // not a memfd
         Err(errno) => return Err(Error::os("reading a descriptor's seals")(errno)),
     };
     if !seals.contains(SEALS) {
         return Err(LayoutMismatch::Unsealed.into());
     }
-    // Huge pages of their own kind can run out, which ends in SIGBUS after all.
+    // Refuses hugetlbfs: its pages can run out after the mapping, and the access ends in SIGBUS.
     if fstatfs(&fd).map_err(Error::os("fstatfs"))?.f_type != TMPFS_MAGIC {
         return Err(LayoutMismatch::NotMemory.into());
     }

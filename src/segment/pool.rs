@@ -1,4 +1,4 @@
-//! The pool of segments, as its owner makes it and leases from it.
+//! The pool of segments: its builder, its leases, its statistics.
 
 use std::fmt;
 use std::io;
@@ -57,7 +57,7 @@ pub struct SegmentPool<B: Backing> {
     shared: Arc<Shared<B>>,
 }
 
-/// Numbers for a new [`SegmentPool`].
+/// The size of a new [`SegmentPool`]: segments, slots and bytes.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct SegmentPoolBuilder<B> {
@@ -68,7 +68,7 @@ pub struct SegmentPoolBuilder<B> {
     backing: PhantomData<fn() -> B>,
 }
 
-/// How a pool is doing.
+/// A pool's counters at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PoolStats {
@@ -76,16 +76,16 @@ pub struct PoolStats {
     pub segments: usize,
     /// Segments that can be leased at once.
     pub idle: usize,
-    /// Segments given back while their sender was still on them: leased again once it is off, or
-    /// replaced.
+    /// Segments returned while their sender may still write to them. Each is leased again once the
+    /// sender has left it, or is replaced.
     pub quarantined: usize,
     /// Segments replaced so far, because a late sender might still have written to them (rule P6).
     pub retired: u64,
 }
 
 impl<B: Backing> SegmentPool<B> {
-    /// Starts describing a pool: 8 segments of 2 MiB, in 8 slots each, unless told otherwise:
-    /// `docs/design.md`, *Speed*, says why.
+    /// A builder with the defaults: 8 segments of 2 MiB, in 8 slots each. `docs/design.md`,
+    /// *Speed*, gives the measurements behind them.
     pub fn builder() -> SegmentPoolBuilder<B> {
         SegmentPoolBuilder {
             segments: 8,
@@ -96,14 +96,14 @@ impl<B: Backing> SegmentPool<B> {
         }
     }
 
-    /// Takes a segment, waiting for one until the deadline. Those who wait are served in the order
-    /// in which they came. Where the only segment left may still be in a late sender's hands, it is
-    /// given 20 ms more, beyond the deadline if need be, and then replaced.
+    /// Takes a segment, waiting for one until the deadline. Waiting callers are served in the order
+    /// of their arrival. If a late sender may still write to the only segment left, the lease waits
+    /// 20 ms more for it, beyond the deadline if need be, and then replaces the segment.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when none came free in time; [`Error::Os`] when no segment that is left can
-    /// be used, and none of them replaced, or [`Error::NameTaken`] when another has taken the name of
-    /// a new one; [`Error::Misuse`] in a child of `fork`, whose parent's the pool is.
+    /// [`Error::Timeout`] when none came free in time; [`Error::Os`] when no segment left is usable
+    /// and none can be replaced; [`Error::NameTaken`] when the name for a new one is in use;
+    /// [`Error::Misuse`] in a child of `fork`: the pool belongs to its parent.
     pub fn lease(&self, deadline: Deadline) -> Result<Lease<B>> {
         let pool = &self.shared;
         pool.origin.check()?;
@@ -113,18 +113,18 @@ impl<B: Backing> SegmentPool<B> {
         Ok(Lease::new(pool.take()?, Arc::clone(pool)))
     }
 
-    /// Which pool this is.
+    /// The pool's random identifier.
     pub fn id(&self) -> PoolId {
         self.shared.id
     }
 
-    /// How its segments are cut.
+    /// How each of its segments is divided into slots.
     pub fn geometry(&self) -> Geometry {
         self.shared.geometry
     }
 
-    /// How the pool is doing at this moment. All zero in a child of `fork`: nothing of the pool is
-    /// the child's.
+    /// The pool's counters at this moment. All zero in a child of `fork`, to which no segment
+    /// belongs.
     pub fn stats(&self) -> PoolStats {
         if !self.shared.origin.is_here() {
             return PoolStats { segments: 0, idle: 0, quarantined: 0, retired: 0 };
@@ -149,7 +149,7 @@ impl<B: Backing> SegmentPool<B> {
         lock(&self.shared.state).version
     }
 
-    /// The segments of this moment, with the version that they make up.
+    /// The current segments, and the version of that set.
     pub(crate) fn live(&self) -> (u64, Vec<Arc<PooledSegment<B>>>) {
         let state = lock(&self.shared.state);
         (state.version, state.live.values().cloned().collect())
@@ -174,36 +174,37 @@ impl<B: Backing> fmt::Debug for SegmentPool<B> {
 }
 
 impl<B: Backing> SegmentPoolBuilder<B> {
-    /// How many segments, and so how many transfers at once: 1 to 65,536.
+    /// How many segments, and so how many concurrent transfers: 1 to 65,536.
     pub fn segments(mut self, count: u32) -> Self {
         self.segments = count;
         self
     }
 
-    /// Bytes of payload that a segment holds, all slots together; what does not divide evenly among
-    /// the slots is left out.
+    /// Bytes of payload in a segment, all slots together. Rounded down to a multiple of the slot
+    /// count.
     pub fn segment_len(mut self, bytes: u64) -> Self {
         self.segment_len = bytes;
         self
     }
 
-    /// How many slots a segment is cut into: 1 is strict turn-taking, more let both sides work at
-    /// once.
+    /// Slots in a segment. With 1 the sides take strict turns; with more, both work at the same
+    /// time.
     pub fn slots(mut self, count: u32) -> Self {
         self.slots = count;
         self
     }
 
-    /// Makes the pool, with all its memory present.
+    /// Makes the pool, and allocates all its memory.
     ///
     /// # Errors
     /// [`Error::Misuse`] for numbers outside their limits, [`Error::Memory`] when the system has
-    /// less memory than the pool takes, [`Error::Os`] for anything else it refuses.
+    /// less memory than the pool needs, [`Error::Os`] when a system call fails otherwise.
     pub fn create(self) -> Result<SegmentPool<B>> {
         check_range("the number of segments", self.segments.into(), 1..=1 << 16)?;
         let geometry = Geometry::divide(self.segment_len, self.slots)?;
         let asked = geometry.mapped_len() as u64 * u64::from(self.segments);
-        // Asking the kernel for more than there is gets this process killed, not an error.
+        // Checked before allocating: for more memory than there is, the kernel kills this process
+        // instead of returning an error.
         if let Some(available) = B::available().filter(|available| *available < asked) {
             let lack = format!("only {available} bytes are available");
             let source = io::Error::new(io::ErrorKind::OutOfMemory, lack);

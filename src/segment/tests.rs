@@ -1,11 +1,11 @@
-//! What tests need of segments, and the product does not.
+//! Functions of segments for tests only.
 
 #[cfg(not(loom))]
 use super::header::Turn;
 use super::{Mapping, Segment, WriteSlots};
 
 impl Segment<WriteSlots> {
-    /// The memory, for writing its slots without a turn.
+    /// The memory, for writing to slots without taking a turn.
     pub(crate) fn writable(&self) -> &Mapping {
         &self.mapping
     }

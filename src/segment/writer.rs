@@ -1,4 +1,4 @@
-//! The right to write to a segment's slots, which one sender of this process has at a time.
+//! The right to write to a segment's slots: at most one sender of this process has it at a time.
 
 use std::sync::Arc;
 
@@ -12,15 +12,15 @@ use super::{Mapping, Phase, Segment, WriteSlots};
 mod model;
 
 /// The right to write to a segment's slots, from accepting one generation of it until leaving it.
-/// There is no other way to write to them.
+/// Slots cannot be written without it.
 ///
-/// Three things go with it, which begin and end in this file only:
-/// - the *turn*, in shared memory: the peer sees who has the slots (rule P1);
-/// - the *claim*, in this process: a client that puts the turn word back could otherwise have two
-///   workers of this process in one slot. Its `Acquire` and `Release` order one sender's writes to
+/// It holds three things, which begin and end in this file only:
+/// - the *turn*, in shared memory: tells the peer which side has the slots (rule P1);
+/// - the *claim*, in this process: prevents two workers of this process from writing to one slot
+///   when a client resets the turn word. Its `Acquire` and `Release` order one sender's writes to
 ///   the slots before the next one's, whatever the peer does to the turn word;
-/// - the *registration* with the link: a hang-up poisons the segment while it is in our hands, and
-///   neither before nor after, when it may be in others'.
+/// - the *registration* with the link: a hang-up poisons the segment while this writer has it, and
+///   neither before nor after, when another transfer may have it.
 #[must_use = "a writer that does not leave keeps the segment"]
 pub(crate) struct SlotWriter {
     segment: Arc<Segment<WriteSlots>>,
@@ -31,8 +31,8 @@ pub(crate) struct SlotWriter {
 }
 
 impl SlotWriter {
-    /// Accepts the offer of this generation; `None` if it does not stand any more, or if another
-    /// sender of this process is on the segment.
+    /// Accepts the offer of this generation; `None` if it was withdrawn, or if another sender of
+    /// this process has claimed the segment.
     #[inline]
     pub(crate) fn accept(
         segment: &Arc<Segment<WriteSlots>>,
@@ -48,7 +48,7 @@ impl SlotWriter {
         Some(SlotWriter { segment, generation, phase: Phase::Accepted, registration })
     }
 
-    /// Takes the turn that the first chunk comes with, unless it was taken before.
+    /// Moves the turn to `Announced`, before the first chunk; does nothing later.
     pub(crate) fn announce(&mut self) -> Result<(), PeerFault> {
         if self.phase == Phase::Accepted {
             self.segment.header().turn.advance(self.generation, self.phase, Phase::Announced)?;
@@ -68,7 +68,7 @@ impl SlotWriter {
     }
 
     /// Leaves the segment with this phase. The turn word is the last write: a process that reads
-    /// the phase knows that we are off (rule P6), and finds the segment unclaimed.
+    /// the phase knows that this sender has left (rule P6), and finds the segment unclaimed.
     pub(crate) fn leave(self, phase: Phase) -> Result<(), PeerFault> {
         drop(self.registration);
         self.segment.is_claimed.store(false, Release);

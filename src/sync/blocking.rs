@@ -1,4 +1,4 @@
-//! Places to work in: while a worker's thread blocks, its place serves another job.
+//! Places at work: while a worker's thread blocks, its place is free for another job.
 
 use std::cell::RefCell;
 use std::panic::{self, AssertUnwindSafe};
@@ -8,17 +8,17 @@ use crate::process::Origin;
 
 use super::{Deadline, FairSemaphore};
 
-/// Runs `wait`, which blocks on somebody else, while this thread's place in its
-/// [`WorkerPool`](crate::workers::WorkerPool) is given to another job. Takes a place again before it
-/// returns. On a thread that is no worker it only runs `wait`.
+/// Runs `wait`, which blocks on another thread or process. Meanwhile this thread's place in its
+/// [`WorkerPool`](crate::workers::WorkerPool) is free for another job; the thread takes a place
+/// again before this returns. On a thread that is not a worker's it only runs `wait`.
 pub fn blocking<T>(wait: impl FnOnce() -> T) -> T {
-    // Taken out, so that a wait within the wait does not give the place away twice. In a child of
-    // `fork`, the place and the threads that wait for it are the parent's.
+    // Taken out, so that a nested wait does not free the place twice. In a child of `fork`, the
+    // place and the threads that wait for it belong to the parent.
     let Some(place) = PLACE.take().filter(|place| place.origin.is_here()) else { return wait() };
     let (places, origin) = (Arc::clone(&place.places), place.origin);
     drop(place);
     let _back_to_work = OnDrop(|| {
-        // Not if it was forked within the wait.
+        // Not in a child that was forked during the wait.
         if origin.is_here() {
             PLACE.set(Some(Place::enter(&places)));
         }
@@ -26,8 +26,8 @@ pub fn blocking<T>(wait: impl FnOnce() -> T) -> T {
     wait()
 }
 
-/// Runs `job` in one of these places. A panic has been reported by the panic hook, and its
-/// unwinding has ended what the job held; it must not take the thread along.
+/// Runs `job` in one of these places. Catches a panic, so that the thread goes on: the panic hook
+/// has reported it, and unwinding has dropped what the job held.
 pub(crate) fn at_place(places: &Arc<FairSemaphore>, job: impl FnOnce()) {
     PLACE.set(Some(Place::enter(places)));
     let _ = panic::catch_unwind(AssertUnwindSafe(job));
@@ -39,7 +39,7 @@ thread_local! {
     static PLACE: RefCell<Option<Place>> = const { RefCell::new(None) };
 }
 
-/// A place that is held; given back when dropped.
+/// A place in use; freed when dropped.
 struct Place {
     places: Arc<FairSemaphore>,
     origin: Origin,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// A point in monotonic time after which a wait gives up; or never.
+/// A point in monotonic time after which a wait gives up, or never.
 ///
 /// Deadlines are absolute, so that a call made of several waits keeps to one.
 ///
@@ -23,7 +23,7 @@ impl Deadline {
     /// No deadline: wait as long as it takes, or until the peer dies.
     pub const NEVER: Deadline = Deadline(None);
 
-    /// `timeout` from now. A patience beyond what the clock can express means [`NEVER`](Self::NEVER).
+    /// `timeout` from now. One beyond what the clock can express means [`NEVER`](Self::NEVER).
     pub fn after(timeout: Duration) -> Deadline {
         Deadline(Instant::now().checked_add(timeout))
     }
@@ -59,7 +59,7 @@ impl Deadline {
     /// What is left, as system calls take it.
     #[cfg(unix)]
     pub(crate) fn timespec(self) -> Option<rustix::thread::Timespec> {
-        // A wait too long for the clock's type is as good as one without end: the caller loops.
+        // A wait too long for the clock's type becomes one without end: callers loop.
         self.remaining().and_then(|left| left.try_into().ok())
     }
 }

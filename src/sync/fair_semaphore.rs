@@ -1,4 +1,4 @@
-//! A counting semaphore within one process that serves strictly in the order of arrival.
+//! A counting semaphore within one process that serves waiters strictly in the order of arrival.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use super::modelled::{Condvar, Mutex, lock};
 #[cfg(all(test, not(loom)))]
 mod tests;
 
-/// Counts what is to be had, and hands it out first come, first served: a release goes straight to
-/// whoever has waited longest, so that nobody who comes later can slip in.
+/// Counts permits. A released permit goes straight to the longest waiter, so that a later caller
+/// cannot take it first: this prevents starvation.
 #[derive(Debug)]
 pub(crate) struct FairSemaphore {
     state: Mutex<State>,
@@ -19,7 +19,7 @@ pub(crate) struct FairSemaphore {
 #[derive(Debug)]
 struct State {
     permits: usize,
-    /// Those who wait, in order. Empty whenever `permits` is not zero.
+    /// The waiters, in order of arrival. Empty whenever `permits` is not zero.
     queue: VecDeque<Arc<Waiter>>,
 }
 
@@ -34,7 +34,7 @@ impl FairSemaphore {
         FairSemaphore { state: Mutex::new(State { permits, queue: VecDeque::new() }) }
     }
 
-    /// Takes one if nobody has to wait for it.
+    /// Takes a permit if one is free.
     pub(crate) fn try_enter(&self) -> bool {
         let mut state = lock(&self.state);
         let free = state.permits > 0;
@@ -42,7 +42,7 @@ impl FairSemaphore {
         free
     }
 
-    /// Takes one, waiting in line for it; `false` when the deadline came first.
+    /// Takes a permit, waiting behind earlier waiters; `false` when the deadline came first.
     pub(crate) fn enter(&self, deadline: Deadline) -> bool {
         let mut state = lock(&self.state);
         if state.permits > 0 {
@@ -58,7 +58,8 @@ impl FairSemaphore {
                     me.called.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0
                 }
             };
-            // Whoever is no longer in line has been called, even if the deadline passed meanwhile.
+            // A waiter that is no longer queued has been given a permit, even if the deadline has
+            // passed.
             let place = state.queue.iter().position(|waiter| Arc::ptr_eq(waiter, &me));
             match place {
                 None => return true,
@@ -71,20 +72,20 @@ impl FairSemaphore {
         }
     }
 
-    /// Gives one back, to the first in line if there is a line.
+    /// Releases a permit: to the first waiter, if there is one.
     pub(crate) fn leave(&self) {
         let mut state = lock(&self.state);
         match state.queue.pop_front() {
             Some(first) => {
-                drop(state); // which `first` needs first of all
+                drop(state); // `first` locks it as soon as it wakes
                 first.called.notify_one();
             }
             None => state.permits += 1,
         }
     }
 
-    /// Runs `inside` having entered, and leaves, whatever ends it; `None` when the deadline came
-    /// first. With one permit, this is a lock that can be waited for with a deadline.
+    /// Runs `inside` with a permit, and releases it afterwards, also on a panic; `None` when the
+    /// deadline came first. With one permit, this is a lock with a deadline.
     pub(crate) fn within<T>(&self, deadline: Deadline, inside: impl FnOnce() -> T) -> Option<T> {
         struct Inside<'t>(&'t FairSemaphore);
         impl Drop for Inside<'_> {
@@ -98,7 +99,7 @@ impl FairSemaphore {
         })
     }
 
-    /// How many wait in line.
+    /// The number of waiters.
     pub(crate) fn waiting(&self) -> usize {
         lock(&self.state).queue.len()
     }

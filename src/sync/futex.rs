@@ -8,13 +8,13 @@ use rustix::thread::futex;
 use super::Deadline;
 use super::atomic::AtomicU32;
 
-/// Where sleepers of one semaphore are kept. The kernel keys them by the page and offset of the
-/// word itself, so this takes no room; a parker that needs some keeps it here, in shared memory.
+/// The sleepers of one semaphore. The kernel finds them by the page and offset of the word itself,
+/// so this is empty; other parkers keep state here, in shared memory.
 #[derive(Default)]
 #[repr(C)]
 pub(crate) struct Parker;
 
-// The shared kind, not `PRIVATE`: a private wake reaches no other process.
+// Not `PRIVATE`: a private wake does not reach other processes.
 const SHARED: futex::Flags = futex::Flags::empty();
 
 impl Parker {
@@ -30,8 +30,8 @@ impl Parker {
         true
     }
 
-    /// Sleeps while `word` holds `expected`, until a wake or the deadline. Returns early for no
-    /// reason at times; the caller looks at the word again.
+    /// Sleeps while `word` holds `expected`, until a wake or the deadline. May wake spuriously; the
+    /// caller reads the word again.
     pub(crate) fn park(
         &self,
         word: &AtomicU32,
@@ -44,7 +44,7 @@ impl Parker {
         }
     }
 
-    /// Wakes every thread, of whatever process, that sleeps on `word`.
+    /// Wakes every thread, of any process, that sleeps on `word`.
     pub(crate) fn unpark_all(&self, word: &AtomicU32) {
         // The call can fail only for an address that is not mapped, and `word` is a live reference.
         let woken = futex::wake(word, SHARED, i32::MAX as u32);

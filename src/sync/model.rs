@@ -1,4 +1,4 @@
-//! The parker for loom: what the kernel's futex promises, made of what loom knows.
+//! The parker for loom: the guarantees of the kernel's futex, built from loom's mutex and condvar.
 
 use std::io;
 
@@ -7,8 +7,8 @@ use loom::sync::{Condvar, Mutex};
 use super::Deadline;
 use super::atomic::{AtomicU32, Relaxed};
 
-/// The kernel's bucket: its lock makes comparing the word and going to sleep one step, as seen by
-/// whoever wakes. It orders nothing else, and so the word is read `Relaxed`.
+/// Stands for the kernel's hash bucket: for a waker, its lock makes comparing the word and going to
+/// sleep one step. It orders nothing else, and so the word is read `Relaxed`.
 #[derive(Default)]
 pub(crate) struct Parker {
     bucket: Mutex<()>,

@@ -1,25 +1,25 @@
 //! The parker of systems without a futex: a thread sleeps on a `raw_sync` event in shared memory.
 //!
-//! An event is a pthread mutex, a condition variable, and a flag that a wake raises and a sleeper
-//! takes down. Whenever a sleeper wakes, and that is at least once a second, it looks at the word
-//! and the deadline that it was given: only these two count.
+//! An event is a pthread mutex, a condition variable, and a flag that a wake sets and a sleeper
+//! clears. A sleeper wakes at least once a second, and then checks its word and its deadline: only
+//! these two count.
 //!
 //! # Limits
-//! - No promise after a peer was killed, or while one is stopped, in the midst of a wake or a
-//!   sleep: it may hold the mutex, for which others wait without a deadline. A pool does not use
-//!   again what a killed peer has used ([`Parker::SURVIVES_KILL`]).
-//! - A wall clock that is set back prolongs sleeps, unless a wake ends them.
+//! - No guarantee after a peer was killed, or while it is stopped, in the middle of a wake or a
+//!   sleep: it may hold the mutex, for which others wait without a deadline. A pool does not reuse
+//!   a segment that a killed peer has used ([`Parker::SURVIVES_KILL`]).
+//! - Setting the wall clock back prolongs sleeps, unless a wake ends them.
 //! - `raw_sync` 0.1.5 adds a duration to the clock's nanoseconds without a carry, and such waits
-//!   fail at once. So a sleep lasts a whole second, or ends before the clock's second does; one
-//!   that is to be shorter hears no wake in the last millisecond of a second.
-//! - A peer that writes rubbish into the event can end this process, as a broken mutex does.
+//!   fail at once. So a sleep lasts a whole second, or ends before the clock's second does; a
+//!   shorter one is not woken in the last millisecond of a second.
+//! - A peer that corrupts the event can crash this process, through the broken mutex.
 //!
 //! # No wake is missed
-//! A wake changes the word, then raises the flag; a sleeper compares the word, then waits for the
-//! flag. Both handle the flag under the mutex. If the sleeper has that first, it is asleep when it
-//! is signalled. If the waker has it first, the sleeper finds the flag up, or took it down in a
-//! wait before (a semaphore has one sleeper at a time): then it had the mutex after the waker, and
-//! its next comparison sees the changed word.
+//! A wake changes the word, then sets the flag; a sleeper compares the word, then waits for the
+//! flag. Both use the flag under the mutex. If the sleeper locks it first, it is asleep when it is
+//! signalled. If the waker locks it first, the sleeper finds the flag set, or cleared it in an
+//! earlier wait (a semaphore has one sleeper at a time): then it locked the mutex after the waker,
+//! and its next comparison sees the changed word.
 #![allow(unsafe_code)]
 
 use std::cell::UnsafeCell;
@@ -38,11 +38,11 @@ const WORDS: usize = 30;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A sleep ends so long before the clock's second does: `raw_sync` reads the clock after us.
+/// A sleep ends this long before the clock's second does, because `raw_sync` reads the clock later.
 const MARGIN: Duration = Duration::from_millis(1);
 
-/// Where sleepers of one semaphore are kept. `raw_sync` has a `&mut` to the event in each thread
-/// inside it: the compiler sees C calls there and no more, but Rust's rules are broken.
+/// The sleepers of one semaphore. `raw_sync` has a `&mut` to the event in each thread inside it:
+/// this breaks Rust's aliasing rules, although the compiler sees only C calls there.
 #[derive(Default)]
 #[repr(C)]
 pub(crate) struct Parker {
@@ -56,22 +56,22 @@ pub(crate) struct Parker {
 unsafe impl Sync for Parker {}
 
 impl Parker {
-    /// Part of the layout version: sleepers on a futex would not hear this parker's wakes.
+    /// Part of the layout version: this parker's wakes do not reach sleepers on a futex.
     pub(crate) const KIND: u32 = 1;
 
-    /// What a process that was killed has used may be in any state, and is not used again.
+    /// An event that a killed process has used may be in any state, and is not used again.
     pub(crate) const SURVIVES_KILL: bool = false;
 
-    /// Makes the event where it will stay, before anybody else can reach it.
+    /// Makes the event in its final place, before any other thread or process can reach it.
     pub(crate) fn initialise(&self) {
         assert!(Event::size_of(Some(self.memory())) <= size_of_val(&self.event));
-        // SAFETY: the memory is large enough, aligned for the C types, initialised, and nobody
-        // else's yet (the caller). The parker is not moved from here on.
+        // SAFETY: the memory is large enough, aligned for the C types, initialised, and not shared
+        // yet (the caller). The parker is not moved from here on.
         let made = unsafe { Event::new(self.memory(), true) }.is_ok();
         self.made.store(made.into(), Relaxed);
     }
 
-    /// Whether there is an event. Without one, sleepers look at their word every millisecond.
+    /// Whether there is an event. Without one, sleepers read their word every millisecond.
     pub(crate) fn is_sound(&self) -> bool {
         self.made.load(Relaxed) != 0
     }
@@ -87,16 +87,16 @@ impl Parker {
             let left = deadline.remaining().unwrap_or(SECOND);
             let slice = if left < SECOND { left.min(rest_of_the_second()) } else { SECOND };
             let start = Instant::now();
-            // Its error does not tell "timed out" from "failed".
+            // Its error does not distinguish "timed out" from "failed".
             let woken = self.event().is_some_and(|event| event.wait(Timeout::Val(slice)).is_ok());
             if !woken && start.elapsed() < slice.max(MARGIN) / 2 {
-                thread::sleep(left.min(MARGIN)); // there was no sleep: not again at once
+                thread::sleep(left.min(MARGIN)); // there was no sleep: avoid a busy loop
             }
         }
         Ok(())
     }
 
-    /// Wakes the thread, of whatever process, that sleeps on `word`.
+    /// Wakes the thread, of any process, that sleeps on `word`.
     pub(crate) fn unpark_all(&self, _word: &AtomicU32) {
         if let Some(event) = self.event() {
             let _ = event.set(EventState::Signaled); // if it fails, the sleep ends by itself
@@ -117,7 +117,7 @@ impl Parker {
     }
 }
 
-/// How long a sleep can be that ends before the clock's second does.
+/// How long a sleep can be so that it ends before the clock's second does.
 fn rest_of_the_second() -> Duration {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     (SECOND - Duration::from_nanos(since.subsec_nanos().into())).saturating_sub(MARGIN)

@@ -1,12 +1,13 @@
-//! The counting semaphore that lives in shared memory, between two processes.
+//! The counting semaphore in shared memory, between two processes.
 //!
 //! # Orderings
 //! They are argued here, once, as pairs.
 //!
 //! 1. *What a permit hands over.* `post` publishes all that its thread wrote; the `wait` that takes
 //!    the permit sees it: `fetch_add(Release)` / successful compare-exchange `(Acquire)`. `poison`
-//!    publishes in the same way, and whoever finds the word poisoned has read it with `Acquire`.
-//! 2. *No lost wake-up.* `sleepers` publishes nothing, it must only be seen. Poster: change the
+//!    publishes in the same way, and a thread that finds the word poisoned has read it with
+//!    `Acquire`.
+//! 2. *No lost wake-up.* `sleepers` publishes nothing; it only has to be seen. Poster: change the
 //!    word, `fence(SeqCst)`, read `sleepers`. Sleeper: raise `sleepers`, `fence(SeqCst)`, let the
 //!    kernel compare the word. The fences are totally ordered: either the poster's comes first, and
 //!    then the kernel sees the changed word and does not sleep, or the sleeper's does, and then the
@@ -27,8 +28,8 @@ mod tests;
 /// Set in the word when the wait is over for good; the bits below count permits.
 const POISON: u32 = 1 << 31;
 
-/// The right to touch one slot, which only a wait makes and only a post takes: with `k` permits put
-/// in by [`Semaphore::reset`], there are never more than `k` in the world.
+/// The right to touch one slot. Only a wait makes one, and only a post consumes it: after a
+/// [`Semaphore::reset`] to `k` permits there are never more than `k`.
 #[must_use = "a permit that is not posted is a slot lost to the transfer"]
 #[derive(Debug)]
 pub(crate) struct Permit(());
@@ -40,14 +41,14 @@ pub(crate) enum Interrupted {
     TimedOut,
     /// Poisoned, and no permit left to drain.
     Poisoned,
-    /// The system would not let us sleep.
+    /// The system call to sleep failed.
     Os(io::Error),
 }
 
-/// A counting semaphore that two processes share; no system call unless someone has to sleep.
+/// A counting semaphore that two processes share; no system call unless a thread has to sleep.
 ///
-/// A thread that dies in its sleep leaves `sleepers` raised, which costs the posts that follow a
-/// needless system call until the next [`reset`](Self::reset), and nothing else.
+/// A thread that dies in its sleep leaves `sleepers` too high. Each post then makes a needless
+/// system call until the next [`reset`](Self::reset); nothing else follows.
 #[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct Semaphore {
@@ -62,37 +63,37 @@ impl Semaphore {
     /// Whether a semaphore can be used again after a process that used it has died.
     pub(crate) const SURVIVES_KILL: bool = Parker::SURVIVES_KILL;
 
-    /// Makes what sleepers need, once, where the semaphore will stay. For the owner, before anyone
-    /// else maps the segment.
+    /// Initialises the parker, once, in its final place. Called by the owner, before another
+    /// process maps the segment.
     pub(crate) fn initialise(&self) {
         self.parker.initialise();
     }
 
-    /// Whether it wakes sleepers as it should; if not, they notice later.
+    /// Whether the parker works. If not, sleepers fall back to polling.
     pub(crate) fn is_sound(&self) -> bool {
         self.parker.is_sound()
     }
 
-    /// Starts afresh with `permits`. Only while nobody else uses the semaphore: for an owner whose
-    /// segment no sender holds (rule P6). The parker is left alone: a late sender may be inside its
-    /// last wake, which never harms more than to wake somebody for nothing.
+    /// Sets the count to `permits`. Only while no other thread uses the semaphore: for an owner
+    /// whose segment no sender has (rule P6). The parker is left alone: a late sender may still be
+    /// inside its last wake, which can cause a spurious wake-up and nothing worse.
     pub(crate) fn reset(&self, permits: u32) {
         self.sleepers.store(0, Relaxed);
         self.word.store(permits, Relaxed);
     }
 
-    /// Whether [`poison`](Self::poison) came, permits left or not.
+    /// Whether it was poisoned, whether or not permits are left.
     pub(crate) fn is_poisoned(&self) -> bool {
         self.word.load(Acquire) & POISON != 0
     }
 
-    /// How many permits there are to take, at this moment: a hint.
+    /// The number of permits at this moment: a hint.
     pub(crate) fn permits(&self) -> u32 {
         self.word.load(Relaxed) & !POISON
     }
 
     /// Takes a permit if there is one. Fails with `Poisoned` only when none is left (rule P7: what
-    /// was filled stays readable), with `TimedOut` when there is nothing yet.
+    /// was filled stays readable), otherwise with `TimedOut`.
     pub(crate) fn try_wait(&self) -> Result<Permit, Interrupted> {
         let mut seen = self.word.load(Acquire);
         loop {
@@ -125,16 +126,17 @@ impl Semaphore {
         }
     }
 
-    /// Hands a permit over: from here on it can be taken. Whoever sleeps for it learns of it by
-    /// [`wake`](Self::wake), which is the caller's to call before it sleeps itself.
+    /// Hands a permit over: from here on it can be taken. Does not wake a sleeper: the caller must
+    /// call [`wake`](Self::wake) before it sleeps itself.
     pub(crate) fn add(&self, Permit(()): Permit) {
         self.word.fetch_add(1, Release); // pair 1
     }
 
-    /// Ends every wait, now and later, once the permits in hand are drained.
+    /// Ends every wait, now and later, once the permits left are drained.
     pub(crate) fn poison(&self) {
         self.set_poison();
-        // Whatever `sleepers` says: the peer can write that word, and this is what ends its waits.
+        // Ignores `sleepers`: the peer can write to that word, and poison must always end the
+        // waits.
         self.parker.unpark_all(&self.word);
     }
 
@@ -143,8 +145,8 @@ impl Semaphore {
         self.word.fetch_or(POISON, Release); // pair 1
     }
 
-    /// Wakes whoever sleeps for what has been added, or poisoned. Writes nothing to shared memory, but
-    /// what the parker keeps there for itself.
+    /// Wakes the threads that sleep until a permit is added, or poison. Writes nothing to shared
+    /// memory except the parker's own state.
     pub(crate) fn wake(&self) {
         fence(SeqCst); // pair 2
         if self.sleepers.load(Relaxed) != 0 {

@@ -1,4 +1,4 @@
-//! When to spin before sleeping (rule P8): only when the peer can be running now, and answers fast.
+//! Decides when to spin before sleeping (rule P8): if the peer can be running, and answers fast.
 
 use std::hint;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -12,34 +12,35 @@ use super::{Interrupted, Permit, Semaphore};
 #[cfg(all(test, not(loom)))]
 mod tests;
 
-/// About what a wake-up across idle virtual cores costs; a longer spin could not win anything. loom knows no time.
+/// About the cost of a wake-up across idle virtual cores; a longer spin cannot win anything. loom
+/// has no clock.
 pub(crate) const BUDGET: Duration =
     if cfg!(loom) { Duration::MAX } else { Duration::from_micros(50) };
-/// Spin rounds between two looks at the clock.
+/// Spin rounds between two readings of the clock.
 const ROUNDS: u32 = 64;
-/// How many answers in time are remembered.
+/// The most answers in time that are remembered.
 const MOST_CREDIT: u8 = 8;
-/// What a spin in vain costs, in answers in time.
+/// The cost of an unsuccessful spin, in answers in time.
 const PENALTY: u8 = 2;
 
-/// After so many waits without a spin, one is tried.
+/// After this many waits without a spin, one is tried.
 const PROBE: u8 = 16;
 
-/// One side's memory of how fast the other answers. Lives outside shared memory.
+/// One side's record of how fast the other answers. In private memory.
 #[derive(Debug)]
 pub(crate) struct Spinner {
     credit: u8,
-    /// Waits without a spin, since the last one.
+    /// Waits without a spin since the last spin.
     unspun: u8,
 }
 
 impl Spinner {
-    /// Trusts a new peer with one spin.
+    /// Starts with credit for one spin.
     pub(crate) fn new() -> Spinner {
         Spinner { credit: PENALTY, unspun: 0 }
     }
 
-    /// Tries for a permit, spinning for a while if that can pay. `TimedOut` means: sleep now.
+    /// Tries to take a permit, spinning for a while if that can pay. `TimedOut` means: sleep now.
     pub(crate) fn try_wait(
         &mut self,
         semaphore: &Semaphore,
@@ -52,11 +53,11 @@ impl Spinner {
         self.spin(can_pay, BUDGET, attempt).unwrap_or(Err(Interrupted::TimedOut))
     }
 
-    /// Tries once, and then again and again within the budget, if that can pay.
+    /// Tries once, and then repeatedly within the budget, if that can pay.
     ///
-    /// Spinning is in vain when the peer last ran on our own processor, where it cannot go on while we are
-    /// there, and when others wait for a processor: the caller knows both. And when the peer has lately been
-    /// slower than the budget.
+    /// Spinning is useless when the peer last ran on this processor, where it cannot run while we
+    /// spin, and when other threads wait for a processor; the caller knows both. It is also useless
+    /// when the peer has lately been slower than the budget.
     pub(crate) fn spin<T>(
         &mut self,
         can_pay: bool,
@@ -88,7 +89,7 @@ impl Spinner {
         }
     }
 
-    /// Learns from a sleep: one that was shorter than the budget would have been a good spin.
+    /// Learns from a sleep: after one shorter than the budget, a spin would have succeeded.
     pub(crate) fn slept(&mut self, took: Duration) {
         if took < BUDGET {
             self.credit = MOST_CREDIT.min(self.credit + 1);
@@ -96,8 +97,8 @@ impl Spinner {
     }
 }
 
-/// One of those in this process who may wait for a peer, counted while it lives: what the processors are busy
-/// with, as far as we know.
+/// Counts one transfer side of this process that may wait for a peer, while it lives: an estimate
+/// of how busy the processors are.
 #[derive(Debug)]
 pub(crate) struct Presence(Counted);
 
@@ -106,13 +107,13 @@ impl Presence {
         Presence(Counted::among(all))
     }
 
-    /// Whether there are more of them than processors for both sides, so that spinning would take a
-    /// processor from one that has work for it.
+    /// Whether they and their peers outnumber the processors: spinning would then take a processor
+    /// from a thread that has work.
     pub(crate) fn is_crowded(&self) -> bool {
-        // Zero while it is not known.
+        // Zero until it is known.
         static PAIRS: AtomicUsize = AtomicUsize::new(0);
         if cfg!(loom) {
-            return true; // so that what is done only then is modelled; nobody spins there anyway
+            return true; // so that the models cover this case; they never spin
         }
         let mut pairs = PAIRS.load(Relaxed);
         if pairs == 0 {
@@ -128,5 +129,5 @@ pub(crate) fn current_cpu() -> u32 {
     #[cfg(all(target_os = "linux", not(loom)))]
     return u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX);
     #[cfg(not(all(target_os = "linux", not(loom))))]
-    return 0; // the same as the peer's: nobody spins
+    return 0; // the same as the peer's: no side spins
 }

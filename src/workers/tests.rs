@@ -1,4 +1,4 @@
-//! Places, panics and ends of a pool of workers.
+//! Places, panics and the end of a worker pool.
 
 use super::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,7 +8,7 @@ fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
 }
 
-/// A crew fed by a channel; dropping the sender ends it.
+/// A worker pool fed by a channel; dropping the sender ends it.
 fn workers<J: Send + 'static>(
     places: usize,
     work: impl Fn(J) + Send + Sync + 'static,
@@ -69,13 +69,13 @@ fn a_panic_ends_one_job_and_gives_its_place_back() {
     assert_eq!(done, [1, 2]);
 }
 
-/// Or a process that joins and ends leaves behind what a queue removes when it is dropped.
+/// Otherwise a process that joins and exits would leave what a queue removes in its drop.
 #[test]
 fn whoever_has_joined_finds_everything_dropped() {
     struct Late(Arc<AtomicUsize>);
     impl Drop for Late {
         fn drop(&mut self) {
-            thread::sleep(Duration::from_millis(20)); // so that whoever does not wait is seen
+            thread::sleep(Duration::from_millis(20)); // so that a `join` that does not wait fails
             self.0.fetch_add(1, Ordering::SeqCst);
         }
     }

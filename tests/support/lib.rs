@@ -13,8 +13,8 @@
 //! proxy.finish().assert_code(0);
 //! ```
 //!
-//! Nothing here asserts a maximum time: every wait ends by what it waits for, or fails the test at
-//! the [`WATCHDOG`].
+//! Nothing here asserts a maximum time: every wait ends with its event, or fails the test after
+//! [`WATCHDOG`].
 
 pub mod watchdog;
 
@@ -39,18 +39,18 @@ use tempfile::TempDir;
 
 pub use rustix::process::Signal;
 
-/// What nothing may take, however busy the machine. A program that lives longer is killed.
+/// The longest any step may take, even on a busy machine. A program that lives longer is killed.
 pub const WATCHDOG: Duration = Duration::from_secs(180);
 
 /// No arguments.
 pub const PLAIN: [&str; 0] = [];
 
-/// More than the buffers of a socket take, so that a client that does not read stalls the transfer.
+/// More than the buffers of a socket, so that a client that does not read stalls the transfer.
 pub const LARGE: usize = 32 << 20;
 
 // ---------------------------------------------------------------- places
 
-/// How the two sides reach each other.
+/// How the two programs reach each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     /// A Unix socket and memfds.
@@ -59,7 +59,7 @@ pub enum Transport {
     Mq,
 }
 
-/// Makes each of these functions, which take a [`Transport`], a test over either: `unix::NAME` and
+/// Makes two tests of each of these functions, which take a [`Transport`]: `unix::NAME` and
 /// `mq::NAME`.
 #[macro_export]
 macro_rules! over_both {
@@ -73,19 +73,19 @@ macro_rules! over_both {
     };
 }
 
-/// A temporary directory of one test: its files, its sockets, the working directory of its programs.
-/// When it goes, nothing may be left of a queue either.
+/// A temporary directory of one test: its files, its sockets, the working directory of its
+/// programs. Its drop also asserts that no queue is left.
 pub struct Place {
     transport: Transport,
-    /// Of the queue, with its slash.
+    /// The name of the queue, with its slash.
     queue: String,
     dir: TempDir,
-    /// What the test itself put in here.
+    /// The files that the test itself made.
     ours: Mutex<BTreeSet<String>>,
 }
 
 impl Place {
-    /// A place whose programs meet at a Unix socket.
+    /// A place whose programs use a Unix socket.
     pub fn new() -> Place {
         Place::over(Transport::Unix)
     }
@@ -101,12 +101,12 @@ impl Place {
         self.transport
     }
 
-    /// The path of something in here.
+    /// A path in this directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// Writes a file, and makes the directories on its way.
+    /// Writes a file, and makes missing directories.
     pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(name);
         lock(&self.ours).insert(name.split('/').next().unwrap().to_owned());
@@ -115,7 +115,7 @@ impl Place {
         path
     }
 
-    /// Where the two programs meet: a socket in a directory of its own, which the cache makes, or a
+    /// The address of the cache: a socket in a directory of its own, which the cache makes, or a
     /// queue with a name of its own.
     pub fn cache_address(&self) -> String {
         match self.transport {
@@ -124,7 +124,7 @@ impl Place {
         }
     }
 
-    /// The name of the queue, when it is one.
+    /// The name of the queue; only for [`Transport::Mq`].
     pub fn queue(&self) -> &str {
         assert_eq!(self.transport, Transport::Mq);
         &self.queue
@@ -138,7 +138,7 @@ impl Place {
         }
     }
 
-    /// Counts a process among those that are run in here.
+    /// Adds a process to those that were run in here.
     pub fn is_run_in_by(&self, pid: u32) {
         lock(&SPAWNED).push((self.dir.path().to_owned(), pid as i32));
     }
@@ -155,7 +155,7 @@ impl Place {
         names
     }
 
-    /// What stands in `/dev/shm` for the queue.
+    /// The queue's files in `/dev/shm`.
     pub fn queue_files(&self) -> Vec<PathBuf> {
         let stem = format!("shmferry-queue-{}-{}.", geteuid().as_raw(), &self.queue[1..]);
         let mut names = names_in(SHARED_MEMORY.as_ref());
@@ -163,9 +163,9 @@ impl Place {
         names.into_iter().map(|name| Path::new(SHARED_MEMORY).join(name)).collect()
     }
 
-    /// Runs a program in here, with this directory as its runtime directory, and nothing of the
-    /// environment that could make a difference. `RUST_LOG` is `info`; to change that, or anything
-    /// else, spawn what [`command`](Self::command) makes.
+    /// Runs a program in here, with this directory as its runtime directory, and a minimal
+    /// environment. `RUST_LOG` is `info`; to change that, or anything else, spawn a
+    /// [`command`](Self::command).
     pub fn run(&self, name: &str, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Program {
         Program::spawn(self.command(name).args(args))
     }
@@ -175,15 +175,16 @@ impl Place {
         self.prepared(Command::new(path_of(name)))
     }
 
-    /// As [`command`](Self::command), under a resource limit, in the words of the shell's `ulimit`.
+    /// As [`command`](Self::command), under a resource limit, in the syntax of the shell's
+    /// `ulimit`.
     pub fn command_limited(&self, limit: &str, name: &str) -> Command {
         let mut shell = Command::new("/bin/sh");
         shell.args(["-c", &format!("ulimit {limit} && exec \"$@\""), "sh"]).arg(path_of(name));
         self.prepared(shell)
     }
 
-    /// As [`command`](Self::command), with calls failing as these injections say. By `strace`: where there is
-    /// none, or it may not trace, the program does not run.
+    /// As [`command`](Self::command), with system calls failing by these injections of `strace`.
+    /// Where `strace` is missing, or may not trace, the program does not run.
     pub fn command_failing(&self, injections: &[&str], name: &str) -> Command {
         let mut shell = Command::new("/bin/sh");
         let calls: Vec<_> =
@@ -194,7 +195,7 @@ impl Place {
             format!("strace -D -f -qq -o /dev/null -e trace={}{injections}", calls.join(","));
         shell.args(["-c", &format!("exec {strace} \"$@\""), "sh"]).arg(path_of(name));
         let mut command = self.prepared(shell);
-        command.env("ASAN_OPTIONS", "detect_leaks=0"); // that does not work under a tracer
+        command.env("ASAN_OPTIONS", "detect_leaks=0"); // fails under a tracer
         command
     }
 
@@ -219,13 +220,13 @@ impl Place {
         Program::spawn(self.command("webproxy").args(LOOPBACK).args(["--cache", &cache]).args(args))
     }
 
-    /// Runs `webproxy` on a free port of 127.0.0.1, with nothing else said.
+    /// Runs `webproxy` on a free port of 127.0.0.1, with no other arguments.
     pub fn bare_webproxy(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Program {
         Program::spawn(self.command("webproxy").args(LOOPBACK).args(args))
     }
 
-    /// Asks these programs to end, one after the other, and asserts that all did so as they should,
-    /// and that none of those ever run in here has left anything.
+    /// Terminates these programs, one after the other. Asserts that all exit successfully, and that
+    /// no program run in here has left anything.
     #[track_caller]
     pub fn wind_up<const N: usize>(&self, programs: [Program; N]) -> [Exit; N] {
         let exits = programs.map(Program::terminate);
@@ -236,8 +237,8 @@ impl Place {
         exits
     }
 
-    /// Asserts that nothing is left of the programs run in here: no process, nothing in shared memory,
-    /// no queue, no file and no directory. What killed ones left is for their successors to remove.
+    /// Asserts that nothing is left of the programs run in here: no process, no shared memory, no
+    /// queue, no file and no directory. Leftovers of killed ones are their successors' to remove.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         let here = self.dir.path().canonicalize().unwrap();
@@ -246,7 +247,7 @@ impl Place {
             assert!(at.is_err() || at.unwrap() != here, "a process is left: {:?}", process.path());
         }
         assert!(self.is_swept(), "left of {}: {:?}", self.cache_address(), self.queue_files());
-        // Somebody else's program that starts may be the one that clears up, at this moment.
+        // A program of another test that starts may be removing leftovers at this moment.
         wait_until("nothing of these programs was left in /dev/shm", || {
             self.names_left().is_empty()
         });
@@ -265,7 +266,7 @@ impl Default for Place {
 impl Drop for Place {
     fn drop(&mut self) {
         if self.transport == Transport::Mq {
-            // What the last ones left that were killed is taken over, and goes with the successor.
+            // A successor takes over the leftovers of killed programs, and removes them.
             let successor = PosixMq::new(&self.queue).and_then(PosixMq::bind).map(drop);
             if !thread::panicking() {
                 successor.unwrap();
@@ -281,7 +282,7 @@ impl Drop for Place {
     }
 }
 
-/// Where named segments are, and what stands beside queues.
+/// The directory of named segments, and of the files beside queues.
 pub const SHARED_MEMORY: &str = "/dev/shm";
 
 /// Whether there is a queue of this name.
@@ -298,13 +299,13 @@ pub fn queue_exists(name: &str) -> bool {
     }
 }
 
-/// All programs ever spawned: where, and as which process.
+/// All programs ever spawned: working directory and pid.
 static SPAWNED: Mutex<Vec<(PathBuf, i32)>> = Mutex::new(Vec::new());
 
 const LOOPBACK: [&str; 4] = ["-p", "0", "--listen", "127.0.0.1"];
 
-/// Where a program is; panics if it was not built. The programs are built beside the directory of the tests:
-/// `TARGET/PROFILE/deps/TEST-HASH`, `TARGET/PROFILE/NAME`.
+/// The path of a program; panics if it was not built. The programs are built beside the directory
+/// of the tests: `TARGET/PROFILE/deps/TEST-HASH`, `TARGET/PROFILE/NAME`.
 pub fn path_of(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let program = test.parent().unwrap().with_file_name(name);
@@ -322,11 +323,11 @@ pub struct Program {
     child: Arc<Mutex<Child>>,
     pid: Pid,
     said: Arc<Said>,
-    /// Dropped with the program: the watchdog then lies down.
+    /// Dropped with the program, which ends the watchdog thread.
     _leash: mpsc::Sender<()>,
 }
 
-/// What a program has written to standard error so far.
+/// The standard error of a program so far.
 #[derive(Default)]
 struct Said {
     text: Mutex<(String, Ended)>,
@@ -360,14 +361,14 @@ impl Program {
             let child = Arc::clone(&child);
             move || {
                 if let Err(mpsc::RecvTimeoutError::Timeout) = loose.recv_timeout(watchdog) {
-                    let _ = lock(&child).kill(); // does nothing to one that was waited for
+                    let _ = lock(&child).kill(); // does nothing after a `wait`
                 }
             }
         });
         Program { child, pid, said, _leash: leash }
     }
 
-    /// Waits until it says that it is listening.
+    /// Waits until it reports that it is listening.
     pub fn listening(self) -> Program {
         self.wait_for("listening on ");
         self
@@ -411,7 +412,7 @@ impl Program {
         self.finish();
     }
 
-    /// Asks it to end, and asserts that it does so as it should.
+    /// Sends SIGTERM, and asserts that it exits successfully.
     pub fn terminate(self) -> Exit {
         self.signal(Signal::TERM);
         let exit = self.finish();
@@ -437,7 +438,7 @@ impl Program {
         self.tasks("comm").iter().filter(|comm| comm.trim_end() == name).count()
     }
 
-    /// Whether every thread waits for something.
+    /// Whether every thread sleeps.
     pub fn is_asleep(&self) -> bool {
         self.is_all_in('S')
     }
@@ -452,14 +453,14 @@ impl Program {
         self.tasks("stat").iter().all(|stat| stat.rsplit(") ").next().unwrap().starts_with(state))
     }
 
-    /// Whether a tracer has hold of every thread.
+    /// Whether every thread is traced.
     pub fn is_traced(&self) -> bool {
         self.tasks("status").iter().all(|status| !status.contains("TracerPid:\t0\n"))
     }
 
     fn tasks(&self, file: &str) -> Vec<String> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten();
-        // One that ends meanwhile is none.
+        // A thread that ends meanwhile is skipped.
         tasks.filter_map(|task| fs::read_to_string(task.path().join(file)).ok()).collect()
     }
 
@@ -477,7 +478,7 @@ impl Program {
         names.map(|(_, name)| name).collect::<BTreeSet<_>>().len()
     }
 
-    /// The most memory that was resident so far, in bytes, segments included.
+    /// The peak of resident memory, in bytes, segments included.
     pub fn peak_memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -486,7 +487,7 @@ impl Program {
 
     // ------------------------------------------------------------ webproxy
 
-    /// Where a `webproxy` says that it listens; all addresses of the host are 127.0.0.1 to us.
+    /// The address that a `webproxy` reports; a wildcard address becomes 127.0.0.1.
     pub fn address(&self) -> SocketAddr {
         let line = self.wait_for("listening on ");
         let (_, rest) = line.split_once("listening on ").unwrap();
@@ -508,16 +509,16 @@ impl Program {
         Answer::parse(&self.ask(format!("GETFILE GET {path}\r\n\r\n")))
     }
 
-    /// Asks a `webproxy` for a [`LARGE`] file, and waits until it comes: the client that is returned
-    /// holds a segment from now on.
+    /// Asks a `webproxy` for a [`LARGE`] file, and waits for its beginning: the returned client
+    /// keeps a segment in use from now on.
     pub fn stall(&self, path: &str) -> Stalled {
         let mut client = self.connect();
         client.request(path);
         Stalled::begin(client)
     }
 
-    /// Asserts that a `webproxy` can lease so many segments at once, and gets a [`LARGE`] file right
-    /// through each.
+    /// Asserts that a `webproxy` can lease this many segments at once, and that each transfers a
+    /// [`LARGE`] file correctly.
     #[track_caller]
     pub fn assert_pool_is_whole(&self, segments: usize, path: &str, file: &[u8]) {
         let stalled: Vec<Stalled> = (0..segments).map(|_| self.stall(path)).collect();
@@ -526,7 +527,7 @@ impl Program {
         }
     }
 
-    /// Sends these bytes to a `webproxy`, and returns all that comes back.
+    /// Sends these bytes to a `webproxy`, and returns the whole response.
     pub fn ask(&self, request: impl AsRef<[u8]>) -> Vec<u8> {
         let mut client = self.connect();
         client.send(request);
@@ -559,7 +560,7 @@ impl Said {
     }
 }
 
-/// How a program ended, and what it said.
+/// The exit status of a program, and its standard error.
 pub struct Exit {
     pub status: ExitStatus,
     pub stderr: String,
@@ -570,14 +571,15 @@ impl Exit {
         assert_eq!(self.status.code(), Some(code), "{}: {}", self.status, self.stderr);
     }
 
-    /// Asserts that it failed to start: with one line on standard error that has all these parts.
+    /// Asserts that it failed to start: with one line on standard error that contains all these
+    /// parts.
     pub fn assert_failure(&self, parts: &[&str]) {
         self.assert_code(1);
         assert_eq!(self.stderr.lines().count(), 1, "{}", self.stderr);
         self.assert_said(parts);
     }
 
-    /// Asserts that it refused its command line, in words that have all these parts.
+    /// Asserts that it refused its command line, with a message that contains all these parts.
     pub fn assert_usage_error(&self, parts: &[&str]) {
         self.assert_code(2);
         self.assert_said(parts);
@@ -590,7 +592,7 @@ impl Exit {
         }
     }
 
-    /// A number from the summary at its end.
+    /// A number from the summary that it prints at its end.
     pub fn count(&self, name: &str) -> u64 {
         let (_, summary) = self.stderr.rsplit_once("stopped: ").expect("it said how it went");
         let value =
@@ -613,7 +615,7 @@ impl Client {
         Client(stream)
     }
 
-    /// Sends bytes to a server that may have had enough already.
+    /// Sends bytes; ignores errors, since the server may have closed the connection.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         let _ = self.0.write_all(bytes.as_ref());
     }
@@ -651,12 +653,12 @@ impl Client {
         self.0.shutdown(Shutdown::Write).unwrap();
     }
 
-    /// Leaves at once, by a reset.
+    /// Closes the connection with a reset.
     pub fn reset(self) {
         rustix::net::sockopt::set_socket_linger(&self.0, Some(Duration::ZERO)).unwrap();
     }
 
-    /// Whether nothing has come, so far, that is not read yet.
+    /// Whether there is nothing to read now.
     pub fn hears_nothing(&self) -> bool {
         self.0.set_nonblocking(true).unwrap();
         let peeked = self.0.peek(&mut [0]);
@@ -682,7 +684,7 @@ impl Client {
     }
 }
 
-/// A client that has read the beginning of its reply, and does not go on for the time being.
+/// A client that has read the beginning of its reply, and then stops reading.
 pub struct Stalled {
     pub client: Client,
     start: Vec<u8>,
@@ -718,12 +720,12 @@ pub enum Answer {
     Invalid,
     /// Nothing at all.
     Nothing,
-    /// None of these: nothing that a server may send.
+    /// None of these: not a valid reply.
     Nonsense(Vec<u8>),
 }
 
 impl Answer {
-    /// Parses without the codec that the programs use, so that an error there shows here.
+    /// Parses without the codec of the programs, so that an error in it is found.
     pub fn parse(bytes: &[u8]) -> Answer {
         match bytes {
             b"" => return Answer::Nothing,
@@ -752,14 +754,14 @@ impl Answer {
         assert!(self.is_honest(file) && matches!(self, Answer::Ok(_)), "{self:?}");
     }
 
-    /// Asserts that it is the beginning of this file, and shows that it is not all of it.
+    /// Asserts that it is the beginning of this file, and recognisably not all of it.
     #[track_caller]
     pub fn assert_short(&self, file: &[u8]) {
         assert!(self.is_honest(file) && matches!(self, Answer::Short { .. }), "{self:?}");
     }
 
-    /// Whether it says nothing wrong of a file that exists: all of it, or visibly less of it, or that
-    /// the server failed.
+    /// Whether it is a correct reply for an existing file: all of it, recognisably less of it, or a
+    /// server error.
     pub fn is_honest(&self, file: &[u8]) -> bool {
         match self {
             Answer::Ok(body) => body == file,
@@ -794,7 +796,7 @@ impl std::fmt::Debug for Answer {
 
 // ---------------------------------------------------------------- small things
 
-/// Waits for something that nobody announces.
+/// Polls until a condition holds.
 #[track_caller]
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + WATCHDOG;
@@ -804,13 +806,12 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// Bytes that differ from place to place, so that none can be taken for another.
+/// Bytes that differ from position to position, so that a mix-up is detected.
 pub fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|index| (index * 31 + index / 251 + index / 65_521) as u8).collect()
 }
 
-/// Bytes at random, other ones for each seed: no part of them can be taken for another, nor for a part
-/// of other files.
+/// Random bytes, different for each seed: a mix-up within a file or between files is detected.
 pub fn noise(seed: usize, len: usize) -> Vec<u8> {
     let mut dice = Dice::new(seed);
     let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| dice.next().to_le_bytes()).collect();
@@ -818,7 +819,7 @@ pub fn noise(seed: usize, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Chance, the same one for each seed (SplitMix64).
+/// A random number generator, reproducible by its seed (SplitMix64).
 pub struct Dice(u64);
 
 impl Dice {

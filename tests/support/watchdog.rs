@@ -1,10 +1,10 @@
-//! A watchdog for tests: whoever hangs takes the whole run along, and is named.
+//! A watchdog for tests: aborts the whole run if a test hangs, and prints its name.
 
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-/// Nothing here should come near this long.
+/// Much longer than any test takes.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Watches the test that made it, until it is dropped.

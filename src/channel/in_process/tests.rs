@@ -1,4 +1,4 @@
-//! The queue within one process: what only it promises.
+//! The queue within one process: guarantees that only it gives.
 
 use super::*;
 use crate::error::Misuse;

@@ -1,4 +1,4 @@
-//! Lock files: who holds them, who does not, and what a killed holder leaves.
+//! Lock files: taken, refused, and left by a killed server.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Where a POSIX message queue is, and how it is to be served and asked.
+//! The address and settings of a POSIX message queue, for server and client.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,11 +13,11 @@ use crate::sync::Deadline;
 use super::name::Name;
 use super::{Named, PosixMqQueue, PosixMqRequester};
 
-/// Where a POSIX message queue is, for processes of one user.
+/// The address of a POSIX message queue, for processes of one user.
 ///
 /// One server takes requests from many clients, each with a pool of its own. Either side may start
-/// first, and each outlives the other. There is no connection: each side learns of the other's
-/// death from a FIFO that the living hold open in `/dev/shm`, at once and without polling.
+/// first, and each outlives the other. There is no connection. Each process keeps a FIFO open in
+/// `/dev/shm`: the other side learns of its death from a hang-up, at once and without polling.
 ///
 /// ```
 /// use shmferry::channel::{Named, PosixMq, Requester, RequestQueue};
@@ -90,38 +90,37 @@ impl PosixMq {
         self.name.as_str()
     }
 
-    /// The most requests that wait in the queue until a worker takes them; 10 unless told
-    /// otherwise, which is what Linux allows by default (`/proc/sys/fs/mqueue/msg_max`). Beyond it,
-    /// `send` waits.
+    /// The most requests that wait in the queue until a worker takes them; 10 by default, as Linux
+    /// allows without configuration (`/proc/sys/fs/mqueue/msg_max`). Beyond it, `send` waits.
     pub fn capacity(mut self, requests: u32) -> Self {
         self.policy.capacity = requests;
         self
     }
 
-    /// The most segments of one client that a server keeps mapped; 1024 unless told otherwise.
-    /// Beyond it, it unmaps the one used longest ago, and maps it again when it is named again.
+    /// The most segments of one client that a server keeps mapped; 1024 by default. Beyond it, the
+    /// least recently used one is unmapped, and mapped again when it is needed.
     pub fn max_segments(mut self, segments: u32) -> Self {
         self.policy.max_segments = segments.max(1);
         self
     }
 
-    /// How long a client waits for a server that is not there before its `send` fails; as long
-    /// as the deadline unless told otherwise. Zero means one look.
+    /// How long a client's `send` waits for an absent server, within its deadline; until the
+    /// deadline by default. Zero means a single attempt.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.policy.connect_timeout.always = Some(timeout);
         self
     }
 
-    /// As [`connect_timeout`](Self::connect_timeout), but only once the client has found a server:
-    /// how long it waits for the successor of one that is gone. As long as the server has said that
-    /// it ends and still lives, the time does not count.
+    /// As [`connect_timeout`](Self::connect_timeout), but only after a first connection: how long
+    /// the client waits for the successor of a server that is gone. The time does not run while a
+    /// server that is leaving is still alive.
     pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {
         self.policy.connect_timeout.after_loss = Some(timeout);
         self
     }
 
-    /// Has a server report each request that it cannot use, and why. Those whose client is gone are
-    /// dropped in silence.
+    /// Sets a callback for each request that the server cannot use, with the reason. Requests of a
+    /// client that is gone are dropped silently.
     pub fn on_rejected(
         mut self,
         report: impl Fn(Option<Peer>, &Error) + Send + Sync + 'static,
@@ -130,20 +129,20 @@ impl PosixMq {
         self
     }
 
-    /// Serves at this name. What a dead server left is taken over: its queue is replaced by an
-    /// empty one, since whoever waited for an answer has learned of its death.
+    /// Serves at this name. The queue of a dead server is replaced by an empty one: the clients
+    /// whose requests were in it have learned of its death.
     ///
     /// # Errors
-    /// [`Error::AddressInUse`] when a living server is there; [`Error::NameTaken`] when something
-    /// of another user, or of another kind, stands at one of its names; [`Error::Misuse`] for a
-    /// capacity beyond what the system allows; [`Error::Os`] for what else it refuses, such as a
-    /// queue of this name that is not one of ours.
+    /// [`Error::AddressInUse`] when a living server is there; [`Error::NameTaken`] when one of its
+    /// names is in use by another user, or for another kind of file; [`Error::Misuse`] for a
+    /// capacity beyond what the system allows; [`Error::Os`] when a system call fails otherwise,
+    /// such as for a queue of this name that shmferry did not make.
     pub fn bind(self) -> Result<PosixMqQueue> {
         PosixMqQueue::bind(self.name, self.policy)
     }
 
     /// A client of the server at this name, for requests with segments of `pool`. Looks for the
-    /// server when it first has something to send.
+    /// server at its first request.
     pub fn requester(self, pool: &SegmentPool<Named>) -> PosixMqRequester {
         PosixMqRequester::new(self.name, self.policy.connect_timeout, pool)
     }
@@ -151,7 +150,7 @@ impl PosixMq {
     /// As [`requester`](Self::requester), but waits until the server is there.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when it is not there in time, [`Error::Os`] for what the system refuses.
+    /// [`Error::Timeout`] when it is not there in time, [`Error::Os`] when a system call fails.
     pub fn connect(
         self,
         pool: &SegmentPool<Named>,

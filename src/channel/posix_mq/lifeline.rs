@@ -1,8 +1,8 @@
-//! A lifeline: a FIFO that its owner holds open and locked, so that the kernel tells of its end.
+//! A lifeline: a FIFO that its owner keeps open and locked, so that its death causes a hang-up.
 //!
-//! Where no connection links two processes, each follows the other's lifeline: it hangs up when its
-//! owner dies or drops it, whatever the reason. The lock tells a dead owner's lifeline from a
-//! living one's, for whoever clears up after the dead (rule L3).
+//! Where two processes have no connection, each follows the other's lifeline: it hangs up when its
+//! owner dies or drops it. The lock distinguishes a living owner's lifeline from a dead one's,
+//! whose names may be removed (rule L3).
 
 use std::fs;
 use std::io;
@@ -20,35 +20,35 @@ use crate::error::{Error, Result};
 use crate::own_file::{open_own, taken_by};
 use crate::process::Origin;
 
-/// How long whoever sweeps a new lifeline by mistake may take to remove it, in moments.
+/// How many times to wait for a process that is removing a new lifeline by mistake.
 const SWEPT: u32 = 1000;
 const MOMENT: Duration = Duration::from_millis(1);
 
-/// A lifeline in our hands. Dropping it removes its name and hangs up on its followers.
+/// A lifeline of this process. Dropping it removes its name and hangs up on its followers.
 pub(crate) struct Lifeline {
     path: PathBuf,
-    /// The name is ours to remove.
+    /// True while the name exists and is ours to remove.
     is_named: AtomicBool,
     _fifo: OwnedFd,
     origin: Origin,
 }
 
 impl Lifeline {
-    /// Makes a lifeline where none stands, held from now on.
+    /// Makes a lifeline at a free name, and locks it.
     pub(crate) fn hold(path: PathBuf) -> Result<Lifeline> {
         for attempt in 0.. {
             let mode = Mode::RUSR | Mode::WUSR;
             match mknodat(CWD, &path, FileType::Fifo, mode, 0) {
                 Ok(()) => {}
-                // Somebody who sweeps took it for a dead one's, before it was locked, and removes
-                // it.
+                // A sweep in another process saw it before it was locked, took it for a dead
+                // owner's, and is removing it.
                 Err(Errno::EXIST) if (1..SWEPT).contains(&attempt) => thread::sleep(MOMENT),
                 Err(errno) => {
                     let taken = if errno == Errno::EXIST { taken(&path) } else { None };
                     return Err(taken.unwrap_or_else(|| Error::os("making a lifeline")(errno)));
                 }
             }
-            // Open at both ends: opening only the one to write waits for somebody who reads.
+            // Opened for reading and writing: opening it for writing alone would wait for a reader.
             let Some(fifo) = open_fifo(&path, OFlags::RDWR)? else { continue };
             if lock_now(&fifo).map_err(Error::os("locking a lifeline"))? && stands_at(&path, &fifo)
             {
@@ -58,16 +58,16 @@ impl Lifeline {
         unreachable!("the loop has no end of its own")
     }
 
-    /// Takes over what a dead owner has left; `None` if it lives, or has left nothing.
+    /// Takes over the lifeline of a dead owner; `None` if the owner is alive, or left none.
     ///
     /// # Errors
-    /// [`Error::NameTaken`] when what stands there is no lifeline of this user.
+    /// [`Error::NameTaken`] when the path is not a lifeline of this user.
     pub(crate) fn inherit(path: &Path) -> Result<Option<Lifeline>> {
-        // For reading, so that its followers are not kept from learning that nobody else writes.
+        // For reading only: a writer would delay the hang-up that its followers wait for.
         let Some(fifo) = open_fifo(path, OFlags::RDONLY)? else { return Ok(None) };
         let locked = lock_now(&fifo).map_err(Error::os("locking a lifeline"))?;
         let stands = locked && stands_at(path, &fifo);
-        // Made only if it is ours: a lifeline that is dropped removes its name.
+        // Constructed only if it is ours, because its drop removes the name.
         Ok(stands.then(|| Lifeline::of(path.to_owned(), fifo)))
     }
 
@@ -75,33 +75,32 @@ impl Lifeline {
         Lifeline { path, is_named: AtomicBool::new(true), _fifo: fifo, origin: Origin::here() }
     }
 
-    /// Removes the name, for a successor's lifeline to take its place. Followers stay with this
-    /// one. Does nothing in a child of `fork`: the name is its parent's.
+    /// Removes the name, so that a successor can use it. Followers stay with this lifeline. Does
+    /// nothing in a child of `fork`: the name is its parent's.
     pub(crate) fn remove_name(&self) {
         if self.origin.is_here() && self.is_named.swap(false, Relaxed) {
-            // Nothing can be done about a failure here; a later owner sweeps it.
+            // A failure is ignored: a later owner removes the name.
             let _ = fs::remove_file(&self.path);
         }
     }
 
-    /// Opens another's lifeline, to be told of its end; `None` if its owner is gone.
+    /// Opens another process's lifeline, to learn of its end; `None` if its owner is gone.
     ///
     /// # Errors
-    /// [`Error::NameTaken`] when what stands there is no lifeline of this user.
+    /// [`Error::NameTaken`] when the path is not a lifeline of this user.
     pub(crate) fn follow(path: &Path) -> Result<Option<OwnedFd>> {
         Ok(open_fifo(path, OFlags::RDONLY)?.filter(|fifo| is_held(fifo)))
     }
 }
 
-/// Whether the owner of a lifeline that is followed still holds it.
+/// Whether the owner of a followed lifeline still has it open.
 pub(crate) fn is_held(fifo: impl AsFd) -> bool {
-    // Without a writer there is an end to read; with one, nothing yet.
+    // Without a writer, a read returns end of file; with one, it would block.
     !matches!(rustix::io::read(fifo, &mut [0; 1]), Ok(0))
 }
 
-/// Whether a process, as we number it, is the owner of a lifeline that is followed, or has it open
-/// like us: a pid that its owner told may mean another process here, where the two see different
-/// numbers.
+/// Whether the process with this pid has a followed lifeline open. A pid that the owner wrote may
+/// be another process here, in a different pid namespace.
 pub(crate) fn has_open(pid: u32, fifo: impl AsFd) -> bool {
     let (Ok(fifo), Ok(open)) = (fstat(fifo), fs::read_dir(format!("/proc/{pid}/fd"))) else {
         return false;
@@ -117,12 +116,12 @@ impl Drop for Lifeline {
     }
 }
 
-/// The error for a name that was to be made and is taken; `None` if nothing stands there by now.
+/// The error for a new name that is taken; `None` if it is free by now.
 pub(super) fn taken(path: &Path) -> Option<Error> {
     lstat(path).ok().map(|found| taken_by(path, &found))
 }
 
-/// Opens this user's FIFO, without waiting for the other end; `None` if nothing stands there.
+/// Opens this user's FIFO, without waiting for the other end; `None` if there is none.
 fn open_fifo(path: &Path, access: OFlags) -> Result<Option<OwnedFd>> {
     match open_own(path, access, Mode::empty(), FileType::Fifo, "opening a lifeline") {
         Ok(fifo) => Ok(Some(fifo)),

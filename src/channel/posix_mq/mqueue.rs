@@ -1,7 +1,7 @@
-//! The descriptor of a POSIX message queue, which is never waited on by itself.
+//! The descriptor of a POSIX message queue, always non-blocking.
 //!
-//! The system's timed calls go by the wall clock, which can be stepped; so the descriptor does not
-//! block, and waits are polls against a [`Deadline`](crate::Deadline).
+//! The timed calls (`mq_timedsend`) use the wall clock, which can be stepped. So waits are polls
+//! until a [`Deadline`](crate::Deadline).
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,12 +21,12 @@ use super::name::Name;
 pub(super) struct Mqueue(Option<MqdT>);
 
 impl Mqueue {
-    /// Makes an empty queue, for messages of up to `longest` bytes or what the system allows, to be
-    /// read by this process. Only this user may open it.
+    /// Makes an empty queue to read from, for messages of up to `longest` bytes or the system's
+    /// limit. Only this user may open it.
     pub(super) fn create(name: &Name, capacity: u32, longest: usize) -> Result<Mqueue> {
         let flags = MQ_OFlag::O_RDONLY | MQ_OFlag::O_CREAT | MQ_OFlag::O_EXCL;
         let longest = limit("msgsize_max").map_or(longest, |most| longest.min(most as usize));
-        // A number beyond all limits stays one, where the type has 32 bits.
+        // Clamped, where the type has 32 bits: the result is still above every limit.
         let messages = capacity.min(i32::MAX as u32) as mq_attr_member_t;
         let attributes = MqAttr::new(0, messages, longest as mq_attr_member_t, 0);
         match open(name, flags, Some(&attributes)) {
@@ -54,7 +54,7 @@ impl Mqueue {
     /// Opens a server's queue, to write to it; `None` if there is none.
     ///
     /// # Errors
-    /// [`Error::NameTaken`] for a queue of another user: it would read our requests.
+    /// [`Error::NameTaken`] for a queue of another user, who could read our requests.
     pub(super) fn open(name: &Name) -> Result<Option<Mqueue>> {
         match open(name, MQ_OFlag::O_WRONLY, None) {
             Ok(queue) => {
@@ -126,7 +126,7 @@ impl AsFd for Mqueue {
 impl Drop for Mqueue {
     fn drop(&mut self) {
         if let Some(descriptor) = self.0.take() {
-            // Fails only for what is no descriptor.
+            // Fails only for an invalid descriptor.
             let _ = mq_close(descriptor);
         }
     }

@@ -1,4 +1,4 @@
-//! The name of a queue: checked, and what else stands under it while a server lives.
+//! The name of a queue: its check, and the names of the server's other files.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,11 +7,11 @@ use rustix::process::geteuid;
 
 use crate::error::Misuse;
 
-/// A slash, and bytes without another.
+/// A queue's name: a slash, followed by bytes without another.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Name(String);
 
-/// Longest name that leaves room for what is put around it in file names.
+/// The longest name: file names that contain it stay within the system's limit.
 const LIMIT: usize = 200;
 
 impl Name {
@@ -29,12 +29,12 @@ impl Name {
         &self.0
     }
 
-    /// Locked by the server, and tells its pid.
+    /// The lock file, with the server's pid.
     pub(super) fn lock(&self) -> PathBuf {
         self.file("lock")
     }
 
-    /// Held by the server, and hangs up on its clients when it dies.
+    /// The server's lifeline, which hangs up on its clients when it dies.
     pub(super) fn lifeline(&self) -> PathBuf {
         self.file("life")
     }
@@ -45,7 +45,7 @@ impl Name {
     }
 }
 
-/// As the programs' flags have it.
+/// The form used in the programs' flags.
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "mq:{}", self.0)

@@ -1,9 +1,8 @@
-//! The `Named` backing: POSIX shared memory with a name, by crate `shared_memory`.
+//! The `Named` backing: named POSIX shared memory, by crate `shared_memory`.
 //!
 //! The crate makes, maps and removes the memory, for its owner. Added here: blocks are allocated
-//! before anyone touches them; a peer opens a name once, checks what it has opened, and maps just
-//! that (rules L1, L2); names tell pool and owner, and an owner that starts removes the names of
-//! those that are gone (rule L3).
+//! before use; a peer opens a name once, checks that descriptor, and maps it (rules L1, L2); names
+//! contain pool and owner, and an owner that starts removes the names of dead ones (rule L3).
 
 use std::io;
 
@@ -28,13 +27,13 @@ pub(super) use names::{sweep, sweep_aside};
 
 use memory::Memory;
 
-/// Segments in POSIX shared memory, which the peer opens by name. For processes of one user:
-/// whoever may open a name may also resize what it stands for, and so harm those that have it
-/// mapped.
+/// Segments in POSIX shared memory, which the peer opens by name. For processes of one user: a
+/// process that may open the memory may also resize it, and so crash those that have it mapped.
 ///
 /// The names begin with `shmferry-`, the owner's pid and the pool; only this user may open them.
-/// They go with the pool. What a killed owner leaves is removed by a server that sees it die, or
-/// when the next pool of this kind is made, or the next [`PosixMq`](crate::channel::PosixMq) is bound.
+/// They are removed with the pool. The names of a killed owner are removed by a server that sees it
+/// die, or when the next pool of this kind is made, or the next
+/// [`PosixMq`](crate::channel::PosixMq) is bound.
 #[derive(Debug)]
 pub struct Named(Owner);
 
@@ -45,24 +44,24 @@ pub(crate) struct Owner {
     pub(crate) pool: PoolId,
 }
 
-/// What a living pool of named segments holds.
+/// Resources that a pool of named segments owns: its lifeline.
 pub struct Ownership {
     owner: Owner,
     origin: Origin,
-    /// Goes after the segments: nobody sweeps them as long as it is held.
+    /// Dropped after the segments: while it is held, no sweep removes their names.
     #[cfg(target_os = "linux")]
     _lifeline: Lifeline,
 }
 
 impl Named {
-    /// What a peer needs, beside the segment's id, to open it.
+    /// The owner, which a peer needs beside the segment's id to open it.
     pub(crate) fn owner(&self) -> Owner {
         self.0
     }
 }
 
 impl Owner {
-    /// What all its names begin with.
+    /// The prefix of all its names.
     fn stem(self) -> String {
         format!("shmferry-{}-{}", self.pid, self.pool)
     }
@@ -136,7 +135,7 @@ impl sealed::Backing for Named {
     }
 }
 
-/// Opens and maps a segment that a peer named, checking all that is claimed of it first (rules L1,
+/// Opens and maps a segment that a peer named, after checking everything the peer claims (rules L1,
 /// L2).
 pub(super) fn attach(
     owner: Owner,
@@ -148,8 +147,8 @@ pub(super) fn attach(
     Ok(Segment::new(id, mapping))
 }
 
-/// Opens a name once. What was opened is checked, and is what is mapped, whatever the name leads to
-/// by then.
+/// Opens a name once, then checks and maps that descriptor: the name may refer to other memory by
+/// then.
 #[cfg(target_os = "linux")]
 fn open(name: &str, geometry: Geometry) -> Result<Mapping> {
     let memory = names::open_checked(name, geometry)?;
@@ -166,7 +165,7 @@ fn open(name: &str, geometry: Geometry) -> Result<Mapping> {
     Mapping::kept(Memory::new(memory), geometry, true).map_err(Error::os("mapping a segment"))
 }
 
-/// The crate's errors as ours: they carry the system's code, or say what is wrong themselves.
+/// Converts the crate's errors: they have the system's error code, or a text of their own.
 fn failed(call: &'static str) -> impl FnOnce(ShmemError) -> Error {
     move |error| {
         let source = match error {

@@ -1,4 +1,4 @@
-//! The server of a POSIX message queue: many workers take the requests of many clients' pools.
+//! The server of a POSIX message queue: many workers take requests of many clients' pools.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -29,11 +29,10 @@ use super::wire::{MAX_MESSAGE, Message};
 /// The token of the message queue in the poller.
 const QUEUE: u64 = 0;
 
-/// How many messages that lead to nothing a worker takes before it looks at the time again.
+/// How many unusable messages a worker takes before it checks its deadline again.
 const BATCH: usize = 64;
 
-/// How often the queue is looked at after `close`: it is full with 10 requests, unless told
-/// otherwise.
+/// How often the queue is read after `close`: by default it is full with 10 requests.
 const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(5);
 
 /// Takes requests at one name. Shared by many workers, by reference or in an `Arc`.
@@ -42,15 +41,15 @@ const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(5);
 pub struct PosixMqQueue {
     shared: Arc<Shared>,
     name: Name,
-    /// The right to the name, and what stands there. Given up by `close`, for a successor.
+    /// The lock on the name. Dropped by `close`, for a successor.
     lock: Mutex<Option<LockFile>>,
-    /// What answers clients after `close`.
+    /// The thread that answers clients after `close`.
     leaving: Mutex<Option<Leaving>>,
-    /// Last: clients learn of our end when it goes.
+    /// Last: its drop tells clients of this server's end.
     lifeline: Lifeline,
 }
 
-/// What workers share, and the thread that answers clients after `close`.
+/// Shared by the workers, and by the thread that answers clients after `close`.
 struct Shared {
     poller: Poller,
     policy: Policy,
@@ -61,19 +60,19 @@ struct Shared {
 
 type Clients = Mutex<HashMap<Owner, Arc<Client>>>;
 
-/// One pool that requests have come from.
+/// A client's pool that requests have come from.
 struct Client {
     link: Arc<Link>,
     mapped: Mutex<Mapped>,
     _watch: Watch,
 }
 
-/// The segments of a pool that are mapped here.
+/// The segments of a pool that are mapped in this process.
 #[derive(Default)]
 struct Mapped {
     version: u64,
     segments: HashMap<u32, MappedSegment>,
-    /// Counts uses.
+    /// Counts uses, to find the least recently used segment.
     clock: u64,
 }
 
@@ -86,7 +85,7 @@ impl PosixMqQueue {
     pub(super) fn bind(name: Name, policy: Policy) -> Result<PosixMqQueue> {
         let poller = Poller::new()?;
         let (mut lock, predecessor) = LockFile::take(&name.lock(), &name)?;
-        // Whoever signed it before is dead, and its queue and lifeline are ours to remove.
+        // The predecessor that signed it is dead; its queue and lifeline are ours to remove.
         if !predecessor.is_empty() {
             Mqueue::unlink(&name)?;
             drop(Lifeline::inherit(&name.lifeline())?);
@@ -96,7 +95,7 @@ impl PosixMqQueue {
         // Removes the queue's name if what follows fails.
         let unlinked_on_failure = Unlink(&name);
         poller.add(&descriptor, QUEUE)?;
-        // Last: a client that finds it finds the rest.
+        // Last: a client that finds the lifeline finds the rest.
         let lifeline = Lifeline::hold(name.lifeline())?;
         std::mem::forget(unlinked_on_failure);
         sweep();
@@ -115,8 +114,8 @@ impl PosixMqQueue {
         })
     }
 
-    /// The clients whose pools have sent requests and live, each once.
-    /// None in a child of `fork`, which serves nobody.
+    /// The living clients that have sent requests, each once. None in a child of `fork`, which has
+    /// no clients.
     pub fn clients(&self) -> Vec<Peer> {
         if !self.shared.origin.is_here() {
             return Vec::new();
@@ -130,7 +129,7 @@ impl PosixMqQueue {
         peers
     }
 
-    /// Gives the names up, once: what stands there afterwards is a successor's.
+    /// Removes the names, only once: later they may be a successor's.
     fn leave_names(&self) {
         let mut held = lock(&self.lock);
         if held.is_some() {
@@ -146,18 +145,18 @@ struct Unlink<'n>(&'n Name);
 
 impl Drop for Unlink<'_> {
     fn drop(&mut self) {
-        // Nothing can be done about a failure here, and the next server copes with leftovers.
+        // A failure is ignored: the next server removes leftovers.
         let _ = Mqueue::unlink(self.0);
     }
 }
 
 impl Shared {
-    /// Has a thread answer from now on.
+    /// Starts the thread that answers clients after `close`.
     fn start_leaving(self: &Arc<Self>) -> Result<Leaving> {
         let shared = Arc::clone(self);
         Leaving::start(move || {
             for _ in 0..BATCH {
-                // An error is the system's; what it kept back is taken the next time.
+                // On an error of the system, the rest is taken in the next round.
                 let Ok(Some(transfer)) = shared.try_recv() else { break };
                 // Fails if the client has withdrawn it.
                 let _ = transfer.refuse(Refusal::Leaving);
@@ -166,7 +165,7 @@ impl Shared {
         })
     }
 
-    /// Takes what is next in the queue, if there is anything, past a few that nobody waits for.
+    /// Takes the next request in the queue, if there is one; skips a few that are withdrawn.
     fn try_recv(&self) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         let mut buffer = [0; MAX_MESSAGE];
         for _ in 0..BATCH {
@@ -187,7 +186,7 @@ impl Shared {
         Ok(None)
     }
 
-    /// The transfer that a message asks for; `None` if nobody waits for it any more.
+    /// The transfer for a message; `None` if the request was withdrawn.
     fn begin(&self, message: Message<'_>) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         let id = SegmentId { pool: PoolId(message.pool), index: message.index };
         let geometry = Geometry::new(message.slot_count, message.slot_len)?;
@@ -195,7 +194,7 @@ impl Shared {
         let Some(client) = self.client(owner)? else { return Ok(None) };
         let limit = self.policy.max_segments as usize;
         let segment = match client.segment(owner, id, geometry, message.version, limit) {
-            // Withdrawn, and its segment retired; or its pool is going.
+            // The request was withdrawn and its segment retired, or its pool is being dropped.
             Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Ok(None);
             }
@@ -206,7 +205,7 @@ impl Shared {
         Ok((!client.link.is_severed()).then_some(transfer))
     }
 
-    /// The client with this pool, known or new; `None` if it is gone.
+    /// The client with this pool, known or new; `None` if its process is gone.
     fn client(&self, owner: Owner) -> Result<Option<Arc<Client>>> {
         let mut clients = lock(&self.clients);
         if let Some(client) = clients.get(&owner) {
@@ -217,10 +216,10 @@ impl Shared {
         let watch = on_hang_up(Arc::new(lifeline), {
             let (link, clients) = (Arc::clone(&link), Arc::downgrade(&self.clients));
             move || {
-                // Forgotten first: who learns of its end finds it gone.
+                // Removed first, so that a thread that learns of the end does not find it any more.
                 let gone = clients.upgrade().and_then(|clients| lock(&clients).remove(&owner));
                 link.sever(|| None);
-                drop(gone); // unmaps, and not under the lock
+                drop(gone); // unmaps; not under the lock
                 sweep_aside(); // its names, if it was killed
             }
         })?;
@@ -249,7 +248,7 @@ impl Client {
         let mut mapped = lock(&self.mapped);
         let Mapped { version: known, segments, clock } = &mut *mapped;
         if *known != version {
-            // Some were retired since, which takes their names away.
+            // Unmaps retired segments: they have no names any more.
             segments.retain(|&index, _| owner.has_named(index));
             *known = version;
         }
@@ -298,13 +297,13 @@ impl RequestQueue for PosixMqQueue {
         if !self.shared.origin.is_here() {
             return;
         }
-        // First: from here on a successor can be found.
+        // First: from here on a successor can take the name.
         self.leave_names();
         self.shared.poller.close();
         let mut leaving = lock(&self.leaving);
         if leaving.is_none() {
-            // Without a thread for it, what comes after this waits until the queue is dropped, and
-            // is asked again then.
+            // If the thread cannot be started, later requests wait until the queue is dropped, and
+            // then go to the successor.
             *leaving = self.shared.start_leaving().ok();
         }
     }

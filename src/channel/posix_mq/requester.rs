@@ -1,4 +1,4 @@
-//! The client of a POSIX message queue: finds the server by itself, and its successor when it died.
+//! The client of a POSIX message queue: finds the server, and its successor, by itself.
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -25,19 +25,19 @@ use super::wire::{HEAD, Message};
 
 /// Sends requests with segments of one pool to the server at one name. Used by many threads.
 ///
-/// Transfers under way go on when it is dropped, and still learn of the server's death.
+/// Transfers under way go on when it is dropped, and still end when the server dies.
 pub struct PosixMqRequester {
     line: Reconnecting<Connector>,
     name: Name,
 }
 
-/// Who is to be reached, and with which segments.
+/// The server's address, and the pool whose segments are used.
 struct Connector {
     name: Name,
     pool: SegmentPool<Named>,
 }
 
-/// What leads to one server process.
+/// The queue and the lifeline of one server process.
 struct Connection {
     queue: Mqueue,
     /// The longest message that the queue takes, in bytes.
@@ -57,7 +57,7 @@ impl PosixMqRequester {
         PosixMqRequester { line: Reconnecting::new(connector, pool.id(), connect_timeout), name }
     }
 
-    /// The server, if it was found and lives.
+    /// The server, if it was found and is alive.
     pub fn server(&self) -> Option<Peer> {
         self.line.server()
     }
@@ -68,13 +68,13 @@ impl PosixMqRequester {
 }
 
 impl Requester<Named> for PosixMqRequester {
-    /// Waits for the server until the deadline, or for less if [told
-    /// so](super::PosixMq::connect_timeout), and for room in its queue. A request that was sent to
-    /// a server that then dies ends with [`Error::Disconnected`].
+    /// Waits for the server until the deadline, or for the
+    /// [`connect_timeout`](super::PosixMq::connect_timeout), and for room in its queue. A request
+    /// that was sent to a server that then dies ends with [`Error::Disconnected`].
     ///
     /// # Errors
-    /// Also [`Error::Misuse`] for a key longer than the queue takes, where the system's limit on
-    /// messages has been lowered.
+    /// Also [`Error::Misuse`] for a key longer than the queue takes, if the system's limit on
+    /// messages was lowered.
     fn send(&self, request: Request<Named>, deadline: Deadline) -> Result<(), SendError<Named>> {
         self.line.send(request, deadline)
     }
@@ -96,8 +96,8 @@ impl Connect for Connector {
     fn connect(&self, _deadline: Deadline) -> Result<Option<Connection>> {
         let Some(lifeline) = Lifeline::follow(&self.name.lifeline())? else { return Ok(None) };
         // A server makes its lifeline last: the queue and the pid in the lock file are its own, if
-        // it still lives when we have them. Without a pid that is the server's here, it is never
-        // dead for certain, and segments are retired.
+        // it is still alive when we have them. Without a pid that is valid in our pid namespace,
+        // the server's death is never certain, and segments are retired.
         let pid = holder(&self.name.lock()).filter(|&pid| has_open(pid, &lifeline));
         let Some(queue) = Mqueue::open(&self.name)? else { return Ok(None) };
         let link = Arc::new(Link::to_sender(Peer { pid, uid: geteuid().as_raw() }));
@@ -135,7 +135,8 @@ impl Connect for Connector {
         }
         let message = message.encode();
         loop {
-            // A dead server's queue still takes messages, and its end may not have been told yet.
+            // A dead server's queue still takes messages, and the watcher may not have reported its
+            // end yet.
             if !is_held(&over.lifeline) {
                 return Err(Error::Disconnected);
             }

@@ -1,4 +1,4 @@
-//! The message that crosses the queue, as bytes. All numbers are little-endian.
+//! The message in the queue, as bytes. All numbers are little-endian.
 
 use crate::channel::KEY_LIMIT;
 use crate::error::{PeerFault, Rejection, Result};
@@ -12,7 +12,7 @@ pub(crate) const HEAD: usize = 8 + 4 + 4 + 8 + 8 + 4 + 8 + 4 + 4;
 
 const MAGIC: [u8; 8] = *b"shmferry";
 
-/// Put what this key means into this segment, in this generation.
+/// A request: put what `key` names into this segment, in this generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Message<'a> {
     /// The process that owns the pool.
@@ -43,7 +43,7 @@ impl<'a> Message<'a> {
         bytes
     }
 
-    /// Fails for what is no request, and for one of another version.
+    /// Fails for bytes that are not a request, and for another version.
     pub(crate) fn decode(bytes: &'a [u8]) -> Result<Message<'a>> {
         let malformed = PeerFault::MalformedMessage { len: bytes.len() };
         let mut rest = bytes.strip_prefix(&MAGIC).ok_or(malformed)?;

@@ -1,4 +1,4 @@
-//! The path that a server listens at: held by a lock while it lives, taken over when it is dead.
+//! The path that a server listens at: locked while it lives, taken over after its death.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -14,22 +14,22 @@ use crate::process::Origin;
 
 use super::{socket, socket_address};
 
-/// Connections that wait to be accepted, as the system caps it.
+/// The most connections that wait to be accepted; the system may cap it.
 const BACKLOG: i32 = 1024;
 
-/// The mode of a directory that a server has made: for this user alone, and sticky, by which its
-/// successors know that it goes with the last of them, whatever became of the first.
+/// The mode of a directory that a server has made: private, and sticky. By the sticky bit a
+/// successor knows that the last server is to remove the directory, even if the first was killed.
 const MADE_DIR: u32 = 0o1700;
 
-/// A path that this process serves at. Dropping it removes all that it put there.
+/// A path that this process serves at. Dropping it removes everything it created there.
 pub(super) struct Address {
     path: PathBuf,
-    /// What stands at the path is our socket, ours to remove.
+    /// True once our socket is at the path, and so ours to remove.
     bound: bool,
     origin: Origin,
-    /// Goes after the socket: while it stands, nobody else serves here.
+    /// Dropped after the socket: while it is locked, no other process serves here.
     _lock: LockFile,
-    /// Goes last.
+    /// Dropped last.
     _made_dir: Option<MadeDir>,
 }
 
@@ -48,7 +48,7 @@ impl Address {
         let mut locked = LockFile::take(&lock_path, path.display());
         if matches!(&locked, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound)
         {
-            // A predecessor that ended just now has taken its directory along.
+            // A predecessor that ended just now has removed its directory.
             drop(made_dir);
             made_dir = make_parent(path)?;
             locked = LockFile::take(&lock_path, path.display());
@@ -59,15 +59,15 @@ impl Address {
         let mut address =
             Address { path: path_buf, bound: false, origin, _lock: lock, _made_dir: made_dir };
 
-        // We hold the lock, so a socket that stands there has no living owner. Anything else that
-        // stands there is not ours to remove: `bind` says that the address is in use.
+        // We have the lock, so a socket at the path has no living owner. Anything else there is not
+        // ours to remove: `bind` reports that the address is in use.
         if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
             fs::remove_file(path).map_err(Error::os("removing a dead server's socket"))?;
         }
         let listener = socket()?;
         rustix::net::bind(&listener, &socket_address).map_err(Error::os("bind"))?;
         address.bound = true;
-        // Before `listen`, so that nobody else could have connected (S3).
+        // Before `listen`, so that no other user can have connected (S3).
         fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(Error::os("chmod"))?;
         rustix::net::listen(&listener, BACKLOG).map_err(Error::os("listen"))?;
         Ok((address, listener))
@@ -76,7 +76,7 @@ impl Address {
 
 impl Drop for Address {
     fn drop(&mut self) {
-        // Nothing can be done about a failure here, and the next server copes with leftovers.
+        // A failure is ignored: the next server removes leftovers.
         if self.bound && self.origin.is_here() {
             let _ = fs::remove_file(&self.path);
         }
@@ -92,12 +92,12 @@ impl MadeDir {
 impl Drop for MadeDir {
     fn drop(&mut self) {
         if self.1.is_here() {
-            let _ = fs::remove_dir(&self.0); // unless someone else uses it by now
+            let _ = fs::remove_dir(&self.0); // fails if it is not empty
         }
     }
 }
 
-/// Checks that a directory is this user's alone, if it is there.
+/// Checks that a directory is private to this user, if it exists.
 pub(super) fn check_private(dir: &Path) -> Result<()> {
     match fs::symlink_metadata(dir) {
         Ok(found)
@@ -111,8 +111,8 @@ pub(super) fn check_private(dir: &Path) -> Result<()> {
     }
 }
 
-/// Makes the directory of `path`, if it is missing; says which is to go with this server: one that
-/// this one or an earlier one has made.
+/// Makes the directory of `path`, if it is missing; returns it if this server is to remove it: if
+/// this or an earlier server made it.
 fn make_parent(path: &Path) -> Result<Option<MadeDir>> {
     let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! One client's connection, as the server has it: its segments, its ring, and what its messages do.
+//! The server's side of one client's connection: its segments, its ring, its messages.
 
 use std::collections::BTreeMap;
 use std::io::IoSliceMut;
@@ -28,13 +28,13 @@ pub(super) struct Client {
     pub(super) socket: Arc<Socket>,
     pub(super) link: Arc<Link>,
     pub(super) peer: Peer,
-    /// Locked by whoever the epoll woke for it, and by whoever takes from its ring.
+    /// Locked by the worker that the epoll woke for it, or that takes from its ring.
     pub(super) state: Mutex<ClientState>,
-    /// Set once it has handed one over.
+    /// Set once the client has sent a ring.
     pub(super) ring: OnceLock<Taker>,
-    /// It has as many requests under way as honesty needs: nothing more is taken from its ring.
+    /// At its in-flight limit: its ring is not read.
     resting: AtomicBool,
-    /// We have hung up: nothing is taken from its ring any more. Set under the lock of `state`.
+    /// The server has hung up: its ring is not read any more. Set under the lock of `state`.
     over: AtomicBool,
     pub(super) greeted: AtomicBool,
     _watch: Watch,
@@ -44,15 +44,15 @@ pub(super) struct Client {
 pub(super) struct ClientState {
     pool: Option<(PoolId, Geometry)>,
     pub(super) segments: BTreeMap<u32, Arc<Segment<WriteSlots>>>,
-    /// Retired by the client, and perhaps mapped still, by transfers under way.
+    /// Retired by the client; transfers under way may keep them mapped.
     retired: Vec<Weak<Segment<WriteSlots>>>,
 }
 
-/// What one message was.
+/// The result of one message.
 pub(super) enum Heard {
-    /// None has come.
+    /// No message has come.
     Nothing,
-    /// It was taken note of.
+    /// A message that was handled, and is not a request.
     Noted,
     Request(ShmTransfer<Sender, Starting>),
 }
@@ -79,7 +79,7 @@ impl Client {
         }
     }
 
-    /// Reads one message, and does what it says.
+    /// Reads one message, and handles it.
     pub(super) fn hear(&self, state: &mut ClientState, policy: &Policy) -> Result<Heard> {
         let mut buffer = [0; MAX_MESSAGE + 1];
         let Some((len, mut fds)) = receive(&self.socket, &mut buffer)? else {
@@ -103,8 +103,8 @@ impl Client {
                 if count > u64::from(policy.max_segments) {
                     return Err(Rejection::TooManySegments(policy.max_segments).into());
                 }
-                // A client that retires what its transfers still hold may have twice that mapped,
-                // and no more: it could go on so for ever.
+                // A client that retires segments of transfers under way may have twice the limit
+                // mapped. Without a bound it could repeat that for ever.
                 state.retired.retain(|segment| segment.strong_count() > 0);
                 let most = count.max(state.retired.len() as u64);
                 if most.saturating_mul(geometry.mapped_len() as u64) > policy.max_bytes {
@@ -112,7 +112,7 @@ impl Client {
                 }
                 let segment = attach_memfd(fd, SegmentId { pool, index }, geometry)?;
                 state.segments.insert(index, Arc::new(segment));
-                fds.0.clear(); // memory, which closes at once
+                fds.0.clear(); // memfds, whose `close` does not block
             }
             (Message::Retire { index }, Some(_), _) => {
                 let gone = state.segments.remove(&index).ok_or(PeerFault::UnknownSegment(index))?;
@@ -125,7 +125,8 @@ impl Client {
             }
             (Message::Wakeup, Some(_), _) if self.ring.get().is_some() => {}
             (Message::Request { index, generation, key }, Some(_), _) => {
-                // Unknown if it was withdrawn, and its segment retired, while it was being sent.
+                // Unknown if the request was withdrawn and its segment retired while it was being
+                // sent.
                 if let Some(segment) = state.segments.get(&index).cloned() {
                     let transfer = ShmTransfer::begin(segment, generation, key.into(), &self.link);
                     return Ok(Heard::Request(transfer));
@@ -136,21 +137,21 @@ impl Client {
         Ok(Heard::Noted)
     }
 
-    /// How many requests it may have under way: one for each segment, one more that was withdrawn and asked
-    /// anew, and a few ending now.
+    /// Its in-flight limit: one request for each segment, one that was withdrawn and sent again,
+    /// and a few that are just ending.
     pub(super) fn bound(&self) -> usize {
         2 * lock(&self.state).segments.len() + 8
     }
 
-    /// Ends the connection for both sides, whoever still holds the socket.
+    /// Ends the connection for both sides, even if other processes have the socket open.
     pub(super) fn hang_up(&self) {
-        // First: a client that finds nobody on the connection tries its requests elsewhere.
+        // First: a client that finds the connection ended sends its requests elsewhere.
         {
             let _nobody_takes = lock(&self.state);
             self.over.store(true, Ordering::Relaxed);
         }
         self.link.sever(|| None);
-        // Fails only if the other end has hung up already.
+        // Fails only if the client has hung up already.
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
     }
 }
@@ -207,17 +208,17 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, Received
             Err(errno) => return Err(Error::os("recvmsg")(errno)),
         }
     };
-    // Whatever came along is owned, and closed, from here on.
+    // From here on, all received descriptors are owned, and so will be closed.
     let fds = ReceivedFds::of(&mut control);
     if received.flags.contains(ReturnFlags::CTRUNC) {
-        // There was one, and we had no number left for it.
+        // A descriptor came, but this process is at its limit of descriptors.
         return Err(Error::os("receiving a descriptor")(Errno::MFILE));
     }
     if received.flags.contains(ReturnFlags::TRUNC) {
         return Err(PeerFault::MalformedMessage { len: received.bytes }.into());
     }
     match received.bytes {
-        0 => Err(Error::Disconnected), // its end; an empty message is none of ours either
+        0 => Err(Error::Disconnected), // its end; the protocol has no empty messages
         len => Ok(Some((len, fds))),
     }
 }

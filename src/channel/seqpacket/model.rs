@@ -1,10 +1,10 @@
 //! The rings under loom: clients and workers as they ship, by `ci/loom.sh`.
 //!
-//! Real are the ring, its cursors and its bell, the workers' common loop with all that decides who is
-//! woken, and the count of a client's requests under way. Replaced are the memory (`mapping_model.rs`),
-//! the epoll (a list of [`Event`]s), and the processor numbers, so that no worker spins: one that looks
-//! looks once. Some workers take a request and are never seen again, as one that a slow client holds
-//! up: a request left to such a one alone would be lost.
+//! Real are the ring, its cursors and `NEED_WAKEUP`, the workers' loop with the whole wake policy,
+//! and the count of a client's requests under way. Replaced are the memory (`mapping_model.rs`),
+//! the epoll (a list of [`Event`]s), and the processor numbers, so that no worker spins: each
+//! checks the rings once. Some workers take a request and never return, like one held up by a slow
+//! client: a request left to such a worker alone would be lost.
 
 use std::sync::Arc;
 
@@ -18,9 +18,9 @@ use crate::sync::Deadline;
 use crate::sync::atomic::{Acquire, AtomicBool, Relaxed, Release};
 
 use super::ring::{Posted, Poster, RING_WORDS, Taker};
-use super::wake_policy::{Attended, Door, WakePolicy, Watched, next_entry, rest_at_limit};
+use super::wake_policy::{Attended, WakePolicy, Watched, WorkSource, next_entry, rest_at_limit};
 
-/// What workers sleep for: each event wakes one of them.
+/// The events that workers sleep for: each wakes one of them.
 #[derive(Default)]
 struct Events {
     list: Mutex<Vec<Event>>,
@@ -29,7 +29,7 @@ struct Events {
 
 /// What a worker finds when it wakes.
 enum Event {
-    /// A client's message that there is something in its ring.
+    /// A client's wakeup for its ring.
     Message(Arc<Ring>),
     WakeOne,
 }
@@ -57,9 +57,9 @@ struct Ring {
     taking: Mutex<()>,
     link: Arc<Link>,
     resting: AtomicBool,
-    /// The server has hung up on the client; changed under `taking`.
+    /// True once the server has hung up on the client; changed under `taking`.
     over: AtomicBool,
-    /// So many requests may be under way.
+    /// The in-flight limit.
     bound: usize,
 }
 
@@ -119,10 +119,10 @@ fn bounded(rings: usize, bound: usize) -> Arc<Shared> {
     Arc::new(Shared { rings, wake_policy: WakePolicy::new(), events: Events::default() })
 }
 
-/// A worker's view: what it takes is counted as under way until it is dropped.
+/// A worker: each request that it takes counts as under way until it is dropped.
 struct Worker(Arc<Shared>);
 
-impl Door for Worker {
+impl WorkSource for Worker {
     type Ring = Ring;
     type Event = Event;
     type Request = (u64, Registration);
@@ -166,7 +166,7 @@ impl Door for Worker {
 }
 
 impl Ring {
-    /// As the queue does after it has taken a request.
+    /// Applies the in-flight limit, as the queue does after it has taken a request.
     fn limit(self: Arc<Self>, shared: Arc<Shared>) {
         if rest_at_limit(&*self, &self.link, self.bound) {
             let (link, bound) = (Arc::clone(&self.link), self.bound);
@@ -178,7 +178,7 @@ impl Ring {
 }
 
 impl Shared {
-    /// Posts a request to a ring, as soon as there is room.
+    /// Posts a request to a ring, as soon as there is room, and sends the wakeup if needed.
     fn post(&self, ring: usize, generation: u64) {
         let ring = &self.rings[ring];
         let number = loop {
@@ -193,14 +193,14 @@ impl Shared {
         }
     }
 
-    /// Posts a request, and fails to send the message.
+    /// Posts a request, and fails to send the wakeup.
     fn post_in_vain(&self, generation: u64) {
         let ring = &self.rings[0];
         let number = ring.poster.post(0, generation, &generation.to_ne_bytes()).unwrap();
         let _ = ring.poster.follow(number, true);
     }
 
-    /// Takes one request, as a worker does, and is done with it at once.
+    /// Takes one request, as a worker does, and ends it at once.
     fn recv(self: &Arc<Self>) -> u64 {
         let worker = Worker(Arc::clone(self));
         self.wake_policy.recv(&worker, Deadline::NEVER).unwrap().0
@@ -264,7 +264,7 @@ fn a_knock_that_fails_costs_nobody_else_anything() {
             spawn(&shared, |shared| shared.post_in_vain(1)),
             spawn(&shared, |shared| shared.post(0, 2)),
         ];
-        // Whoever comes later finds what was posted in vain, or knocks for both.
+        // The later client finds `NEED_WAKEUP` still raised, and its wakeup serves both requests.
         while shared.recv() != 2 {}
         posters.into_iter().for_each(|poster| poster.join().unwrap());
     });
@@ -295,7 +295,7 @@ fn a_ring_that_fills_up() {
     });
 }
 
-/// What clients have been answered, to wait for.
+/// The answers to clients, which they wait for.
 #[derive(Default)]
 struct Answers {
     count: Mutex<u32>,
@@ -316,8 +316,8 @@ impl Answers {
     }
 }
 
-/// More rings than are looked at, and workers that may be preempted between finding and taking: the
-/// client's next request must not be left to a worker that took its last one and is gone.
+/// More rings than can be active, and workers that may be preempted between finding and taking. The
+/// client's next request must not depend on a worker that took its last one and does not return.
 #[test]
 fn clients_that_ask_again_once_they_are_answered() {
     model(2, || {
@@ -342,8 +342,8 @@ fn clients_that_ask_again_once_they_are_answered() {
     });
 }
 
-/// A client with as many requests under way as it may have: what it posts meanwhile is found when one
-/// of them ends, though every worker sleeps by then.
+/// A client at its in-flight limit: what it posts meanwhile is found when one of its requests ends,
+/// although every worker sleeps by then.
 #[test]
 fn a_client_at_its_limit_is_served_on_when_a_request_of_it_ends() {
     model(3, || {
@@ -360,8 +360,8 @@ fn a_client_at_its_limit_is_served_on_when_a_request_of_it_ends() {
     });
 }
 
-/// As before, and its ring is not even looked at any more when the request ends: another's has taken
-/// its place meanwhile.
+/// As before, and the ring is not active any more when the request ends: another has taken its
+/// place.
 #[test]
 fn a_client_put_aside_at_its_limit_is_served_on() {
     model(3, || {
@@ -378,8 +378,8 @@ fn a_client_put_aside_at_its_limit_is_served_on() {
     });
 }
 
-/// A client asks another server for what was not taken when this one hung up: so nothing may be taken
-/// any more once the client can see that.
+/// A client sends what was not taken before a hang-up to another server. So no request may be taken
+/// once the client can see the hang-up.
 #[test]
 fn what_was_not_taken_when_the_server_hung_up_never_is() {
     model(3, || {
@@ -397,7 +397,7 @@ fn what_was_not_taken_when_the_server_hung_up_never_is() {
                     let _none_takes = ring.taking.lock().unwrap();
                     ring.over.store(true, Relaxed);
                 }
-                is_closed.store(true, Release); // the socket, as the client finds it
+                is_closed.store(true, Release); // the state of the socket, as the client sees it
             })
         };
         let number = ring.poster.post(0, 1, &1u64.to_ne_bytes()).unwrap();

@@ -1,9 +1,9 @@
 //! The server of a Unix-socket queue: many workers take requests from many clients' connections.
 //!
-//! No thread stands between a request and its worker. Workers look at the clients' rings
-//! ([`WakePolicy`]); those that find nothing there wait on one epoll, in which each connection is armed for
-//! one event at a time: whoever is woken for it has it to itself, reads what has come, at most one
-//! request, and arms it again.
+//! There is no dispatcher thread. Workers check the clients' rings ([`WakePolicy`]). Those that
+//! find nothing there wait on one epoll, in which each connection is armed for one event at a time.
+//! The worker woken for a connection has it exclusively, reads messages up to one request, and arms
+//! it again.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,34 +26,34 @@ use crate::sync::{Deadline, lock};
 use super::address::Address;
 use super::client::{Client, Heard};
 use super::ring::Taker;
-use super::wake_policy::{Attended, Door, WakePolicy, next_entry, rest_at_limit};
+use super::wake_policy::{Attended, WakePolicy, WorkSource, next_entry, rest_at_limit};
 use super::wire::Message;
 use super::{Policy, send};
 
 const LISTENER: u64 = 0;
 const FIRST_CLIENT: u64 = 1;
 
-/// How soon to try again after the process ran out of descriptors for new clients, or has too many of
-/// them to close.
+/// How soon to accept clients again after the process ran out of descriptors, or while too many are
+/// being closed.
 const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(100);
 
-/// How many control messages a worker reads from one client before it looks at the others.
+/// How many control messages a worker reads from one client before it turns to others.
 const BATCH: usize = 64;
 
-/// How many requests may come from rings in a row before a worker looks at the connections, if
-/// that is due.
+/// How many requests may come from rings in a row before a worker checks whether a look at the
+/// connections is due.
 const RINGS_IN_A_ROW: u32 = 16;
-/// How often a look is due: it costs as much as a request of 1 KiB.
+/// How often a look at the connections is due: it costs as much as a request of 1 KiB.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// How many requests may come from rings between two looks at the connections while each look finds
-/// something: clients that connect or send wake-ups are not held up by those that ask all the time.
+/// something: clients that connect or send wakeups are not starved by busy ones.
 const RINGS_BEFORE_BACKLOG: u32 = 4;
 
-/// How many clients are let in at one event of the listener: it has its turn once in a round of all
-/// connections that are ready.
+/// How many clients are accepted at one event of the listener, which comes up once in a round of
+/// all ready connections.
 const ADMITTED_AT_ONCE: usize = 16;
 
-/// How often clients are looked at after `close`, and how much later for each of them.
+/// How often clients are served after `close`, and how much less often for each of them.
 const LOOK_WHILE_LEAVING: Duration = Duration::from_millis(20);
 const LOOK_AT_ONE: Duration = Duration::from_micros(100);
 
@@ -63,34 +63,34 @@ const LOOK_AT_ONE: Duration = Duration::from_micros(100);
 pub struct SeqpacketQueue {
     shared: Arc<Shared>,
     path: PathBuf,
-    /// What stands at the path. Given up by `close`, so that a successor can take it.
+    /// The socket and its lock. Dropped by `close`, so that a successor can take the path.
     address: Mutex<Option<Address>>,
-    /// What answers clients after `close`.
+    /// The thread that answers clients after `close`.
     leaving: Mutex<Option<Leaving>>,
 }
 
-/// What workers share, and the thread that answers clients after `close`.
+/// Shared by the workers, and by the thread that answers clients after `close`.
 struct Shared {
     poller: Arc<Poller>,
     listener: Socket,
-    /// The listener is not armed, for lack of descriptors.
+    /// True while the listener is not armed, for lack of descriptors.
     listener_resting: AtomicBool,
     policy: Policy,
     clients: Mutex<Clients>,
     wake_policy: Arc<WakePolicy<Client>>,
-    /// Requests from rings since it was asked whether a look at the connections is due.
+    /// Requests from rings since the last check whether a look at the connections is due.
     from_rings: AtomicU32,
     started: Instant,
-    /// When the connections were looked at, in whole [`LOOK_EVERY`] since the start.
+    /// When the connections were last looked at, in units of [`LOOK_EVERY`] since the start.
     looked: AtomicU64,
-    /// The last look at the connections found something: there may be more.
+    /// True if the last look at the connections found something: there may be more.
     has_backlog: AtomicBool,
 }
 
 #[derive(Default)]
 struct Clients {
     next: u64,
-    /// By token, and so in the order in which they came.
+    /// By token, and so in the order of arrival.
     connected: BTreeMap<u64, Arc<Client>>,
 }
 
@@ -116,7 +116,7 @@ impl SeqpacketQueue {
         Ok(SeqpacketQueue { shared, path: path.to_owned(), address, leaving: Mutex::new(None) })
     }
 
-    /// The clients connected now. None in a child of `fork`, which serves nobody.
+    /// The clients connected now. None in a child of `fork`, which has no clients.
     pub fn clients(&self) -> Vec<Peer> {
         if !self.shared.poller.origin().is_here() {
             return Vec::new();
@@ -125,10 +125,10 @@ impl SeqpacketQueue {
     }
 }
 
-/// What the workers' common loop asks of this queue.
-impl Door for Shared {
+/// What [`WakePolicy::recv`] needs of this queue.
+impl WorkSource for Shared {
     type Ring = Client;
-    /// The token of what is ready.
+    /// The token of a ready descriptor.
     type Event = u64;
     type Request = ShmTransfer<Sender, Starting>;
 
@@ -138,7 +138,7 @@ impl Door for Shared {
 
     fn sleep(&self, deadline: Deadline) -> Result<Option<u64>> {
         let is_only_a_look = deadline.has_passed();
-        // While no descriptors are left, nothing tells us when some are.
+        // Polls while descriptors are short: there is no event for a freed descriptor.
         let resting = self.listener_resting.swap(false, Ordering::Relaxed);
         let until =
             if resting { deadline.min(Deadline::after(OUT_OF_DESCRIPTORS)) } else { deadline };
@@ -189,14 +189,14 @@ impl Shared {
         lock(&self.clients).connected.values().cloned().collect()
     }
 
-    /// Turns a client that misbehaves away, and forgets one that is gone.
+    /// Rejects a client that misbehaves, and removes one that is gone.
     fn judge(
         &self,
         client: &Arc<Client>,
         taken: Result<Option<ShmTransfer<Sender, Starting>>>,
     ) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         match taken {
-            // Its client is gone: no answer is waited for.
+            // The client is gone: it does not wait for an answer.
             Ok(Some(transfer)) if client.link.is_severed() => drop(transfer),
             Ok(transfer) => return Ok(transfer),
             Err(Error::Disconnected) => self.remove(client.token),
@@ -205,12 +205,12 @@ impl Shared {
         Ok(None)
     }
 
-    /// Has a thread answer all clients from now on, those included that are not let in yet. It looks at
-    /// each of them every 20 ms, and less often where they are many: what it has to do is soon done.
+    /// Starts a thread that answers all clients, including those that are not accepted yet. It
+    /// serves each of them every 20 ms, and less often if there are many.
     fn start_leaving(self: &Arc<Self>) -> Result<Leaving> {
         let shared = Arc::clone(self);
         Leaving::start(move || {
-            // Fails if the system does; those outside are let in later, or find the door gone.
+            // On failure, clients are accepted later, or find the listener closed.
             let _ = shared.admit_all(BATCH);
             let clients = shared.clients();
             clients.iter().for_each(|client| shared.send_on(client));
@@ -218,7 +218,7 @@ impl Shared {
         })
     }
 
-    /// Answers what a client has asked for by now, up to a limit, with "ask my successor".
+    /// Answers a client's requests so far, up to a limit, with [`Refusal::Leaving`].
     fn send_on(&self, client: &Arc<Client>) {
         for _ in 0..BATCH {
             match self.judge(client, self.next_of(client)) {
@@ -229,7 +229,7 @@ impl Shared {
         }
     }
 
-    /// The next request of one client, by whichever way it came.
+    /// The next request of one client, from its ring or its connection.
     fn next_of(&self, client: &Arc<Client>) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         for _ in 0..BATCH {
             let mut state = lock(&client.state);
@@ -239,7 +239,7 @@ impl Shared {
                 Heard::Nothing => break,
             }
         }
-        // Armed before the look: for a request that comes after it, there is a message.
+        // Armed first: a request posted after the check comes with a wakeup message.
         if client.ring.get().is_some_and(Taker::arm) {
             self.take_from_ring(client)
         } else {
@@ -247,7 +247,7 @@ impl Shared {
         }
     }
 
-    /// Accepts clients, at most so many, as long as there are some.
+    /// Accepts waiting clients, at most `most`.
     fn admit_all(&self, most: usize) -> Result<()> {
         for _ in 0..most {
             let before = lock(&self.clients).next;
@@ -259,7 +259,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Accepts one client, if there still is one, and arms the listener for the next.
+    /// Accepts one client, if one still waits, and arms the listener for the next.
     fn admit(&self) -> Result<()> {
         if is_behind() {
             self.listener_resting.store(true, Ordering::Relaxed);
@@ -271,7 +271,7 @@ impl Shared {
                 let welcome = self.welcome(socket.into());
                 self.poller.arm(&self.listener, LISTENER)?;
                 if let Err((peer, error)) = welcome {
-                    self.report(peer, &error); // last: it is the application's code
+                    self.report(peer, &error); // last: this calls the application
                 }
                 return Ok(());
             }
@@ -279,13 +279,13 @@ impl Shared {
                 self.listener_resting.store(true, Ordering::Relaxed);
                 return Ok(());
             }
-            // It left before we came, or another worker was quicker.
+            // The client left, or another worker accepted it.
             Err(_) => {}
         }
         self.poller.arm(&self.listener, LISTENER)
     }
 
-    /// Checks who it is (rule S3) and starts listening to it.
+    /// Checks the client's user (rule S3), and adds its connection to the epoll.
     fn welcome(&self, socket: Socket) -> Result<(), (Option<Peer>, Error)> {
         let peer = Peer::of_socket(&socket).map_err(|error| (None, error))?;
         let reject = |why: Rejection| {
@@ -319,7 +319,7 @@ impl Shared {
         })
     }
 
-    /// Makes room for one more client, at the cost of the oldest that has not even greeted us.
+    /// Makes room for one more client, by dropping the oldest that has not sent its hello.
     fn make_room(&self) -> bool {
         let silent = {
             let clients = lock(&self.clients);
@@ -341,7 +341,8 @@ impl Shared {
         }
     }
 
-    /// Reads from a client's connection until there is a request; `None` when there is none for now.
+    /// Reads from a client's connection until there is a request; `None` when there is none for
+    /// now.
     fn listen_to(&self, client: &Arc<Client>) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         let mut request = None;
         if client.link.is_below(client.bound()) {
@@ -361,7 +362,8 @@ impl Shared {
         Ok(request)
     }
 
-    /// Takes a request out of a client's ring; `None` when somebody else was quicker, or it was withdrawn.
+    /// Takes a request from a client's ring; `None` when another worker was quicker, or it was
+    /// withdrawn.
     fn take_from_ring(
         &self,
         client: &Arc<Client>,
@@ -376,11 +378,12 @@ impl Shared {
                     let key = entry.key().into();
                     Some(ShmTransfer::begin(segment, entry.generation, key, &client.link))
                 }
-                // Its segment was handed over on the connection before; the request stays for now.
+                // Its segment was sent on the connection before; the request stays in the ring for
+                // now.
                 None => match client.hear(&mut state, &self.policy)? {
                     Heard::Request(transfer) => Some(transfer),
                     Heard::Noted => None,
-                    // Withdrawn, and its segment retired, before we came.
+                    // The request was withdrawn, and its segment retired, before this worker came.
                     Heard::Nothing => {
                         ring.advance();
                         None
@@ -394,20 +397,20 @@ impl Shared {
         Ok(request)
     }
 
-    /// Lets workers read the client's next request; but only once its requests under way are no
-    /// more than honesty needs, so that a client which never frees a slot, or asks for a segment
-    /// again and again, ties up a bounded number of workers.
+    /// Lets workers read the client's next request once it is below its in-flight limit. So a
+    /// client that never frees a slot, or sends requests without end, ties up a bounded number of
+    /// workers.
     fn let_next_in(&self, client: &Arc<Client>) {
         let (poller, wake_policy) = (Arc::clone(&self.poller), Arc::clone(&self.wake_policy));
         let (link, bound, client) = (Arc::clone(&client.link), client.bound(), Arc::clone(client));
         link.when_below(bound, move || {
-            // Fails only when the client was removed meanwhile.
+            // Fails only if the client was removed meanwhile.
             let _ = poller.arm(&*client.socket, client.token);
             wake_policy.resume(&client, || poller.wake_one());
         });
     }
 
-    /// Hangs up on a client, and says why.
+    /// Hangs up on a client, after a farewell with the reason.
     fn turn_away(&self, client: &Client, error: &Error) {
         let why = match error {
             Error::Rejected(why) => *why,
@@ -416,10 +419,10 @@ impl Shared {
         };
         dismiss(&client.socket, why);
         self.remove(client.token);
-        self.report(Some(client.peer), error); // last: it is the application's code
+        self.report(Some(client.peer), error); // last: this calls the application
     }
 
-    /// Forgets a client; its transfers under way find out by themselves.
+    /// Removes a client; its transfers under way end by themselves.
     fn remove(&self, token: u64) {
         let gone = lock(&self.clients).connected.remove(&token);
         if let Some(client) = gone {
@@ -445,13 +448,13 @@ impl RequestQueue for SeqpacketQueue {
         if !self.shared.poller.origin().is_here() {
             return;
         }
-        // First: from here on a successor can be found.
+        // First: from here on a successor can take the address.
         drop(lock(&self.address).take());
         self.shared.poller.close();
         let mut leaving = lock(&self.leaving);
         if leaving.is_none() {
-            // Without a thread for it, what comes after this waits until the queue is dropped, and is
-            // asked again then.
+            // If the thread cannot be started, later requests wait until the queue is dropped, and
+            // then go to the successor.
             *leaving = self.shared.start_leaving().ok();
         }
     }
@@ -465,7 +468,8 @@ impl Drop for SeqpacketQueue {
         drop(lock(&self.leaving).take()); // waits for its thread
         drop(lock(&self.address).take());
         self.shared.clients().iter().for_each(|client| client.hang_up());
-        // For clients that are not let in yet, though a child of `fork` may have the listener open.
+        // Hangs up on clients that are not accepted yet, even if a child of `fork` has the listener
+        // open.
         let _ = rustix::net::shutdown(&self.shared.listener, rustix::net::Shutdown::Both);
     }
 }
@@ -479,7 +483,7 @@ impl fmt::Debug for SeqpacketQueue {
     }
 }
 
-/// Says farewell, if the client's buffer has room for it.
+/// Sends a farewell, if the client's buffer has room for it.
 fn dismiss(socket: &Socket, why: Rejection) {
     let _ = send(socket, &Message::farewell(why).encode(), None, Deadline::after(Duration::ZERO));
 }

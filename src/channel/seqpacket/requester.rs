@@ -1,5 +1,4 @@
-//! The client of a Unix-socket queue: connects by itself, hands descriptors over once, and sends to
-//! the successor what could not be sent to a server that died.
+//! The client of a Unix-socket queue: connects by itself, and again to a server's successor.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -30,13 +29,13 @@ use super::{Policy, send, socket, socket_address};
 
 /// Sends requests with segments of one pool to the server at one path. Used by many threads.
 ///
-/// Transfers under way go on when it is dropped: the connection lives as long as any of them.
+/// Transfers under way go on when it is dropped: the connection stays open as long as any of them.
 pub struct SeqpacketRequester {
     path: PathBuf,
     line: Reconnecting<Connector>,
 }
 
-/// Who is to be reached, and with which segments.
+/// The server's address, and the pool whose segments are used.
 struct Connector {
     address: SocketAddrUnix,
     policy: Policy,
@@ -58,7 +57,7 @@ impl SeqpacketRequester {
         })
     }
 
-    /// The server, if there is a connection to it.
+    /// The server's process, if there is a connection to it.
     pub fn server(&self) -> Option<Peer> {
         self.line.server()
     }
@@ -69,9 +68,10 @@ impl SeqpacketRequester {
 }
 
 impl Requester<Memfd> for SeqpacketRequester {
-    /// Connects first where there is no connection, waiting for the server until the deadline, or for
-    /// less if [told so](super::Seqpacket::connect_timeout). A request that cannot be sent to a server that
-    /// died goes to its successor; one that was sent and not taken ends with [`Error::Disconnected`].
+    /// Connects first if there is no connection, waiting for the server until the deadline, or for
+    /// the [`connect_timeout`](super::Seqpacket::connect_timeout). A request that cannot be sent to
+    /// a server that died goes to its successor; one that was sent and not taken ends with
+    /// [`Error::Disconnected`].
     fn send(&self, request: Request<Memfd>, deadline: Deadline) -> Result<(), SendError<Memfd>> {
         self.line.send(request, deadline)
     }
@@ -108,23 +108,23 @@ impl fmt::Debug for SeqpacketRequester {
 struct Connection {
     socket: Arc<Socket>,
     link: Arc<Link>,
-    /// The edition of the pool that the server has been given; `NONE` before the first.
+    /// The version of the pool that the server knows; `NONE` before the first.
     version: AtomicU64,
-    /// The segments that it has been given.
+    /// The segments that the server has.
     known: Mutex<BTreeSet<u32>>,
-    /// Lets one thread at a time hand segments over.
+    /// Lets one thread at a time pass segments.
     updating: FairSemaphore,
-    /// Where requests go that fit, if there was memory for it.
+    /// The ring; `None` if there was no memory for it.
     ring: Option<Poster>,
     origin: Origin,
     _watch: Watch,
 }
 
-/// An edition that no pool reaches.
+/// A version that no pool reaches.
 const NONE: u64 = u64::MAX;
 
 impl Connection {
-    /// Connects and hands the pool over; `None` when no server is there now.
+    /// Connects and passes the pool's segments; `None` when no server is there now.
     fn open(
         address: &SocketAddrUnix,
         policy: &Policy,
@@ -135,9 +135,9 @@ impl Connection {
         for attempt in 0.. {
             match rustix::net::connect(&socket, address) {
                 Ok(()) => break,
-                // Not there; there no more.
+                // No socket; a socket without a server.
                 Err(Errno::NOENT | Errno::CONNREFUSED) => return Ok(None),
-                // There, with more clients at its door than it has let in.
+                // The server's backlog is full.
                 Err(Errno::AGAIN) if deadline.has_passed() => {
                     return Err(Error::Timeout(Awaited::QueueRoom));
                 }
@@ -157,7 +157,7 @@ impl Connection {
         })?;
         let (version, known, updating) =
             (AtomicU64::new(NONE), Mutex::default(), FairSemaphore::new(1));
-        // Without memory for it, requests go over the connection.
+        // Without memory for the ring, requests go over the connection.
         let (ring, memory) =
             create_words(&format!("shmferry.ring-{}", pool.id()), RING_LEN).ok().unzip();
         let ring = ring.map(Poster::new);
@@ -166,7 +166,7 @@ impl Connection {
             Connection { socket, link, version, known, updating, ring, origin, _watch: watch };
         match connection.introduce(pool, memory, deadline) {
             Ok(()) => Ok(Some(connection)),
-            Err(Error::Disconnected) => Ok(None), // it died, or rejected us, while we spoke
+            Err(Error::Disconnected) => Ok(None), // it died, or rejected us, meanwhile
             Err(error) => Err(error),
         }
     }
@@ -205,11 +205,11 @@ impl Connection {
         };
         let heard = match ring.follow(number, self.link.is_below(1)) {
             Posted::Taken => Ok(()),
-            // The watcher may not have told us yet.
+            // The watcher may not have reported the end yet.
             Posted::Awaiting => self.check_open(),
             Posted::MustWake(need_wakeup) => {
                 match self.say(Message::Wakeup, None, Deadline::after(Duration::ZERO)) {
-                    // What fills the connection wakes the server as well.
+                    // A full connection wakes the server as well.
                     Ok(()) | Err(Error::Timeout(_)) => {
                         ring.lower(need_wakeup);
                         Ok(())
@@ -218,11 +218,11 @@ impl Connection {
                 }
             }
         };
-        // A server takes nothing more once it has hung up.
+        // After its hang-up a server takes no more requests.
         heard.or_else(|error| if ring.was_taken(number) { Ok(()) } else { Err(error) })
     }
 
-    /// Fails if the server has hung up, or is dead; finding that severs the link.
+    /// Fails, and severs the link, if the server has hung up or is dead.
     fn check_open(&self) -> Result<()> {
         match wait_ready(&*self.socket, PollFlags::empty(), Deadline::after(Duration::ZERO)) {
             Ok(false) => Ok(()),
@@ -234,13 +234,13 @@ impl Connection {
         }
     }
 
-    /// Puts a request into the ring, if it fits.
+    /// Posts a request to the ring, if it fits.
     fn post(&self, index: u32, generation: u64, key: &[u8]) -> Option<(&Poster, u64)> {
         let ring = self.ring.as_ref()?;
         Some((ring, ring.post(index, generation, key)?))
     }
 
-    /// Has the server know the segments that are in the pool now.
+    /// Brings the server up to date with the pool's segments.
     fn update(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
         let current = || self.version.load(Acquire) == pool.version();
         if current() {
@@ -251,7 +251,7 @@ impl Connection {
         updated.unwrap_or(Err(Error::Timeout(Awaited::QueueRoom)))
     }
 
-    /// Takes back what has left the pool, and hands over what has come into it.
+    /// Retires segments that have left the pool, and passes new ones.
     fn hand_over(&self, pool: &SegmentPool<Memfd>, deadline: Deadline) -> Result<()> {
         let (version, live) = pool.live();
         let indices: BTreeSet<u32> =
@@ -272,7 +272,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends one message; finding nobody there any more severs the link.
+    /// Sends one message; severs the link if the server is gone.
     fn say(
         &self,
         message: Message<'_>,
@@ -306,7 +306,7 @@ impl Drop for Connection {
     }
 }
 
-/// Why the server hung up, if it said so.
+/// Why the server hung up, if it sent a farewell.
 fn last_words(socket: &Socket) -> Option<Rejection> {
     let mut buffer = [0; MAX_MESSAGE];
     let mut listen = || {
@@ -315,10 +315,11 @@ fn last_words(socket: &Socket) -> Option<Rejection> {
         let mut into = [IoSliceMut::new(&mut buffer)];
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let heard = rustix::net::recvmsg(socket, &mut into, &mut control, flags);
-        drop(ReceivedFds::of(&mut control)); // words should have none
+        drop(ReceivedFds::of(&mut control)); // a farewell has none
         heard
     };
-    // A server that hangs up on unread messages leaves an error before its last words.
+    // If the server hung up with messages unread, the first read fails, and the next one has the
+    // farewell.
     let heard =
         listen().or_else(|errno| if errno == Errno::CONNRESET { listen() } else { Err(errno) });
     let len = heard.ok()?.bytes;

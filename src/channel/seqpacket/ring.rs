@@ -1,24 +1,26 @@
-//! The ring of requests in memory that a client shares with its server: while somebody looks at it, a
-//! request costs neither side a system call.
+//! The ring of requests in shared memory: while a worker polls it, a request needs no system call.
 //!
-//! The client owns the ring, and hands it over on the connection beside which it lies. Each side keeps
-//! its own cursor; what it tells the other is only how far it is. A request that does not fit (its key is
-//! long, the ring is full) goes over the connection, which is also what wakes a server that sleeps.
+//! The client makes the ring, and passes it to the server over their connection. Each side keeps
+//! its own cursor in private memory, and publishes its position. A request that does not fit (a
+//! long key, a full ring) goes over the connection. A message on the connection also wakes a server
+//! that sleeps.
 //!
 //! # Orderings
-//! 1. *What an entry hands over.* The client writes it, then `POSTED` with `Release`; the server reads
-//!    `POSTED` with `Acquire`, then the entry.
-//! 2. *Room.* The server reads the entry, then writes `TAKEN` with `Release`; the client reads `TAKEN` with
-//!    `Acquire` before it writes there again.
-//! 3. *No lost request.* Client: write `POSTED`, `fence(SeqCst)`, read `NEED_WAKEUP`. Server, before it stops looking:
-//!    raise `NEED_WAKEUP`, `fence(SeqCst)`, read `POSTED`. The fences are totally ordered: either the client's
-//!    comes first, and then the server sees the entry and looks on, or the server's does, and then the
-//!    client sees `NEED_WAKEUP` raised and knocks.
+//! 1. *What an entry hands over.* The client writes it, then `POSTED` with `Release`; the server
+//!    reads `POSTED` with `Acquire`, then the entry.
+//! 2. *Room.* The server reads the entry, then writes `TAKEN` with `Release`; the client reads
+//!    `TAKEN` with `Acquire` before it writes there again.
+//! 3. *No lost request.* Client: write `POSTED`, `fence(SeqCst)`, read `NEED_WAKEUP`. Server,
+//!    before it stops polling: raise `NEED_WAKEUP`, `fence(SeqCst)`, read `POSTED`. The fences are
+//!    totally ordered: either the client's comes first, and then the server sees the entry and
+//!    keeps polling, or the server's does, and then the client sees `NEED_WAKEUP` raised and sends
+//!    a wakeup.
 //!
-//! Everything else is `Relaxed`: whoever lowers `NEED_WAKEUP` is about to look, or has knocked. A client lowers it only
-//! after the knock, since a knock can fail, and others would rely on it; and only the bell that it knocked for.
-//! Both sides change it by read-modify-write: with plain stores on the server's side, loom finds a bell that is
-//! lowered too late.
+//! Everything else is `Relaxed`: a side that lowers `NEED_WAKEUP` is about to poll, or has sent a
+//! wakeup. A client lowers it only after the wakeup was sent, since sending can fail, and other
+//! threads would rely on it. It lowers only the value that it sent the wakeup for. Both sides
+//! change it by read-modify-write: with plain stores on the server's side, loom finds a value that
+//! is lowered too late.
 
 use std::time::Duration;
 
@@ -36,23 +38,23 @@ pub(crate) const KEY_ROOM: usize = (ENTRY_WORDS - 2) * size_of::<u64>();
 pub(crate) const RING_LEN: usize = (RING_WORDS * size_of::<u64>()).next_multiple_of(4096);
 pub(super) const RING_WORDS: usize = FIRST_ENTRY + ENTRIES as usize * ENTRY_WORDS;
 
-// Where things are, in words.
+// Positions in the ring, in words.
 /// Groups written by different sides are 128 bytes apart.
 const GROUP: usize = if cfg!(loom) { 2 } else { 16 };
-/// How many requests the client has put in; ever growing.
+/// How many requests the client has posted; only grows.
 pub(crate) const POSTED: usize = 0;
 const CLIENT_CPU: usize = 1;
-/// How many the server has taken out; ever growing.
+/// How many requests the server has taken; only grows.
 pub(crate) const TAKEN: usize = GROUP;
 const SERVER_CPU: usize = GROUP + 1;
-/// Not zero: nobody looks, so knock after posting. The server raises it to another number each time; the client
-/// lowers that number, and no later one.
+/// Not zero: no worker polls the ring, so a post must be followed by a wakeup. The server raises it
+/// to a new number each time; the client lowers only that number, never a later one.
 pub(crate) const NEED_WAKEUP: usize = 2 * GROUP;
 pub(crate) const FIRST_ENTRY: usize = 3 * GROUP;
 /// An entry: the generation, the segment's index below the key's length, and the key.
 pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
 
-// As docs/protocol.md has them (rule L1).
+// As specified in docs/protocol.md (rule L1).
 #[cfg(not(loom))]
 const _: () = {
     assert!(RING_LEN == 20_480 && ENTRIES == 64 && ENTRY_WORDS == 32 && KEY_ROOM == 240);
@@ -67,36 +69,36 @@ const _: () = {
     assert!(RING_WORDS * size_of::<u64>() <= RING_LEN);
 };
 
-/// The bell of a new ring, at which nobody looks.
+/// `NEED_WAKEUP` of a new ring, which no worker polls yet.
 const NEW: u64 = 1;
 
-/// How long a client waits for a worker that is on its way back before it knocks.
-const KNOCK_AFTER: Duration = Duration::from_micros(10);
+/// How long a client waits for a worker to return to polling before it sends a wakeup.
+const WAKE_UP_AFTER: Duration = Duration::from_micros(10);
 
 /// The client's end, for many threads.
 pub(super) struct Poster {
     ring: Words,
-    /// How many requests were put in.
+    /// How many requests were posted.
     posted: Mutex<u64>,
     spinner: Mutex<Spinner>,
 }
 
 impl Poster {
-    /// Over a fresh ring, all zeroes, that nobody else has mapped yet.
+    /// Over a fresh, zeroed ring that no other process has mapped yet.
     pub(super) fn new(ring: Words) -> Poster {
         ring[NEED_WAKEUP].store(NEW, Relaxed);
-        ring[SERVER_CPU].store(u64::from(current_cpu()), Relaxed); // no news of it yet: do not spin
+        ring[SERVER_CPU].store(u64::from(current_cpu()), Relaxed); // not known yet: do not spin
         Poster { ring, posted: Mutex::new(0), spinner: Mutex::new(Spinner::new()) }
     }
 
-    /// Puts a request in, and returns its number; `None` if it does not fit.
+    /// Posts a request, and returns its number; `None` if it does not fit.
     pub(super) fn post(&self, index: u32, generation: u64, key: &[u8]) -> Option<u64> {
         if key.len() > KEY_ROOM {
             return None;
         }
         let mut posted = lock(&self.posted);
         let taken = self.ring[TAKEN].load(Acquire); // pair 2
-        // A server that claims to have taken what was never there has no room for us either.
+        // Also covers a server that claims to have taken more than was posted.
         if posted.wrapping_sub(taken) >= ENTRIES {
             return None;
         }
@@ -115,15 +117,15 @@ impl Poster {
         Some(number)
     }
 
-    /// What becomes of request `number`, after it was posted. If the client is `at_rest`, waiting for nothing
-    /// else, it waits a moment for a worker first: whoever served the last request is most often on its way
-    /// back, and will find this one.
+    /// Says whether request `number`, just posted, needs a wakeup. If the client is `at_rest`, with
+    /// no other request under way, this spins for a moment first: the worker that served the last
+    /// request is most often about to poll again, and will find this one.
     pub(super) fn follow(&self, number: u64, at_rest: bool) -> Posted {
         fence(SeqCst); // pair 3
         if let (true, Ok(mut spinner)) = (at_rest, self.spinner.try_lock()) {
             let taken = || self.was_taken(number).then_some(());
             let is_elsewhere = self.ring[SERVER_CPU].load(Relaxed) != u64::from(current_cpu());
-            if spinner.spin(is_elsewhere, KNOCK_AFTER, taken).is_some() {
+            if spinner.spin(is_elsewhere, WAKE_UP_AFTER, taken).is_some() {
                 return Posted::Taken;
             }
         }
@@ -134,9 +136,9 @@ impl Poster {
         }
     }
 
-    /// Says that the server was woken for this bell.
+    /// Lowers `NEED_WAKEUP`, after a wakeup was sent for this value.
     pub(super) fn lower(&self, need_wakeup: u64) {
-        // Fails if another has lowered it, or if the server has raised the next one.
+        // Fails if another thread has lowered it, or if the server has raised a later value.
         let _ = self.ring[NEED_WAKEUP].compare_exchange(need_wakeup, 0, Relaxed, Relaxed);
     }
 
@@ -151,22 +153,22 @@ impl Poster {
 pub(super) enum Posted {
     /// The server says that it has taken it.
     Taken,
-    /// A worker looks, or will when it is done, if the server lives.
+    /// A worker polls the ring, or will when it is done, if the server is alive.
     Awaiting,
-    /// The server has to be woken, and this bell to be [lowered](Poster::lower) then.
+    /// The server has to be woken, and this value [lowered](Poster::lower) then.
     MustWake(u64),
 }
 
-/// The server's end. One worker takes at a time; any may ask whether there is something to take.
+/// The server's end. One worker at a time takes; any worker may check for entries.
 pub(super) struct Taker {
     ring: Words,
-    /// How many requests were taken out. Ours alone: what stands in the ring is for the client.
+    /// How many requests were taken. Private; the copy in the ring is for the client.
     taken: AtomicU64,
-    /// How often the bell was raised.
+    /// How often `NEED_WAKEUP` was raised.
     raised: AtomicU64,
 }
 
-/// A request as it stood in the ring, copied out.
+/// A request, copied out of the ring.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) index: u32,
@@ -186,12 +188,12 @@ impl Taker {
         Taker { ring, taken: AtomicU64::new(0), raised: AtomicU64::new(NEW) }
     }
 
-    /// Whether there is something to take, if only nonsense.
+    /// Whether there are entries, valid or not.
     pub(super) fn has_entries(&self) -> bool {
         self.ring[POSTED].load(Acquire) != self.taken.load(Relaxed)
     }
 
-    /// The oldest request, if there is one; left where it is. For one worker at a time.
+    /// The oldest request, if there is one, without taking it. For one worker at a time.
     pub(super) fn peek(&self) -> Result<Option<Entry>, PeerFault> {
         let taken = self.taken.load(Relaxed);
         let posted = self.ring[POSTED].load(Acquire); // pair 1
@@ -216,7 +218,7 @@ impl Taker {
         Ok(Some(Entry { index, generation, key, key_len }))
     }
 
-    /// Takes out what [`peek`](Self::peek) has shown.
+    /// Takes the request that [`peek`](Self::peek) returned.
     pub(super) fn advance(&self) {
         let taken = self.taken.load(Relaxed) + 1;
         self.taken.store(taken, Relaxed);
@@ -224,7 +226,7 @@ impl Taker {
         self.ring[TAKEN].store(taken, Release); // pair 2
     }
 
-    /// Has the client knock when it posts next; `true` if there is something to take already.
+    /// Requests a wakeup for the client's next post; `true` if there are entries already.
     pub(super) fn arm(&self) -> bool {
         let need_wakeup = self.raised.fetch_add(1, Relaxed) + 1;
         self.ring[NEED_WAKEUP].swap(need_wakeup, Relaxed);
@@ -232,12 +234,12 @@ impl Taker {
         self.has_entries()
     }
 
-    /// Spares the client the knock: somebody looks.
+    /// Tells the client to send no wakeup: a worker polls.
     pub(super) fn disarm(&self) {
         self.ring[NEED_WAKEUP].swap(0, Relaxed);
     }
 
-    /// The processor that posted last.
+    /// The processor that the client last posted from.
     pub(super) fn client_cpu(&self) -> u32 {
         self.ring[CLIENT_CPU].load(Relaxed) as u32
     }
@@ -249,7 +251,7 @@ fn entry(ring: &Words, number: u64) -> &[AtomicU64] {
     &ring[at..at + ENTRY_WORDS]
 }
 
-/// Both ends, honest, while the fuzzer writes to the memory between their steps.
+/// Runs both ends, while the fuzzer writes to the memory between their steps.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(script: &[u8]) -> crate::error::Result<()> {
     use crate::segment::{attach_words, create_words};
@@ -274,7 +276,7 @@ pub(crate) fn fuzz(script: &[u8]) -> crate::error::Result<()> {
                     poster.lower(need_wakeup);
                 }
             }
-            // A server hangs up on a client whose ring makes no sense.
+            // A server hangs up on a client whose ring is corrupted.
             3 | 4 => match taker.peek()? {
                 Some(entry) => {
                     assert!(entry.key().len() <= KEY_ROOM);

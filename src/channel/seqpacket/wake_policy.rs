@@ -1,13 +1,14 @@
-//! Which worker looks at the rings, and which sleep: so that no request waits for nobody, and no worker
-//! is woken where one is awake.
+//! Decides which worker polls the rings and which sleep; prevents lost and redundant wake-ups.
 //!
-//! A worker without work looks at the *active* rings, those that have lately been posted to. If there is
-//! nothing, one worker at a time goes on looking for a moment, while that can pay; clients need not knock
-//! meanwhile. Then it sleeps. A ring that nobody looks at is armed: its client knocks, on its connection.
+//! A worker without work checks the *active* rings: those that were posted to lately. If they are
+//! empty, one worker at a time polls them for a moment, where that can pay; clients send no wakeups
+//! meanwhile. Then it sleeps. A ring that is not polled is *armed*: its `NEED_WAKEUP` is raised,
+//! and its client sends a wakeup over the connection.
 //!
-//! What must hold, at any time: if a ring has a request, then a worker is awake and will look before
-//! it sleeps, or a knock is on its way. So whoever stops looking while others sleep, be it to sleep as well or to
-//! serve a request, arms the active rings first, and if one has a request by then, another worker is woken for it.
+//! The invariant: if a ring has a request, then a worker is awake and will check the ring before it
+//! sleeps, or a wakeup is under way. So a worker that stops polling while others sleep, to sleep as
+//! well or to serve a request, arms the active rings first. If one has a request by then, it stays
+//! awake, or wakes another worker.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,32 +21,31 @@ use crate::sync::{BUDGET, Deadline, Spinner, current_cpu};
 
 use super::ring::{Entry, Taker};
 
-/// How many rings are active at most, unless more have requests.
+/// The most active rings, unless more have requests.
 const MOST_ACTIVE: usize = if cfg!(loom) { 1 } else { 16 };
 
-/// A ring, as far as looking at it goes.
+/// A ring, as the policy needs it.
 pub(super) trait Watched {
     /// Whether there is something to take.
     fn has_work(&self) -> bool;
-    /// Has its client knock from now on; `true` if there is something to take already.
+    /// Requests a wakeup for its client's next post; `true` if there is something to take already.
     fn arm(&self) -> bool;
-    /// Lets its client post without a knock.
+    /// Lets its client post without a wakeup.
     fn disarm(&self);
-    /// Whether its client waits for nothing now, so that its next request may come at any moment.
+    /// Whether its client has no request under way, so that the next one may come at any moment.
     fn is_at_rest(&self) -> bool;
     /// The processor that its client last posted from.
     fn client_cpu(&self) -> u32;
-    /// Whether the server has hung up on its client: nothing is taken from it any more.
+    /// Whether the server has hung up on its client: no more requests are taken from it.
     fn is_over(&self) -> bool;
-    /// Begins a rest: nothing is taken from it until it ends.
+    /// Begins a rest: no requests are taken from the ring until it ends.
     fn begin_rest(&self);
-    /// Ends a rest, during which nothing is taken because too many requests of its client are under
-    /// way; `true` if there was one.
+    /// Ends a rest, which a client with too many requests under way has; `true` if there was one.
     fn end_rest(&self) -> bool;
 }
 
-/// Rests a ring whose client has `bound` or more requests under way; says whether it does. Its rest ends
-/// with [`WakePolicy::resume`], once there are fewer.
+/// Begins a rest if the client has `bound` or more requests under way; returns whether it does. The
+/// rest ends with [`WakePolicy::resume`], once there are fewer.
 pub(super) fn rest_at_limit(ring: &impl Watched, link: &Link, bound: usize) -> bool {
     let is_at_limit = !link.is_below(bound);
     if is_at_limit {
@@ -54,37 +54,39 @@ pub(super) fn rest_at_limit(ring: &impl Watched, link: &Link, bound: usize) -> b
     is_at_limit
 }
 
-/// The oldest request in a ring. None once the server has hung up: its client may ask another server for
-/// what was not taken by then. To be called under the lock under which that is said.
+/// The oldest request in a ring. `None` once the server has hung up: the client may send what was
+/// not taken by then to another server. To be called under the lock under which the server hangs
+/// up.
 pub(super) fn next_entry(ring: &impl Watched, taker: &Taker) -> Result<Option<Entry>, PeerFault> {
     if ring.is_over() { Ok(None) } else { taker.peek() }
 }
 
-/// What workers do beside deciding who looks: the queue in the product, a stand-in in the model. The
-/// steps between these calls, and so every decision who is woken, are the same code in both.
-pub(super) trait Door {
-    /// What requests stand in.
+/// Where workers get requests and events: the queue in the product, a stand-in in the loom model.
+/// The policy, which decides when to wake a worker, is the same code in both.
+pub(super) trait WorkSource {
+    /// A ring that requests are taken from.
     type Ring: Watched;
     /// What a worker sleeps for.
     type Event;
-    /// What a worker is after.
+    /// A request.
     type Request;
 
     /// Takes a request from a ring; `None` when another worker was quicker.
     fn take(&self, ring: &Arc<Self::Ring>) -> Result<Option<Self::Request>>;
-    /// Sleeps until an event comes; `None` at the deadline, and when woken by [`wake_one`](Self::wake_one).
+    /// Sleeps until an event comes; `None` at the deadline, and when woken by
+    /// [`wake_one`](Self::wake_one).
     fn sleep(&self, deadline: Deadline) -> Result<Option<Self::Event>>;
-    /// Does what an event asks for: reads a client's messages, or lets a client in.
+    /// Handles an event: reads a client's messages, or accepts a client.
     fn attend(&self, event: Self::Event) -> Result<Attended<Self::Ring, Self::Request>>;
     /// Wakes one worker that sleeps, or the next that goes to sleep.
     fn wake_one(&self);
-    /// Whether it is the turn of the connections, although rings may have requests.
+    /// Whether the connections are to be checked now, even if rings have requests.
     fn is_look_due(&self) -> bool;
     /// Fails once no more requests are to be taken.
     fn check_open(&self) -> Result<()>;
 }
 
-/// What came of an event.
+/// The result of handling an event.
 pub(super) struct Attended<R, T> {
     /// The ring of the client that was heard from, if it has one.
     pub(super) ring: Option<Arc<R>>,
@@ -93,21 +95,21 @@ pub(super) struct Attended<R, T> {
 }
 
 impl<R, T> Attended<R, T> {
-    /// Nothing came of it.
+    /// Neither a ring nor a request.
     pub(super) fn nothing() -> Self {
         Attended { ring: None, request: None }
     }
 }
 
-/// What the workers of one queue know of each other.
+/// The state that the workers of one queue share to decide who polls and who sleeps.
 pub(super) struct WakePolicy<R> {
     state: Mutex<State<R>>,
 }
 
 struct State<R> {
-    /// Rings that workers look at, the one that was looked at longest ago first. All others are armed.
+    /// Rings that workers check, the least recently checked first. All others are armed.
     active: VecDeque<Arc<R>>,
-    /// With the one worker that goes on looking, while there is one.
+    /// Taken by the one worker that polls, while it does.
     spinner: Option<Spinner>,
     /// Workers that sleep, or are about to.
     asleep: usize,
@@ -119,39 +121,43 @@ impl<R: Watched> WakePolicy<R> {
         WakePolicy { state: Mutex::new(state) }
     }
 
-    /// Takes the next request, waiting for one until the deadline. What every worker runs.
-    pub(super) fn recv<D: Door<Ring = R>>(
+    /// Takes the next request, waiting for one until the deadline. Every worker runs this.
+    pub(super) fn recv<D: WorkSource<Ring = R>>(
         &self,
-        door: &D,
+        source: &D,
         deadline: Deadline,
     ) -> Result<D::Request> {
         let taken = loop {
-            match self.step(door, deadline) {
+            match self.step(source, deadline) {
                 Ok(Some(request)) => break Ok(request),
                 Ok(None) => {}
                 Err(error) => break Err(error),
             }
         };
         if self.leave() {
-            door.wake_one();
+            source.wake_one();
         }
         taken
     }
 
     /// A request from a ring or a connection; `None` when there may be one now.
-    fn step<D: Door<Ring = R>>(&self, door: &D, deadline: Deadline) -> Result<Option<D::Request>> {
-        door.check_open()?;
-        let must_look = door.is_look_due();
+    fn step<D: WorkSource<Ring = R>>(
+        &self,
+        source: &D,
+        deadline: Deadline,
+    ) -> Result<Option<D::Request>> {
+        source.check_open()?;
+        let must_look = source.is_look_due();
         if !must_look {
-            let is_over = || deadline.has_passed() || door.check_open().is_err();
+            let is_over = || deadline.has_passed() || source.check_open().is_err();
             if let Some(ring) = self.find().or_else(|| self.look(is_over)) {
-                return door.take(&ring);
+                return source.take(&ring);
             }
         }
         let event = if must_look {
-            door.sleep(Deadline::after(std::time::Duration::ZERO))?
+            source.sleep(Deadline::after(std::time::Duration::ZERO))?
         } else if self.prepare_sleep() {
-            let woken = door.sleep(deadline);
+            let woken = source.sleep(deadline);
             self.rise();
             woken?
         } else {
@@ -159,10 +165,10 @@ impl<R: Watched> WakePolicy<R> {
         };
         match event {
             Some(event) => {
-                let heard = door.attend(event)?;
-                // Always, even if the ring is empty by now. Its client has lowered the bell, and so
-                // relies on a worker that looks. The request may be gone already: to a worker that
-                // found the ring earlier, was preempted, and takes what came later.
+                let heard = source.attend(event)?;
+                // Always, even if the ring is empty by now. Its client has lowered `NEED_WAKEUP`,
+                // and so relies on a worker that checks the ring. The request may already be taken,
+                // by a worker that found the ring earlier and was preempted.
                 if let Some(ring) = &heard.ring {
                     self.activate(ring);
                 }
@@ -173,14 +179,15 @@ impl<R: Watched> WakePolicy<R> {
         }
     }
 
-    /// Ends a client's rest: it may have fewer requests under way than the limit. Workers look at its
-    /// ring again; one that sleeps is woken for what stands there.
+    /// Ends a client's rest, once fewer requests than the limit are under way. If its ring has
+    /// requests, it becomes active again and a worker is woken.
     pub(super) fn resume(&self, ring: &Arc<R>, wake_one: impl FnOnce()) {
         if !ring.end_rest() {
             return;
         }
-        // The rest ends, fence, look for work. A worker that goes to sleep: arm, fence, look whether
-        // the ring rests. One of the two sees the request; see the orderings of the ring, pair 3.
+        // Here: end the rest, fence, check for work. A worker that goes to sleep: arm, fence, check
+        // whether the ring rests. One of the two sees the request; see the orderings of the ring,
+        // pair 3.
         fence(SeqCst);
         if ring.has_work() {
             self.activate(ring);
@@ -188,10 +195,10 @@ impl<R: Watched> WakePolicy<R> {
         }
     }
 
-    /// Has workers look at a ring, unless the server has hung up on its client.
+    /// Makes a ring active, unless the server has hung up on its client.
     fn activate(&self, ring: &Arc<R>) {
         self.add(ring);
-        // The one that hangs up says so first, and has the ring forgotten afterwards.
+        // A hang-up sets `is_over` first, and forgets the ring afterwards.
         if ring.is_over() {
             self.forget(ring);
         }
@@ -206,29 +213,29 @@ impl<R: Watched> WakePolicy<R> {
         for _ in MOST_ACTIVE..state.active.len() {
             let Some(oldest) = state.active.pop_front() else { return };
             if oldest.arm() {
-                state.active.push_back(oldest); // it is in use
+                state.active.push_back(oldest); // it has requests
             }
         }
     }
 
-    /// Forgets a ring.
+    /// Removes a ring from the active ones.
     pub(super) fn forget(&self, ring: &Arc<R>) {
         lock(&self.state).active.retain(|active| !Arc::ptr_eq(active, ring));
     }
 
-    /// A ring with something to take, each in its turn.
+    /// A ring with something to take, round-robin.
     fn find(&self) -> Option<Arc<R>> {
         lock(&self.state).find()
     }
 
-    /// As [`find`](Self::find), but goes on looking for a moment, where that can pay and nobody else
-    /// does it; `over` ends it before its time.
+    /// As [`find`](Self::find), but polls for a moment, where that can pay and no other worker
+    /// does; `over` ends it early.
     fn look(&self, over: impl Fn() -> bool) -> Option<Arc<R>> {
         let (mut spinner, is_elsewhere) = {
             let mut state = lock(&self.state);
             let cpu = current_cpu();
             let is_elsewhere = state.active.iter().any(|ring| ring.client_cpu() != cpu);
-            // While transfers are under way, there is better use for a processor.
+            // While transfers are under way, the processor is better used for them.
             let can_pay =
                 !state.active.is_empty() && state.active.iter().all(|ring| ring.is_at_rest());
             let spinner = if can_pay { state.spinner.take() } else { None }?;
@@ -245,7 +252,8 @@ impl<R: Watched> WakePolicy<R> {
         found
     }
 
-    /// Says that this worker sleeps from now on; `false` if it must not, for there is something to take.
+    /// Counts this worker as asleep; `false` if it must not sleep, because there is something to
+    /// take.
     fn prepare_sleep(&self) -> bool {
         let mut state = lock(&self.state);
         state.asleep += 1;
@@ -256,12 +264,12 @@ impl<R: Watched> WakePolicy<R> {
         !must_stay
     }
 
-    /// Says that this worker is awake again.
+    /// Counts this worker as awake again.
     fn rise(&self) {
         lock(&self.state).asleep -= 1;
     }
 
-    /// Says that this worker goes to serve a request; `true` if it has to wake another first.
+    /// Called before this worker serves a request; `true` if it must wake another worker first.
     fn leave(&self) -> bool {
         let state = lock(&self.state);
         state.asleep > 0 && state.arm()
@@ -275,9 +283,9 @@ impl<R: Watched> State<R> {
         self.active.back().cloned()
     }
 
-    /// Arms the rings, unless somebody looks; `true` if one of them has something to take.
+    /// Arms the active rings, unless a worker polls; `true` if one of them has something to take.
     fn arm(&self) -> bool {
-        // Whoever looks comes by here, or lies down, when it stops.
+        // A worker that polls calls this itself when it stops, before it leaves or sleeps.
         self.spinner.is_some() && self.active.iter().any(|ring| ring.arm())
     }
 }

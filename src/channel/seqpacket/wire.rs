@@ -1,4 +1,4 @@
-//! The messages that cross the socket, as bytes. All numbers are little-endian.
+//! The messages on the socket, as bytes. All numbers are little-endian.
 
 use crate::channel::KEY_LIMIT;
 use crate::error::{PeerFault, Rejection};
@@ -15,19 +15,19 @@ const MAGIC: [u8; 8] = *b"shmferry";
 /// One message. All but `Farewell` go from client to server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Message<'a> {
-    /// First, and once: who we are, and the geometry of all our segments.
+    /// The first message: the client's version and pool, and the geometry of all its segments.
     Hello { version: u32, pool: u64, slot_count: u32, slot_len: u32 },
-    /// The descriptor beside it is this segment.
+    /// The accompanying descriptor is this segment.
     Segment { index: u32 },
     /// This segment will not be named again.
     Retire { index: u32 },
-    /// The descriptor beside it is the ring that further requests may come through.
+    /// The accompanying descriptor is the ring for further requests.
     Ring,
     /// There is a request in the ring.
     Wakeup,
-    /// Put what this key means into this segment, in this generation.
+    /// A request: put what `key` names into this segment, in this generation.
     Request { index: u32, generation: u64, key: &'a [u8] },
-    /// The server turns the client away, and hangs up.
+    /// The server rejects the client, and hangs up.
     Farewell { code: u32, detail: u64 },
 }
 
@@ -90,7 +90,8 @@ impl<'a> Message<'a> {
                 }
                 let version = u32::from_le_bytes(take(rest)?);
                 if version != VERSION {
-                    // What follows is that version's business, not ours to judge.
+                    // The rest of the message is not checked: another version may define it
+                    // differently.
                     return Some(Message::Hello { version, pool: 0, slot_count: 0, slot_len: 0 });
                 }
                 let pool = u64::from_le_bytes(take(rest)?);
@@ -120,7 +121,7 @@ impl<'a> Message<'a> {
         rest.is_empty().then_some(message)
     }
 
-    /// The farewell that says why.
+    /// The farewell for a rejection.
     pub(crate) fn farewell(why: Rejection) -> Message<'static> {
         let (code, detail) = match why {
             Rejection::Version { ours, .. } => (1, u64::from(ours)),
@@ -134,7 +135,7 @@ impl<'a> Message<'a> {
         Message::Farewell { code, detail }
     }
 
-    /// Why a server turned us away, if this says so.
+    /// The server's reason, if this is a farewell.
     pub(crate) fn rejection(self) -> Option<Rejection> {
         let Message::Farewell { code, detail } = self else { return None };
         let small = u32::try_from(detail).unwrap_or(u32::MAX);

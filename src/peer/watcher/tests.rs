@@ -1,11 +1,11 @@
-//! Hang-ups reach those whom they concern, and nobody else.
+//! A hang-up runs the call registered for it, and no other.
 
 use super::*;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
-/// A watched socket, its other end, and what is told when that hangs up.
+/// A watched socket, its other end, and a channel that gets a message when that hangs up.
 fn watched() -> (Watch, OwnedFd, Receiver<()>) {
     let flags = SocketFlags::CLOEXEC;
     let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
@@ -20,7 +20,7 @@ fn each_hang_up_is_told_to_those_whom_it_concerns() {
     let timeout = Duration::from_secs(30);
     let (_first, one, first_said) = watched();
     let (_second, other, second_said) = watched();
-    // One that only stops sending has hung up as well.
+    // A peer that only stops sending counts as hung up.
     shutdown(&other, Shutdown::Write).unwrap();
     second_said.recv_timeout(timeout).unwrap();
     assert_eq!(first_said.try_recv(), Err(TryRecvError::Empty));

@@ -1,4 +1,4 @@
-//! The bytes as the receiver takes them, chunk by chunk.
+//! The receiving state: takes the bytes, chunk by chunk.
 
 use std::any::type_name;
 use std::fmt;
@@ -21,7 +21,8 @@ pub struct Receiving {
     size: Size,
     metadata: Box<[u8]>,
     received: u64,
-    /// The slot that the next chunk comes in. Ours alone: the peer never says which (rule P3).
+    /// The slot that the next chunk comes in. Private to this side: the peer never says which (rule
+    /// P3).
     pub(super) cursor: u32,
     /// The permit for the slot at the cursor, taken with the reply (rule P2).
     permit: Option<Permit>,
@@ -41,12 +42,12 @@ pub(super) struct OpenChunk {
 enum End {
     Ahead,
     Reached,
-    /// Something went wrong that cannot be mended.
+    /// An error ended the transfer for good.
     Failed,
 }
 
 impl Receiving {
-    /// With the permit for the first chunk.
+    /// Begins with the permit for the first chunk, which the reply took.
     #[inline(always)]
     pub(super) fn new(size: Size, metadata: Box<[u8]>, permit: Permit) -> Receiving {
         let permit = Some(permit);
@@ -55,12 +56,12 @@ impl Receiving {
 }
 
 impl ShmTransfer<Receiver, Receiving> {
-    /// How many bytes are to come in all, as announced.
+    /// The announced number of bytes.
     pub fn size(&self) -> Size {
         self.state.size
     }
 
-    /// What the sender attached to its announcement.
+    /// The metadata that the sender attached to its announcement.
     ///
     /// # Errors
     /// [`Error::Peer`] when it does not read as an `M`.
@@ -68,16 +69,16 @@ impl ShmTransfer<Receiver, Receiving> {
         M::decode(&self.state.metadata).ok_or(PeerFault::MetadataType(type_name::<M>()).into())
     }
 
-    /// How long `copy_to` and `io::Read` wait for one step of the sender, and `copy_to` and
-    /// [`Chunk::write_to`] without progress of the sink: without its other end's taking a single
-    /// byte, as far as the kernel tells: of sockets and pipes it does, of TCP in steps of the
-    /// receiver's window.
+    /// How long `copy_to` and `io::Read` wait for one step of the sender, and how long `copy_to`
+    /// and [`Chunk::write_to`] wait without progress of the sink. Progress means that the sink's
+    /// other end has taken a byte. The kernel reports that for sockets and pipes; for TCP in steps
+    /// of the receiver's window.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.side.waiter.timeout = timeout;
     }
 
-    /// Waits for the next chunk, or what is unread of the current one; `None` at the end. Its slot
-    /// goes back to the sender when the chunk is dropped.
+    /// Waits for the next chunk, or returns the unread part of the current one; `None` at the end.
+    /// The slot goes back to the sender when the chunk is dropped.
     ///
     /// # Errors
     /// [`Error::Timeout`], after which it may be called again; or, for good, what ended the
@@ -86,7 +87,7 @@ impl ShmTransfer<Receiver, Receiving> {
         Ok(self.open_chunk(deadline)?.then_some(Chunk { transfer: self }))
     }
 
-    /// Has a chunk open, unless the end was reached. A last chunk that is empty is the end.
+    /// Opens a chunk if none is open; `false` at the end. An empty last chunk is the end.
     pub(in crate::protocol) fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
         self.side.check_origin()?;
         while self.state.open.is_none() {
@@ -126,7 +127,8 @@ impl ShmTransfer<Receiver, Receiving> {
         if chunk.len == 0 && !chunk.last {
             return Err(PeerFault::EmptyChunk);
         }
-        // Cannot overflow: `received` is below an announced size, or a count of bytes really seen.
+        // Cannot overflow: `received` is at most the announced size, or a count of bytes really
+        // received.
         let received = self.state.received + u64::from(chunk.len);
         match self.state.size {
             Size::Known(announced) if received > announced => {
@@ -144,7 +146,7 @@ impl ShmTransfer<Receiver, Receiving> {
         self.state.open.as_ref().map_or(0, |open| open.chunk.len as usize - open.read)
     }
 
-    /// Bytes still to be passed on, if that is known.
+    /// Bytes still to be passed on, if the size is known.
     #[cfg(target_os = "linux")]
     pub(in crate::protocol) fn left(&self) -> Option<u64> {
         match self.state.size {
@@ -167,16 +169,16 @@ impl ShmTransfer<Receiver, Receiving> {
         len
     }
 
-    /// Gives the current chunk's slot back, read or not.
+    /// Returns the current chunk's slot to the sender, read or not.
     pub(in crate::protocol) fn close_chunk(&mut self) {
         if self.side.check_origin().is_err() {
-            return; // the slot is for the parent to give back
+            return; // the parent returns the slot
         }
         let Some(OpenChunk { permit, chunk, .. }) = self.state.open.take() else { return };
         let slots = self.side.guard.segment.geometry().slot_count();
         self.state.cursor = (self.state.cursor + 1) % slots;
         if chunk.last {
-            self.state.end = End::Reached; // the sender is off the segment: it waits for no slot
+            self.state.end = End::Reached; // the sender has left the segment: it waits for no slot
         } else {
             let header = self.side.header();
             publish_cpu(&header.receiver.cpu);
@@ -189,8 +191,8 @@ impl ShmTransfer<Receiver, Receiving> {
 }
 
 impl io::Read for ShmTransfer<Receiver, Receiving> {
-    /// Blocks until there are bytes. `Ok(0)` only at the true end: a transfer that breaks off is an
-    /// error, whose source is an [`Error`].
+    /// Blocks until there are bytes. Returns `Ok(0)` only at the true end. A transfer that ends
+    /// early is an error, whose source is an [`Error`].
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         if into.is_empty() || !self.open_chunk(Deadline::after(self.side.waiter.timeout))? {
             return Ok(0);
@@ -205,8 +207,8 @@ impl io::Read for ShmTransfer<Receiver, Receiving> {
 
 /// Bytes in a slot, lent to the receiver; the slot goes back to the sender on drop.
 ///
-/// The sender's memory is never shown as plain bytes, since it could change under them (rule S1):
-/// they are copied out, written to a descriptor by the kernel, or read one by one.
+/// They are never exposed as `&[u8]`, because the sender could change them at any time (rule S1).
+/// They are copied out, written to a descriptor by the kernel, or read one by one.
 pub struct Chunk<'t> {
     pub(super) transfer: &'t mut ShmTransfer<Receiver, Receiving>,
 }
@@ -222,10 +224,10 @@ impl Chunk<'_> {
         self.len() == 0
     }
 
-    /// The bytes not yet consumed, where they are: to look at them without copying all of them.
+    /// The bytes not yet consumed, in place: to inspect them without a copy.
     ///
-    /// What was read is what was sent only if the sender keeps to the rules: it could write there
-    /// still, so that two reads of one byte may differ. Copy bytes before you check them.
+    /// A sender that breaks the rules can still write to them, so that two reads of one byte may
+    /// differ. Copy bytes before you check them.
     #[cfg(not(loom))]
     pub fn bytes(&self) -> &[SharedByte] {
         let ShmTransfer { side, state } = &*self.transfer;

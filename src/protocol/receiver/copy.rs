@@ -1,4 +1,4 @@
-//! Copying what comes to a socket, pipe or file, by the kernel, straight from the segment.
+//! Copies the bytes to a socket, pipe or file by system calls, straight from the segment.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,8 +12,8 @@ use super::{Chunk, Receiver, Receiving};
 
 impl ShmTransfer<Receiver, Receiving> {
     /// Copies everything to a socket, pipe or file, straight from the segment; returns the bytes
-    /// copied. Waits as long as there is progress within the [timeout](Self::set_timeout). After
-    /// an error of the sink, a second call goes on where the first one ended.
+    /// copied. Waits as long as there is progress within the [timeout](Self::set_timeout). After an
+    /// error of the sink, a second call continues where the first one stopped.
     ///
     /// # Errors
     /// Those of [`next_chunk`](Self::next_chunk), and [`Error::Sink`] or [`Error::Timeout`] when
@@ -22,8 +22,8 @@ impl ShmTransfer<Receiver, Receiving> {
         self.copy_until(sink.as_fd(), &mut None, |_| false).map(|(copied, _)| copied)
     }
 
-    /// Copies to a sink, until it is done or, while the sink takes nothing, told to stop. Returns
-    /// the bytes copied, and whether that is all.
+    /// Copies to a sink until the end, or until told to stop while the sink takes nothing. Returns
+    /// the bytes copied, and whether that was the end.
     pub(in crate::protocol) fn copy_until(
         &mut self,
         sink: BorrowedFd<'_>,
@@ -31,7 +31,7 @@ impl ShmTransfer<Receiver, Receiving> {
         is_ended: impl Fn(&Receiver) -> bool,
     ) -> Result<(u64, bool)> {
         let mut copied = 0;
-        // A chunk that the sink did not take whole stays open: a second call goes on from there.
+        // A chunk that the sink took only in part stays open: a second call continues there.
         while self.open_chunk(Deadline::after(self.side.waiter.timeout))? {
             let before = self.unread();
             let is_written = self.write_open(sink, wait, &is_ended)?;
@@ -44,8 +44,8 @@ impl ShmTransfer<Receiver, Receiving> {
         Ok((copied, true))
     }
 
-    /// Has the kernel write the unread bytes of the open chunk; `false` if it was told to stop. The
-    /// wait for the sink goes on over several calls, until it takes something.
+    /// Has the kernel write the unread bytes of the open chunk; `false` if told to stop. The wait
+    /// for the sink continues over several calls, until the sink takes bytes.
     pub(in crate::protocol) fn write_open(
         &mut self,
         sink: BorrowedFd<'_>,
@@ -87,8 +87,8 @@ impl ShmTransfer<Receiver, Receiving> {
 impl Chunk<'_> {
     /// Consumes all bytes, having the kernel write them to a socket, pipe or file.
     ///
-    /// Neither a socket nor a pipe is blocked on while others could work: when it takes nothing
-    /// more, this thread gives up its place, as by [`blocking`](crate::workers::blocking), until it does.
+    /// While a socket or pipe takes nothing more, the wait is
+    /// [`blocking`](crate::workers::blocking): the thread's place at work is free meanwhile.
     ///
     /// # Errors
     /// [`Error::Timeout`] when the sink takes nothing for the transfer's

@@ -1,4 +1,4 @@
-//! Sending a file, read straight into the segment.
+//! Sends a file, by reading it straight into the segment.
 
 use std::io;
 use std::ops::Range;
@@ -10,10 +10,9 @@ use crate::protocol::{ShmTransfer, Size};
 use super::{Sender, Sending, Slot};
 
 impl ShmTransfer<Sender, Sending> {
-    /// Sends a file from its beginning, as many bytes as are still to come of the announced size,
-    /// or all of it when the size is unknown, and ends the transfer; returns the bytes sent in all.
-    /// They are read straight into the segment, by `pread`: the file's own position neither matters
-    /// nor moves.
+    /// Sends a file from its beginning and ends the transfer; returns the bytes sent in all. Sends
+    /// what is left of the announced size, or the whole file when the size is unknown. The bytes
+    /// are read straight into the segment by `pread`: the file position is neither used nor moved.
     ///
     /// # Errors
     /// [`Error::SizeMismatch`] when the file ends before the announced size, [`Error::Source`]
@@ -26,7 +25,7 @@ impl ShmTransfer<Sender, Sending> {
     /// As [`send_file`](Self::send_file), for the bytes of a file in `range`.
     ///
     /// # Errors
-    /// Also [`Error::Misuse`] when the range is not as long as what is still to come.
+    /// Also [`Error::Misuse`] when the range is not as long as what is left of the announced size.
     pub fn send_file_range(self, file: impl AsFd, range: Range<u64>) -> Result<u64> {
         let len = range.end.saturating_sub(range.start);
         let room = self.room() - self.state.pending as u64;
@@ -58,8 +57,8 @@ impl ShmTransfer<Sender, Sending> {
 }
 
 impl Slot<'_> {
-    /// Sends one chunk read from a file at `offset`, as long as fits; returns its length. Zero
-    /// means that the file ends here: nothing was sent.
+    /// Sends one chunk read from a file at `offset`, as long as fits the slot; returns its length.
+    /// Zero means that the file ends there, and that nothing was sent.
     ///
     /// # Errors
     /// [`Error::Source`] when the file cannot be read.

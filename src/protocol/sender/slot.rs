@@ -1,4 +1,4 @@
-//! The bytes as the sender puts them in, slot by slot.
+//! The sending state: writes the bytes, slot by slot.
 
 use std::fmt;
 use std::io;
@@ -12,16 +12,17 @@ use crate::sync::{Deadline, Permit};
 
 use super::{Sender, Stand};
 
-/// The request was accepted; its bytes are being put in.
+/// The request was accepted; its bytes are being written.
 #[derive(Debug)]
 pub struct Sending {
     pub(super) size: Size,
     pub(super) sent: u64,
-    /// The slot that the next chunk goes to. Ours alone: the peer never says which (rule P3).
+    /// The slot that the next chunk goes to. Private to this side: the peer never says which (rule
+    /// P3).
     pub(super) cursor: u32,
     /// The permit for the slot at the cursor, if we have taken it.
     permit: Option<Permit>,
-    /// Bytes already in that slot, by `io::Write`.
+    /// Bytes that `io::Write` has already put into that slot.
     pub(super) pending: usize,
     /// Whether the next chunk follows at once, unless its source is slow.
     pub(super) in_batches: bool,
@@ -45,23 +46,23 @@ impl ShmTransfer<Sender, Sending> {
         self.state.sent
     }
 
-    /// How long `send_file`, `finish` and `io::Write` wait without progress: without the receiver's
-    /// taking a single byte. One that reads slowly but steadily is waited for as long as it reads.
+    /// How long `send_file`, `finish` and `io::Write` wait without the receiver's taking a single
+    /// byte. A receiver that is slow but steady is not cut off.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.side.waiter.timeout = timeout;
     }
 
-    /// Waits for a free slot. What `io::Write` has put in so far goes out first.
+    /// Waits for a free slot. Sends what `io::Write` has buffered in the current slot first.
     ///
     /// # Errors
     /// [`Error::Timeout`], after which it may be called again; [`Error::Cancelled`] or
-    /// [`Error::Disconnected`] when nobody wants the bytes any more.
+    /// [`Error::Disconnected`] when the receiver has given up or died.
     pub fn next_slot(&mut self, deadline: Deadline) -> Result<Slot<'_>> {
         self.free_slot(Some(deadline))
     }
 
-    /// Ends the transfer; returns the bytes sent. Needed after `io::Write` and after a transfer of
-    /// unknown size; one of known size ends by itself with its last byte.
+    /// Ends the transfer; returns the bytes sent. Needed after `io::Write`, and for a transfer of
+    /// unknown size. One of known size ends by itself with its last byte.
     ///
     /// # Errors
     /// [`Error::SizeMismatch`] when fewer bytes were sent than announced, which aborts.
@@ -78,7 +79,7 @@ impl ShmTransfer<Sender, Sending> {
         Ok(self.state.sent)
     }
 
-    /// As [`next_slot`](Self::next_slot). Without a deadline, waits as the timeout says.
+    /// As [`next_slot`](Self::next_slot). Without a deadline, the timeout applies.
     pub(super) fn free_slot(&mut self, deadline: Option<Deadline>) -> Result<Slot<'_>> {
         self.publish_pending()?;
         self.take_slot(deadline)?;
@@ -98,7 +99,8 @@ impl ShmTransfer<Sender, Sending> {
         self.side.segment.geometry().slot_len() as usize
     }
 
-    /// Has the permit for the slot at the cursor. Without a deadline, waits as the timeout says.
+    /// Takes the permit for the slot at the cursor, unless it has it. Without a deadline, the
+    /// timeout applies.
     fn take_slot(&mut self, deadline: Option<Deadline>) -> Result<()> {
         self.side.writer()?;
         if self.state.permit.is_none() {
@@ -115,10 +117,10 @@ impl ShmTransfer<Sender, Sending> {
         if self.state.pending > 0 { self.publish(self.state.pending, false) } else { Ok(()) }
     }
 
-    /// Hands the slot at the cursor over, with `len` bytes in it. Asked to be the end or not, the
-    /// chunk that completes a known size is the last.
+    /// Hands the slot at the cursor over, with `len` bytes in it. The chunk that completes a known
+    /// size is the last, whatever `is_end` says.
     pub(super) fn publish(&mut self, len: usize, is_end: bool) -> Result<()> {
-        self.side.writer()?; // a permit from before the end is none for the next transfer
+        self.side.writer()?; // a permit kept past the end must not touch the next transfer
         let Some(permit) = self.state.permit.take() else {
             return Err(Misuse::TransferOver.into());
         };
@@ -141,8 +143,8 @@ impl ShmTransfer<Sender, Sending> {
 }
 
 impl io::Write for ShmTransfer<Sender, Sending> {
-    /// Copies bytes into the current slot, waiting for a free one first; a full slot goes out.
-    /// Bytes past the announced size are an error that aborts the transfer.
+    /// Copies bytes into the current slot, after waiting for a free one; a full slot is sent. Bytes
+    /// beyond the announced size are an error that aborts the transfer.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if bytes.is_empty() {
             return Ok(0);

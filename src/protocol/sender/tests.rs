@@ -10,7 +10,7 @@ fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
 }
 
-/// Both sides of a transfer of unknown size, in a crowd.
+/// Both sides of a transfer of unknown size, with more waiters than processors.
 fn crowded(in_batches: bool) -> (ShmTransfer<Sender, Sending>, impl Sized) {
     let pool =
         SegmentPool::<Memfd>::builder().segments(1).segment_len(8).slots(8).create().unwrap();
@@ -35,7 +35,7 @@ fn puts_off(sending: &mut ShmTransfer<Sender, Sending>) -> bool {
 fn a_wake_up_is_put_off_for_a_batch_of_a_fast_source() {
     let (mut sending, _others) = crowded(true);
     assert!(!puts_off(&mut sending), "the first chunk announces");
-    // More than one try: this thread itself may be put off in the middle of one.
+    // More than one try: this thread may be preempted in the middle of one.
     assert!((0..3).any(|_| puts_off(&mut sending)));
     while sending.side.header().free.permits() > 4 {
         puts_off(&mut sending);
@@ -47,7 +47,7 @@ fn a_wake_up_is_put_off_for_a_batch_of_a_fast_source() {
 fn no_chunk_of_a_slow_source_waits_for_the_next_one() {
     let (mut sending, _others) = crowded(true);
     for _ in 0..7 {
-        std::thread::sleep(2 * BUDGET); // what makes it slow
+        std::thread::sleep(2 * BUDGET); // makes the source slow
         assert!(!puts_off(&mut sending));
     }
 }

@@ -1,4 +1,4 @@
-//! What may be mapped, and what is refused.
+//! Which descriptors can be mapped, and which are refused.
 
 use super::super::LAYOUT_VERSION;
 use super::*;
@@ -51,7 +51,7 @@ fn only_the_segment_that_was_announced() {
         refusal(&memory, other, geometry()),
         LayoutMismatch::Identity { found: ID, expected: other }
     );
-    // The same length, cut in another way.
+    // The same length, divided differently.
     let recut = Geometry::new(2, 5001).unwrap();
     let found = LayoutMismatch::Geometry { slot_count: 2, slot_len: 5000 };
     assert_eq!(refusal(&memory, ID, recut), found);
@@ -139,7 +139,7 @@ fn words_are_as_many_as_fit_and_shared() {
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// `PROPTEST_CASES` in the environment says how many cases to try.
+/// `PROPTEST_CASES` in the environment overrides the number of cases.
 fn config(cases: u32) -> ProptestConfig {
     let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
     ProptestConfig {
@@ -149,7 +149,7 @@ fn config(cases: u32) -> ProptestConfig {
     }
 }
 
-/// A header: an honest one with a few words of it overwritten, or any bytes.
+/// A header: a valid one with a few words overwritten, or any bytes.
 fn any_header() -> impl Strategy<Value = Vec<u8>> {
     let honest = {
         let (owned, memory) = create().unwrap();
@@ -198,7 +198,7 @@ proptest! {
         match attach(&fd, id, claimed) {
             Ok(segment) => {
                 prop_assert!(honest && fits);
-                // Whatever the words say that both sides use, reading them is safe.
+                // The words that both sides use can be read safely, whatever they contain.
                 let shared = segment.header();
                 if let Ok((generation, phase)) = shared.turn.load() {
                     prop_assert_eq!(shared.turn.phase_of(generation), Some(phase));
@@ -208,7 +208,7 @@ proptest! {
                 let chunk = shared.chunks[0].load();
                 let chunks = if cfg!(feature = "raw-sync") { 2048 } else { 1792 };
                 prop_assert_eq!(chunk.last, word(chunks) >> 31 == 1);
-                // Not so waking by `raw_sync`, which trusts what its event holds.
+                // Except waking by `raw_sync`, which trusts the contents of its event.
                 if cfg!(not(feature = "raw-sync")) {
                     shared.free.poison();
                     prop_assert!(shared.free.is_poisoned());

@@ -1,4 +1,4 @@
-//! A segment in one user's hands: as a lease, and then as a transfer's.
+//! A segment outside its pool: as a lease, and then as part of a transfer.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,13 +9,13 @@ use crate::segment::{Backing, ReadSlots, Segment};
 use super::quarantine::{Ended, PooledSegment, Quarantined};
 use super::shared::Shared;
 
-/// A segment taken from its pool; goes back when dropped.
+/// A segment taken from its pool; dropping the lease returns it.
 ///
 /// [`request`](Self::request) turns it into a transfer.
 pub struct Lease<B: Backing> {
     pooled: Arc<PooledSegment<B>>,
     pool: Arc<Shared<B>>,
-    /// It has become a transfer, which gives the segment back.
+    /// True once it has become a transfer, which returns the segment instead.
     is_transfer: bool,
 }
 
@@ -29,8 +29,8 @@ impl<B: Backing> Lease<B> {
         &self.pooled.segment
     }
 
-    /// Leases the same segment again, or its replacement, once its transfer is over: past the line
-    /// of those who wait for one.
+    /// Leases the same segment again, or its replacement, once its transfer has ended: without
+    /// queueing behind callers that wait for a segment.
     pub(crate) fn again(&self) -> impl FnOnce(Ended) -> Result<Lease<B>> + use<B> {
         let (pooled, pool) = (Arc::clone(&self.pooled), Arc::clone(&self.pool));
         move |ended| match pool.recover(Quarantined { pooled, ended }, pool.grace) {
@@ -42,7 +42,7 @@ impl<B: Backing> Lease<B> {
         }
     }
 
-    /// Splits the lease into what the request needs and what the transfer holds.
+    /// Splits the lease into the request's part and the transfer's part.
     pub(crate) fn into_parts(mut self) -> (Arc<PooledSegment<B>>, SegmentGuard) {
         self.is_transfer = true;
         let segment = Arc::clone(&self.pooled.segment);
@@ -65,26 +65,26 @@ impl<B: Backing> fmt::Debug for Lease<B> {
     }
 }
 
-/// A segment in a transfer's hands, whatever its backing.
+/// A transfer's segment, with any backing.
 pub(crate) struct SegmentGuard {
     pub(crate) segment: Arc<Segment<ReadSlots>>,
     pool: Arc<dyn TakeBack>,
 }
 
 impl SegmentGuard {
-    /// Gives the segment back: straight to the idle ones if the sender is off it, and to the
-    /// quarantined ones otherwise (rule P6).
+    /// Returns the segment: to the idle ones if the sender has left it, to the quarantined ones
+    /// otherwise (rule P6).
     pub(crate) fn give_back(&self, ended: Ended) {
         self.pool.take_back(&self.segment, ended);
     }
 
-    /// Whether others stand in line for a segment of the pool.
+    /// Whether other callers wait for a segment of the pool.
     pub(crate) fn is_wanted(&self) -> bool {
         self.pool.is_waited_for()
     }
 }
 
-/// A pool of whatever backing.
+/// A pool with any backing.
 pub(super) trait TakeBack: Send + Sync {
     fn is_waited_for(&self) -> bool;
     fn take_back(&self, segment: &Segment<ReadSlots>, ended: Ended);

@@ -1,4 +1,4 @@
-//! What models need of a pool, and the product does not.
+//! Functions of a pool for models only.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Whether the sender is off a segment, so that it can be leased again (rule P6).
+//! Decides when the sender has left a segment, so that it can be leased again (rule P6).
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -10,11 +10,11 @@ use crate::sync::atomic::Relaxed;
 use crate::sync::modelled::yield_now;
 use crate::sync::{Deadline, Interrupted, Semaphore};
 
-/// How often, during the grace, a sender that hung up is asked whether it left or died, and the
-/// turn word is looked at. loom knows no time: there, as often as there is anything new.
+/// How often, during the grace period, the turn word is read, and a sender that hung up is checked
+/// for its death. loom has no clock: there, whenever something changes.
 const RECHECK: Duration = Duration::from_millis(if cfg!(loom) { 0 } else { 1 });
 
-/// A segment of the pool, with what makes it reachable for peers.
+/// A segment of the pool, and its backing, by which peers reach it.
 pub(crate) struct PooledSegment<B> {
     pub(crate) segment: Arc<Segment<ReadSlots>>,
     pub(crate) backing: B,
@@ -27,15 +27,14 @@ impl<B: Backing> PooledSegment<B> {
         PooledSegment { segment: Arc::new(segment), backing, writable: OnceLock::new() }
     }
 
-    /// Whether the segment is really idle, and its semaphores wake, as one that no sender has
-    /// spoilt.
+    /// Whether the segment is idle and its semaphores work: `false` if a sender has corrupted them.
     pub(super) fn is_sound(&self) -> bool {
         let header = self.segment.header();
         let is_idle = matches!(header.turn.load(), Ok((_, Phase::Idle)));
         is_idle && header.filled.is_sound() && header.free.is_sound()
     }
 
-    /// The segment as a sender in this same process has it.
+    /// The segment mapped writable, for a sender in this same process.
     pub(crate) fn writable(&self) -> Result<Arc<Segment<WriteSlots>>> {
         if let Some(writable) = self.writable.get() {
             return Ok(Arc::clone(writable));
@@ -45,10 +44,10 @@ impl<B: Backing> PooledSegment<B> {
     }
 }
 
-/// A transfer that is over, as its segment has to know of it.
+/// A transfer that has ended: tells whether its sender has left the segment.
 pub(crate) struct Ended {
     generation: u64,
-    /// To the sender; tells whether it lives.
+    /// To the sender's process; tells whether it is alive.
     link: Option<Arc<Link>>,
 }
 
@@ -58,12 +57,12 @@ impl Ended {
         Ended { generation, link }
     }
 
-    /// That of a segment whose turn word was spoilt: no turn word can name this generation.
+    /// For a segment whose turn word was corrupted: no turn word can contain this generation.
     pub(crate) fn spoilt() -> Ended {
         Ended { generation: u64::MAX, link: None }
     }
 
-    /// Turns a segment that its sender has left back to `Idle`; `false` if it has not.
+    /// Sets a segment back to `Idle` if its sender has left it; `false` if not.
     pub(super) fn reclaim(&self, segment: &Segment<ReadSlots>) -> bool {
         let turn = &segment.header().turn;
         match turn.phase_of(self.generation) {
@@ -82,8 +81,8 @@ pub(super) struct Quarantined<B> {
 }
 
 impl<B> Quarantined<B> {
-    /// Waits until the sender is off the segment for certain; `false` when that cannot be told by
-    /// the deadline.
+    /// Waits until the sender has certainly left the segment; `false` if that is not known by the
+    /// deadline.
     pub(super) fn settle(&self, deadline: Deadline) -> bool {
         let Ended { generation, link } = &self.ended;
         let header = self.pooled.segment.header();
@@ -92,7 +91,7 @@ impl<B> Quarantined<B> {
                 Some(phase) if phase.is_off() => return self.ended.reclaim(&self.pooled.segment),
                 Some(phase @ (Phase::Accepted | Phase::Announced)) => {
                     if let Some(link) = link.as_ref().filter(|link| link.is_severed()) {
-                        // It may be dying, or alive and about to find out that we hung up.
+                        // The sender may be dying, or alive and about to notice the hang-up.
                         if link.wait_dead(deadline.min(Deadline::after(RECHECK))) {
                             return Semaphore::SURVIVES_KILL
                                 && self.was_sent_by(link)
@@ -100,14 +99,14 @@ impl<B> Quarantined<B> {
                         }
                     }
                 }
-                // Nothing that an honest sender leaves behind.
+                // No correct sender leaves such a turn word.
                 Some(_) | None => return false,
             }
             if deadline.has_passed() {
                 return false;
             }
-            // Its last act is announced here, just before it: by a permit or by poison. If that
-            // permit is taken already, nothing more is announced; so nobody sleeps for long.
+            // The sender posts `filled`, or poisons it, just before it leaves. If that permit was
+            // taken already, no wake-up follows: hence the short sleeps.
             let recheck = deadline.min(Deadline::after(RECHECK));
             match header.filled.wait(recheck) {
                 Ok(_) => {}
@@ -118,9 +117,8 @@ impl<B> Quarantined<B> {
     }
 
     /// Whether the process at the other end of the link says that it is the sender. Only then does
-    /// its death free the segment: another may have inherited the connection, by a fork, and live.
-    /// Where the two processes do not number processes alike, the pids differ, and the segment is
-    /// replaced.
+    /// its death free the segment: a child of `fork` may have inherited the connection, and be
+    /// alive. In different pid namespaces the pids differ, and the segment is replaced.
     fn was_sent_by(&self, link: &Link) -> bool {
         let told = self.pooled.segment.header().announcement.pid.load(Relaxed);
         link.peer().and_then(|peer| peer.pid) == Some(told)

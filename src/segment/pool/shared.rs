@@ -1,4 +1,4 @@
-//! What all clones of a pool share: its segments, idle, quarantined and replaced.
+//! The state that all clones of a pool share: its idle and quarantined segments.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -30,15 +30,15 @@ pub(super) struct Shared<B: Backing> {
 pub(super) struct State<B> {
     /// The one used last is leased first: its pages are warm.
     pub(super) idle: Vec<Arc<PooledSegment<B>>>,
-    /// The oldest is looked at first: its sender has had the most time to leave.
+    /// The oldest is checked first: its sender has had the most time to leave.
     pub(super) quarantined: VecDeque<Quarantined<B>>,
     /// Every segment that is not retired, by index.
     pub(super) live: BTreeMap<u32, Arc<PooledSegment<B>>>,
     /// How many segments have been replaced.
     pub(super) version: u64,
-    /// Above all that were ever given to a segment, and to those in `unused`.
+    /// Greater than every number ever used by a segment, or kept in `unused`.
     pub(super) next_index: u32,
-    /// Numbers whose segment could not be made: no peer has heard of them.
+    /// Numbers whose segment could not be made: no peer knows them, so they can be used again.
     unused: Vec<u32>,
 }
 
@@ -55,7 +55,7 @@ impl<B> State<B> {
 }
 
 impl<B: Backing> Shared<B> {
-    /// A pool that is to have so many segments, and has none yet.
+    /// A pool for this number of segments, which `add` makes.
     pub(super) fn new(
         id: PoolId,
         geometry: Geometry,
@@ -76,7 +76,7 @@ impl<B: Backing> Shared<B> {
         Shared { id, geometry, grace, origin, available, state, ownership }
     }
 
-    /// Makes one of its first segments.
+    /// Makes one of the initial segments.
     pub(super) fn add(&self) -> Result<()> {
         let pooled = self.make()?;
         let mut state = lock(&self.state);
@@ -91,7 +91,7 @@ impl<B: Backing> Shared<B> {
         match B::create(&self.ownership, id, self.geometry) {
             Ok((segment, backing)) => Ok(Arc::new(PooledSegment::new(segment, backing))),
             Err(error) => {
-                // A number whose name is another's now would fail each time.
+                // A number whose name is taken would fail each time.
                 if !matches!(error, Error::NameTaken { .. }) {
                     lock(&self.state).unused.push(index);
                 }
@@ -100,22 +100,22 @@ impl<B: Backing> Shared<B> {
         }
     }
 
-    /// A segment to lease, for a caller that has a permit of `available`: there is one for each.
+    /// A segment to lease. The caller has a permit of `available`, so there is one.
     pub(super) fn take(&self) -> Result<Arc<PooledSegment<B>>> {
         let (first, is_alone) = {
             let mut state = lock(&self.state);
             (state.idle.pop(), state.quarantined.is_empty())
         };
         match first {
-            // Most often, all is as it should be.
+            // The common case.
             Some(first) if is_alone && first.is_sound() => Ok(first),
             first => self.take_slowly(first),
         }
     }
 
-    /// As [`take`](Self::take), where some are quarantined or not sound. Sound segments first. One
-    /// that can be neither recovered nor replaced goes back as it was, and the next is tried, until
-    /// each had its turn. Begins with the one in hand, if there is one.
+    /// As [`take`](Self::take), where some segments are quarantined or not sound. Tries `in_hand`
+    /// first, then sound ones. A segment that can be neither recovered nor replaced goes back as it
+    /// was, and the next is tried, until each was tried once.
     #[cold]
     fn take_slowly(
         &self,
@@ -126,7 +126,8 @@ impl<B: Backing> Shared<B> {
         for attempt in 1.. {
             let (idle, quarantined, segments, has_others) = {
                 let mut state = lock(&self.state);
-                // In one step: with more than one in hand, others would find too few.
+                // In one step: a caller that took two segments would leave too few for the others'
+                // permits.
                 state.quarantined.extend(failed.take());
                 let idle = in_hand.take().or_else(|| state.idle.pop());
                 let quarantined = if idle.is_some() { None } else { state.quarantined.pop_front() };
@@ -149,7 +150,7 @@ impl<B: Backing> Shared<B> {
                 }
                 Err((quarantined, _)) => failed = Some(quarantined),
             }
-            grace = Duration::ZERO; // the wait for a late sender is for one segment a lease
+            grace = Duration::ZERO; // a lease waits for one late sender only
         }
         unreachable!("the loop has no end of its own")
     }
@@ -164,8 +165,9 @@ impl<B: Backing> Shared<B> {
         self.available.leave();
     }
 
-    /// Looks, without waiting, at the segment that has been quarantined longest: most often its
-    /// sender is off it by now, or dead. Until then it keeps the link, and that descriptors.
+    /// Checks, without waiting, the segment that has been quarantined longest: most often its
+    /// sender has left it by now, or is dead. This releases the link, and with it descriptors,
+    /// early.
     pub(super) fn tidy(&self) {
         if !self.available.try_enter() {
             return;
@@ -180,8 +182,8 @@ impl<B: Backing> Shared<B> {
         }
     }
 
-    /// Makes a quarantined segment usable, or puts a fresh one in its place; hands it back as it
-    /// was where neither can be done.
+    /// Makes a quarantined segment usable, or replaces it with a fresh one. If neither is possible,
+    /// returns it as it was.
     pub(super) fn recover(
         &self,
         quarantined: Quarantined<B>,
@@ -190,7 +192,8 @@ impl<B: Backing> Shared<B> {
         if blocking(|| quarantined.settle(Deadline::after(grace))) {
             return Ok(quarantined.pooled);
         }
-        // Retired for good (rule P6): a late sender then writes only to memory that is not read.
+        // The old segment is retired for good (rule P6): a late sender writes only to memory that
+        // is not read.
         let fresh = match self.make() {
             Ok(fresh) => fresh,
             Err(error) => return Err((quarantined, error)),

@@ -11,13 +11,13 @@ use crate::segment::{Backing, Memfd};
 use crate::segment::{ReadSlots, Segment, WriteSlots};
 
 thread_local! {
-    /// Segments that this thread asks for are not made.
+    /// Whether the making of segments fails in this thread.
     static REFUSED: Cell<bool> = const { Cell::new(false) };
-    /// The number whose name is another's.
+    /// The number whose name is taken.
     static TAKEN: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// Memory that the system may refuse.
+/// A memfd backing whose allocation can be made to fail.
 struct Scarce(Memfd);
 
 impl Backing for Scarce {}
@@ -62,7 +62,7 @@ fn at_once() -> Deadline {
     Deadline::after(Duration::ZERO)
 }
 
-/// Spoils a segment's turn word, as a peer can.
+/// Corrupts a segment's turn word, as a peer can.
 fn spoil(pooled: &PooledSegment<Scarce>) {
     pooled.segment.header().turn.spoil(7);
 }
@@ -78,7 +78,7 @@ fn a_segment_that_cannot_be_replaced_starves_no_sound_one() {
     REFUSED.set(true);
     for _ in 0..100 {
         let leases = [(); 3].map(|()| pool.lease(soon()).unwrap());
-        // The fourth is the spoilt one: that it cannot be replaced is told, and costs nobody a place.
+        // The fourth is the corrupted one: the lease fails, and no permit is lost.
         assert!(matches!(pool.lease(at_once()), Err(Error::Os { .. })));
         assert!(matches!(pool.lease(at_once()), Err(Error::Os { .. })));
         drop(leases);
@@ -97,7 +97,7 @@ fn a_segment_that_could_not_be_replaced_comes_back_when_its_sender_leaves() {
     let (request, asked) = pool.lease(soon()).unwrap().request("slow").unwrap();
     queue.send(request, soon()).unwrap();
     let slow = queue.recv(soon()).unwrap().accept(10).unwrap();
-    drop(asked); // given back while its sender is still on it
+    drop(asked); // returned while its sender may still write
     REFUSED.set(true);
     for _ in 0..10 {
         let lease = pool.lease(soon()).unwrap();
@@ -130,7 +130,7 @@ fn only_segments_that_were_made_have_numbers_and_none_has_one_twice() {
     let indices: Vec<_> = lock(&pool.shared.state).live.keys().copied().collect();
     assert_eq!((indices[1], pool.stats().retired), (4, 3), "two at first, and three replaced");
 
-    // At the end of the numbers there is an error, and no second segment of a number in use.
+    // When the numbers run out there is an error, and no number is used twice.
     lock(&pool.shared.state).next_index = u32::MAX;
     let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
     queue.send(request, soon()).unwrap();

@@ -1,10 +1,10 @@
-//! What models need of a writer, and the product does not.
+//! Functions of a writer for models only.
 
 use super::*;
 
 impl SlotWriter {
-    /// Its process ends here: it writes nothing to shared memory any more. The claim was a word of
-    /// that process's own.
+    /// Ends as if its process had died: it writes nothing more to shared memory. The claim is
+    /// private memory of that process, so it is released.
     pub(crate) fn die(self) {
         self.segment.is_claimed.store(false, Release);
     }

@@ -4,7 +4,7 @@ use super::*;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
-/// A word and its parker, as they lie in a semaphore.
+/// A word and its parker, laid out as in a semaphore.
 #[derive(Default)]
 struct Bed {
     word: AtomicU32,
@@ -17,7 +17,7 @@ fn made() -> Arc<Bed> {
     bed
 }
 
-/// `raw_sync` itself fails at once in half of these places of the clock's second.
+/// `raw_sync` itself fails at once in half of these positions within the clock's second.
 #[test]
 fn half_a_second_lasts_half_a_second() {
     const HALF: Duration = Duration::from_millis(500);
@@ -58,6 +58,6 @@ fn no_wake_is_missed() {
         back.parker.park(&back.word, round, Deadline::NEVER).unwrap();
     }
     other.join().unwrap();
-    // Each that is missed costs a second.
+    // Each missed wake costs a second.
     assert!(start.elapsed().as_secs() < u64::from(ROUNDS) / 10);
 }

@@ -1,4 +1,4 @@
-//! What tests and models need of a semaphore, and the product does not.
+//! Functions of a semaphore for tests and models only.
 
 use super::*;
 

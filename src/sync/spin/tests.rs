@@ -1,8 +1,8 @@
-//! When a spin is tried, and when it is not.
+//! When a spin is tried.
 
 use super::*;
 
-/// How often a spinner tries while nothing comes.
+/// How often a spinner tries while no permit comes.
 fn tries(spinner: &mut Spinner, can_pay: bool) -> u32 {
     let mut tries = 0;
     let found = spinner.spin(can_pay, Duration::from_micros(20), || {

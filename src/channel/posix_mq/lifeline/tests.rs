@@ -1,4 +1,4 @@
-//! Lifelines: held, followed, inherited, and told from what else may stand at their names.
+//! Lifelines: held, followed, inherited, and distinguished from other files at their names.
 
 use super::*;
 use crate::peer::on_hang_up;

@@ -1,4 +1,4 @@
-//! Names of queues: which are taken.
+//! Names of queues: which are accepted.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! The handler at exit: removes the names of pools that are still alive when their process ends.
+//! atexit handler: unlinks segment names of pools that are still alive.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -14,23 +14,24 @@ use super::names::remove;
 /// The pools that this process made. A child of `fork` has none of its parent's to remove.
 static LIVING: PerProcess<Mutex<BTreeSet<Owner>>> = PerProcess::new();
 
-/// The handler is registered. A child of `fork` inherits the handler as well.
+/// Whether the handler is registered. A child of `fork` inherits the handler as well.
 static REGISTERED: AtomicBool = AtomicBool::new(false);
 
-/// Has the names of a pool removed when the process ends in order before it.
+/// Marks a pool: if it is still alive at a normal exit of the process, its names are removed.
 pub(super) fn outlived_by(owner: Owner) {
     if !REGISTERED.load(Ordering::Relaxed) {
         // SAFETY: the handler takes nothing, does not unwind, and runs while its code is there: of
-        // a library that is unloaded, the system runs the handlers first. Twice does no harm.
+        // a library that is unloaded, the system runs the handlers first. Registering it twice is
+        // harmless.
         let failed = unsafe { libc::atexit(remove_all) };
-        // Without it the names are left to the next pool, as those of a killed process are.
+        // Without it the names stay until the next pool is made, as those of a killed process do.
         debug_assert_eq!(failed, 0);
         REGISTERED.store(failed == 0, Ordering::Relaxed);
     }
     lock(LIVING.get()).insert(owner);
 }
 
-/// Has them left alone: they went with their pool.
+/// Unmarks a pool: its names were removed with it.
 pub(super) fn is_over(owner: Owner) {
     lock(LIVING.get()).remove(&owner);
 }

@@ -1,4 +1,4 @@
-//! Memory that crate `shared_memory` has mapped, in the form that a segment's mapping takes.
+//! Adapts memory mapped by crate `shared_memory` to a segment's mapping.
 #![allow(unsafe_code)]
 
 use shared_memory::Shmem;
@@ -6,7 +6,7 @@ use shared_memory::Shmem;
 use crate::process::Origin;
 use crate::segment::Mapped;
 
-/// Dropped, it unmaps the memory, and removes its name if this process made that.
+/// Mapped named memory. Its drop unmaps it, and removes the name if this process made it.
 pub(super) struct Memory {
     memory: Shmem,
     /// A child of `fork` leaves the name alone: it is the parent's.
@@ -34,8 +34,9 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 // SAFETY: the crate maps `len` bytes for reading and writing, unmaps them when the `Shmem` is
-// dropped and not before, and gives out references to them by `unsafe` functions only, which nobody
-// calls. Named memory can be resized only by processes of this user, which are trusted not to (M1).
+// dropped and not before, and gives out references to them by `unsafe` functions only, which are
+// never called. Named memory can be resized only by processes of this user, which are trusted not
+// to (M1).
 unsafe impl Mapped for Memory {
     fn base(&self) -> *mut u8 {
         self.memory.as_ptr()

@@ -1,4 +1,4 @@
-//! Names in the file system of shared memory: allocated, checked, swept when their owner is gone.
+//! Names in `/dev/shm`: allocates and checks their memory, removes those of dead owners.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirEntry};
@@ -20,11 +20,11 @@ use crate::segment::{Geometry, PoolId, available_memory};
 
 use super::Owner;
 
-/// Where Linux keeps POSIX shared memory.
+/// The directory of POSIX shared memory on Linux.
 const SHARED_MEMORY: &str = "/dev/shm";
 
 impl Owner {
-    /// Where its lifeline is.
+    /// The path of its lifeline.
     pub(crate) fn lifeline(self) -> PathBuf {
         Path::new(SHARED_MEMORY).join(self.stem())
     }
@@ -35,7 +35,7 @@ impl Owner {
     }
 }
 
-/// Bytes that named segments can still take: of memory, and of the file system that they are in.
+/// Bytes that named segments can still take: limited by memory, and by their file system.
 pub(super) fn available() -> Option<u64> {
     let room =
         statvfs(SHARED_MEMORY).ok().map(|found| found.f_bavail.saturating_mul(found.f_frsize));
@@ -45,8 +45,8 @@ pub(super) fn available() -> Option<u64> {
     }
 }
 
-/// Gives a new segment its blocks, so that a full file system is an error now and not a SIGBUS
-/// later.
+/// Allocates the blocks of a new segment, so that a full file system is an error now and not a
+/// SIGBUS later.
 pub(super) fn allocate(name: &str, geometry: Geometry) -> Result<()> {
     let fd = shm::open(name, shm::OFlags::RDWR, Mode::empty()).map_err(Error::os("shm_open"))?;
     let len = geometry.mapped_len() as u64;
@@ -54,12 +54,12 @@ pub(super) fn allocate(name: &str, geometry: Geometry) -> Result<()> {
         .map_err(Error::os("fallocate"))
 }
 
-/// The error for a name of a new segment that is taken; `None` if it is free by now.
+/// The error for a new segment's name that is taken; `None` if it is free by now.
 pub(super) fn taken(name: &str) -> Option<Error> {
     lifeline::taken(&path(name))
 }
 
-/// Opens what stands at a segment's name, and checks that it is safe to map.
+/// Opens a segment by its name, and checks that it is safe to map.
 pub(super) fn open_checked(name: &str, geometry: Geometry) -> Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path(name), flags, Mode::empty()).map_err(|errno| match errno {
@@ -86,13 +86,13 @@ pub(super) fn open_checked(name: &str, geometry: Geometry) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Where the memory of this name is.
+/// The path of the memory with this name.
 fn path(name: &str) -> PathBuf {
     format!("{SHARED_MEMORY}{name}").into()
 }
 
-/// Removes what owners that are gone have left, among this user's names; never a living owner's.
-/// What cannot be read or removed is left for another time.
+/// Removes this user's names of owners that are gone; never a living owner's. Names that cannot be
+/// read or removed are left for the next sweep.
 pub(crate) fn sweep() {
     let Ok(entries) = fs::read_dir(SHARED_MEMORY) else { return };
     let mut left: BTreeMap<Owner, BTreeSet<u32>> = BTreeMap::new();
@@ -101,37 +101,37 @@ pub(crate) fn sweep() {
         left.entry(owner).or_default().extend(index);
     }
     for (owner, indices) in left {
-        // Locked by us until its names are gone; without a lifeline, the owner was ending already,
-        // and these are what it did not come to.
+        // Locked by us until its names are removed. Without a lifeline, the owner was killed while
+        // it removed its names.
         let gone = match Lifeline::inherit(&owner.lifeline()) {
             Ok(Some(lifeline)) => Some(lifeline),
             Ok(None) if !owner.lifeline().exists() => None,
             Ok(None) | Err(_) => continue,
         };
         for index in indices {
-            // Fails if somebody else was quicker.
+            // Fails if another process was quicker.
             let _ = shm::unlink(owner.segment(index));
         }
         drop(gone);
     }
 }
 
-/// As [`sweep`], on a thread of its own. Reading a large directory takes a while, and the thread
-/// that tells of deaths has the next one to tell.
+/// As [`sweep`], on a background thread: reading a large directory takes a while, and must not
+/// delay the watcher thread.
 pub(crate) fn sweep_aside() {
     let state = SWEEP.get();
-    // One that is under way may have passed a name by: it is repeated.
+    // A sweep under way may have missed a new name: it is repeated.
     if state.swap(ASKED, Ordering::Relaxed) != IDLE {
         return;
     }
     let thread = thread::Builder::new().name("shmferry-sweep".to_owned());
-    // Without a thread to be had, it is done here.
+    // If no thread can be started, it runs here.
     if thread.spawn(|| sweep_while_asked(state)).is_err() {
         sweep_while_asked(state);
     }
 }
 
-/// Whether a sweep on a thread of its own is under way in this process, and was asked for again.
+/// Whether a background sweep is under way in this process, and whether it is to be repeated.
 static SWEEP: PerProcess<AtomicU8> = PerProcess::new();
 
 const IDLE: u8 = 0;
@@ -149,18 +149,18 @@ fn sweep_while_asked(state: &AtomicU8) {
     }
 }
 
-/// Removes all names of an owner in this process, its lifeline last.
+/// Removes all names of an owner of this process, its lifeline last.
 pub(super) fn remove(owner: Owner) {
     let Ok(entries) = fs::read_dir(SHARED_MEMORY) else { return };
     for entry in entries.flatten() {
         if let Some((found, Some(index))) = parse(&entry)
             && found == owner
         {
-            // Fails if it went meanwhile.
+            // Fails if it was removed meanwhile.
             let _ = shm::unlink(owner.segment(index));
         }
     }
-    // Fails if nothing but it was left to be dropped, and that was.
+    // Fails if the pool's drop has just removed it.
     let _ = fs::remove_file(owner.lifeline());
 }
 
@@ -168,7 +168,7 @@ fn is_this_users(entry: &DirEntry) -> bool {
     entry.metadata().is_ok_and(|found| found.uid() == geteuid().as_raw())
 }
 
-/// The owner whose name this is, and the segment, unless it is the lifeline.
+/// The owner in a name, and the segment's number; `None` for a lifeline.
 fn parse(entry: &DirEntry) -> Option<(Owner, Option<u32>)> {
     let name = entry.file_name().into_string().ok()?;
     let mut parts = name.strip_prefix("shmferry-")?.split('-');

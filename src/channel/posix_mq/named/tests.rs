@@ -1,4 +1,4 @@
-//! Named segments: attached if honest, refused otherwise, and removed when their owner is gone.
+//! Named segments: attached if valid, refused otherwise, and removed when their owner is gone.
 
 use super::*;
 use crate::error::LayoutMismatch;
@@ -8,7 +8,7 @@ use rustix::fs::{FallocateFlags, Mode, fallocate, ftruncate};
 use rustix::shm;
 use std::os::unix::fs::MetadataExt;
 
-/// A pool of the test's own, so that no names meet.
+/// A pool of the test's own, so that no names collide.
 fn owned() -> (Ownership, SegmentId, Geometry) {
     let id = SegmentId { pool: PoolId(random().unwrap()), index: 3 };
     (Named::own(id.pool).unwrap(), id, Geometry::new(2, 5000).unwrap())
@@ -95,7 +95,7 @@ fn nothing_that_could_kill_us_by_itself() {
         let _impostor = Impostor::new(name.clone(), found, allocated);
         assert_eq!(refusal(own.owner, id, geometry), refused);
     }
-    // Nor is a name that is taken written over.
+    // A name that is taken is not overwritten.
     let _impostor = Impostor::new(name.clone(), len, true);
     let made = Named::create(&own, id, geometry);
     let us = rustix::process::geteuid().as_raw();
@@ -121,7 +121,7 @@ fn what_was_checked_is_what_is_mapped() {
         let (own, id, geometry) = owned();
         let (segment, memory) = Named::create(&own, id, geometry).unwrap();
         let path = format!("/dev/shm{}", own.owner.segment(id.index));
-        // A copy that another user owns, made beforehand.
+        // A copy that another user owns, prepared beforehand.
         let theirs = format!("/dev/shm/shmferry-theirs-{}", std::process::id());
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&theirs, &bytes).unwrap();
@@ -139,7 +139,7 @@ fn what_was_checked_is_what_is_mapped() {
             });
             scope.spawn(|| {
                 together.wait();
-                // Not over what stands there: in a sticky directory that is not theirs to do.
+                // Without replacing: in a sticky directory another user cannot do that.
                 while renameat_with(CWD, &*theirs, CWD, &*path, RenameFlags::NOREPLACE).is_err() {}
             });
             together.wait();
@@ -154,7 +154,7 @@ fn what_was_checked_is_what_is_mapped() {
                     Err(Error::Layout(crate::error::UnusableSegment(LayoutMismatch::Foreign(
                         NOBODY,
                     )))) => break,
-                    // Nothing stands there for a moment.
+                    // The name is free for a moment.
                     Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                     Err(error) => panic!("{error}"),
                 }
@@ -164,8 +164,8 @@ fn what_was_checked_is_what_is_mapped() {
     }
 }
 
-/// Another user can take names that are to come. That costs an error that says who did, and no
-/// more.
+/// Another user can take names in advance. That causes an error that says who did, and nothing
+/// else.
 #[test]
 fn a_name_that_is_taken_is_told_with_whose_it_is() {
     let (own, id, geometry) = owned();
@@ -210,7 +210,7 @@ fn the_receiver_cannot_write_to_slots() {
 fn a_sweep_removes_the_names_of_the_dead_and_nobody_elses() {
     let (living, id, geometry) = owned();
     let (_owned, _memory) = Named::create(&living, id, geometry).unwrap();
-    // What is left of an owner: its lifeline, held by nobody, and a segment; or either alone.
+    // The leftovers of an owner: its lifeline, not held, and a segment; or either alone.
     let owner = |pool: u64| Owner { pid: living.owner.pid, pool: PoolId(id.pool.0 ^ pool) };
     let [dead, ending, bare, foreign] = [1, 2, 3, 4].map(owner);
     for owner in [dead, bare] {

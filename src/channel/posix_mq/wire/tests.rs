@@ -1,4 +1,4 @@
-//! The message: encoded and decoded, and all else refused.
+//! The message: encoded and decoded, and other bytes refused.
 
 use super::*;
 use crate::error::Error;
@@ -53,7 +53,7 @@ fn another_version_is_named_whatever_follows() {
 }
 
 proptest::proptest! {
-    /// Bytes that begin as a request does, or not, of any length.
+    /// Bytes with or without the beginning of a request, of any length.
     #[test]
     fn any_bytes_decode_to_what_encodes_to_them(
         begins in proptest::bool::weighted(0.9),

@@ -1,4 +1,4 @@
-//! The address: private directories, and who serves there.
+//! The address: private directories, and the change of servers.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! The ring of requests, between two threads and against a peer that lies.
+//! The ring of requests, between two threads and against a peer with false positions.
 
 use super::*;
 use crate::segment::{attach_words, create_words};
@@ -85,7 +85,7 @@ fn a_ring_that_lies_is_told() {
     assert!(take(&taker).is_some());
     poster.ring[POSTED].store(0, Relaxed);
     assert_eq!(taker.peek(), Err(PeerFault::ImpossibleRing { posted: 0, taken: 1 }));
-    // And a server that does.
+    // The same of a server.
     poster.ring[TAKEN].store(u64::MAX, Relaxed);
     assert_eq!(poster.post(0, 1, b""), Some(0), "one too many taken: room for one");
     poster.ring[TAKEN].store(u64::MAX / 2, Relaxed);

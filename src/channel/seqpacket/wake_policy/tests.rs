@@ -1,4 +1,4 @@
-//! Which worker polls and which sleep, with rings that do as they are told.
+//! Which worker polls and which sleep, with fake rings.
 
 use super::*;
 use std::cell::Cell;
@@ -82,11 +82,11 @@ fn whoever_sleeps_arms_the_rings_and_stays_awake_for_work() {
     assert!(rings.iter().all(|ring| ring.armed.load(Relaxed)));
     rings[1].work.store(1, Relaxed);
     assert!(!wake_policy.prepare_sleep());
-    // One sleeps: it is woken for what there is.
+    // One sleeps: it is woken for the work there is.
     assert!(wake_policy.leave());
     rings[1].work.store(0, Relaxed);
     assert!(!wake_policy.leave());
-    // Nobody does: whoever comes back looks.
+    // None sleeps: a worker that returns checks the rings.
     wake_policy.rise();
     rings[1].work.store(1, Relaxed);
     rings[0].armed.store(false, Relaxed);
@@ -97,12 +97,11 @@ fn whoever_sleeps_arms_the_rings_and_stays_awake_for_work() {
 fn one_goes_on_looking_where_that_can_pay() {
     let ring = ring();
     let wake_policy = looking_at(std::slice::from_ref(&ring));
-    // What comes while it looks is found.
+    // A request that comes during polling is found.
     let looks = Cell::new(0);
     let found = wake_policy.look(|| {
         assert!(!ring.armed.load(Relaxed), "clients need not wakeup meanwhile");
-        // Another one that sleeps now leaves the bell to whoever looks, and so does one that
-        // leaves.
+        // While one polls, another that sleeps or leaves does not arm the ring.
         assert!(wake_policy.prepare_sleep() && !wake_policy.leave() && !ring.armed.load(Relaxed));
         wake_policy.rise();
         assert!(wake_policy.look(|| unreachable!("two look")).is_none());
@@ -112,14 +111,14 @@ fn one_goes_on_looking_where_that_can_pay() {
     });
     assert!(found.is_some() && looks.get() == 3, "{looks:?}");
     ring.work.store(0, Relaxed);
-    // Told that it is over.
+    // Ended early by `over`.
     looks.set(0);
     assert!(wake_policy.look(|| looks.replace(looks.get() + 1) == 1).is_none());
     assert_eq!(looks.get(), 2);
-    // A client with a transfer under way is no reason to look.
+    // A client with a transfer under way is no reason to poll.
     ring.busy.store(true, Relaxed);
     assert!(wake_policy.look(|| unreachable!("it looks")).is_none());
-    // Nor is one on this processor: one look, and no more.
+    // Nor is one on this processor: a single check.
     let here = Arc::new(Fake { is_here: true, ..Default::default() });
     let wake_policy = looking_at(&[here]);
     looks.set(0);
@@ -135,7 +134,7 @@ fn the_ring_that_was_used_longest_ago_is_put_aside_armed() {
     rings.iter().for_each(|ring| ring.armed.store(false, Relaxed));
     rings[0].work.store(1, Relaxed);
     wake_policy.activate(&ring());
-    // The first has work, and stays.
+    // The first has work, and stays active.
     assert!(wake_policy.find().is_some_and(|found| Arc::ptr_eq(&found, &rings[0])));
     wake_policy.activate(&ring());
     assert!(rings[1].armed.load(Relaxed) && !rings[5].armed.load(Relaxed));

@@ -1,4 +1,4 @@
-//! The messages: encoded and decoded, and all else refused.
+//! The messages: encoded and decoded, and other bytes refused.
 
 use super::*;
 
@@ -65,7 +65,7 @@ fn rejections_survive_the_trip() {
     ] {
         let back = Message::farewell(why).rejection();
         let mirrored = match why {
-            // Told from the other side, with versions swapped.
+            // Seen from the other side, with versions swapped.
             Rejection::Version { ours, .. } => Rejection::Version { theirs: ours, ours: VERSION },
             same => same,
         };
@@ -76,7 +76,7 @@ fn rejections_survive_the_trip() {
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// `PROPTEST_CASES` in the environment says how many cases to try.
+/// `PROPTEST_CASES` in the environment overrides the number of cases.
 fn config(cases: u32) -> ProptestConfig {
     let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
     ProptestConfig {
@@ -86,7 +86,8 @@ fn config(cases: u32) -> ProptestConfig {
     }
 }
 
-/// Bytes that come close to a message: of one kind or none, with the magic or not, of any length.
+/// Bytes that resemble a message: of a valid or invalid kind, with or without the magic, of any
+/// length.
 fn nearly() -> impl Strategy<Value = Vec<u8>> {
     let magic =
         prop_oneof![3 => Just([&MAGIC[..], &VERSION.to_le_bytes()].concat()), 1 => Just(vec![])];
@@ -104,7 +105,7 @@ proptest! {
     #[test]
     fn any_bytes_decode_to_what_encodes_to_them(bytes in nearly()) {
         match Message::decode(&bytes) {
-            // Nothing is kept of what another version says after its number.
+            // After the number of another version, the rest is not kept.
             Ok(Message::Hello { version, .. }) if version != VERSION => {}
             Ok(message) => {
                 prop_assert_eq!(&message.encode(), &bytes);
