@@ -46,6 +46,25 @@ use crate::sync::Deadline;
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// With retries, for what may be asked for twice:
+/// ```
+/// use shmferry::{Client, Result};
+/// use std::{thread, time::Duration};
+///
+/// fn fetch(cache: &Client, key: &str) -> Result<Vec<u8>> {
+///     let mut pauses = [10, 100, 1000].into_iter().map(Duration::from_millis);
+///     loop {
+///         match cache.get(key).and_then(|body| body.read_all()) {
+///             Err(error) if error.is_transient() => match pauses.next() {
+///                 Some(pause) => thread::sleep(pause),
+///                 None => return Err(error),
+///             },
+///             settled => return settled,
+///         }
+///     }
+/// }
+/// ```
 #[derive(Clone)]
 pub struct Client {
     route: Arc<dyn Route>,
@@ -73,7 +92,7 @@ impl Client {
     /// Describes a client with other numbers.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -97,7 +116,7 @@ impl Client {
     /// A client over a pool and a queue of one's own choice.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -117,7 +136,7 @@ impl Client {
     /// on. Clones made before keep theirs.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -140,7 +159,7 @@ impl Client {
     /// A request that a server did not take, because it ended, goes to its successor.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let _server = Server::with(queue.clone()).serve(2, |request| match request.key() {
@@ -157,7 +176,10 @@ impl Client {
     /// [`Error::Timeout`] when all segments were in use, no server was there, or none answered:
     /// which one it was is told, and the same call may be made again. [`Error::Disconnected`] when
     /// the server took the request and ended before it answered. [`Error::Aborted`] when it gave
-    /// up. [`Error::Rejected`] when it turned this process away.
+    /// up. [`Error::Rejected`] when it turned this process away. [`Error::Misuse`] for a key that is
+    /// too long, and in a child of `fork`. [`Error::Peer`] when it broke the protocol, [`Error::Os`]
+    /// and [`Error::Memory`] when the system fails; [`Error::Closed`] for a queue within this process
+    /// that is closed. [`Error::is_transient`] says after which to ask again.
     pub fn get(&self, key: impl AsRef<[u8]>) -> Result<Body> {
         self.ask(key.as_ref(), Deadline::after(self.lease_timeout), None)
     }
@@ -166,7 +188,7 @@ impl Client {
     /// timeout each, as ever.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -183,10 +205,11 @@ impl Client {
         self.ask(key.as_ref(), deadline, Some(deadline))
     }
 
-    /// How the segments are doing at this moment.
+    /// How the segments are doing at this moment. One whose body was dropped half-way is counted as
+    /// quarantined until its server has left it, or until it is needed and replaced.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -259,8 +282,9 @@ impl ClientBuilder {
         self
     }
 
-    /// How long to wait for a free segment, if not for the timeout: longer lets more of those who
-    /// wait ahead be held up by a slow reader each.
+    /// How long to wait for a free segment, if not for the timeout. Segments are given out in order of
+    /// arrival: with many waiting, each for one that a slow reader holds, the last waits for several
+    /// time-outs.
     pub fn lease_timeout(mut self, timeout: Duration) -> Self {
         self.lease_timeout = Some(timeout);
         self
@@ -392,7 +416,7 @@ impl Body {
     /// How many bytes are to come in all, as the server has announced.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -407,7 +431,7 @@ impl Body {
     /// What the server attached.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let _server = Server::with(queue.clone()).serve(2, |request| {
@@ -427,7 +451,7 @@ impl Body {
     /// How long this body waits without progress, instead of the client's timeout.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -443,7 +467,7 @@ impl Body {
     /// Reads everything that is still to come into memory.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -468,7 +492,7 @@ impl Body {
     /// timeout.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -490,7 +514,7 @@ impl Body {
     /// the segment.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
@@ -513,7 +537,7 @@ impl Body {
     /// Waits for the next chunk, or what is unread of the current one; `None` at the end.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;

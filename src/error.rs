@@ -25,7 +25,7 @@ pub enum Error {
     Timeout(Awaited),
 
     /// The connection to the peer hung up: its process ended, or it closed the connection. What had
-    /// been filled before that was still delivered (rule P7).
+    /// been filled before that was still delivered.
     #[error("the peer is gone")]
     Disconnected,
 
@@ -33,7 +33,8 @@ pub enum Error {
     #[error("refused: {0}")]
     Refused(Refusal),
 
-    /// The sender gave the transfer up: it was dropped, it panicked, or its source failed.
+    /// The server gave the transfer up: its handler returned an error, panicked, or dropped it; its
+    /// source failed; or this side took no byte for as long as the server's timeout.
     #[error("the sender gave the transfer up")]
     Aborted,
 
@@ -41,7 +42,7 @@ pub enum Error {
     #[error("the receiver cancelled the transfer")]
     Cancelled,
 
-    /// The request is out of date: its receiver withdrew it before anyone accepted (rule P1).
+    /// The request is out of date: its receiver withdrew it before anyone accepted.
     #[error("the request is out of date: its receiver has withdrawn it")]
     Stale,
 
@@ -65,7 +66,7 @@ pub enum Error {
     #[error(transparent)]
     Misuse(#[from] Misuse),
 
-    /// The source came out shorter or longer than the size that had been announced (rule P4).
+    /// The source came out shorter or longer than the size that had been announced.
     #[error("{announced} bytes were announced, but the source holds {found}")]
     SizeMismatch {
         /// Bytes announced with the status.
@@ -132,7 +133,7 @@ pub enum Error {
 pub enum Fault {
     /// This process: a call that cannot be right, or something it decided itself.
     Ours,
-    /// The process at the other end: it died, left, cancelled, or misbehaved.
+    /// The process at the other end: it died, left, refused, cancelled, or misbehaved.
     Peer,
     /// What the bytes come from or go to: the file, the socket, the client behind it. Or what
     /// stands at a name that is needed.
@@ -177,6 +178,28 @@ impl Error {
             | Error::NameTaken { .. } => Fault::Outside,
             Error::Memory { .. } | Error::Os { .. } => Fault::System,
         }
+    }
+
+    /// Whether asking again, for the whole, may succeed without a change of anything on this side:
+    /// the server was late, ended, gave up, or had no room. What had come of a body before is no part
+    /// of the second answer. A server may have done by then what it was asked for: ask again only for
+    /// what may be done twice.
+    ///
+    /// ```
+    /// use shmferry::{Error, Refusal};
+    ///
+    /// assert!(Error::Disconnected.is_transient());
+    /// assert!(!Error::Refused(Refusal::NotFound).is_transient());
+    /// ```
+    pub fn is_transient(&self) -> bool {
+        matches!(
+            self,
+            Error::Timeout(_)
+                | Error::Disconnected
+                | Error::Aborted
+                | Error::Refused(Refusal::Leaving)
+                | Error::Rejected(Rejection::TooManyClients(_) | Rejection::Resources)
+        )
     }
 
     pub(crate) fn os<E: Into<io::Error>>(call: &'static str) -> impl FnOnce(E) -> Error {
@@ -276,7 +299,7 @@ impl From<LayoutMismatch> for Error {
     }
 }
 
-/// Why a server turned a client away (rule S3).
+/// Why a server turned a client away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Rejection {

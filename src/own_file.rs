@@ -1,5 +1,6 @@
 //! Opens this user's files at names that other users could take first, as in `/dev/shm`.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -28,11 +29,17 @@ pub(crate) fn open_own(
         }
         Err(errno) => match lstat(path) {
             Ok(found) if !is_own(&found, kind) => Err(taken_by(path, &found)),
-            _ => Err(Error::os(call)(errno)),
+            _ => Err(Error::os(call)(named(path, &errno.into()))),
         },
     }
 }
 
+/// The same error, which says where.
+pub(crate) fn named(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+/// What stands at a path that is needed.
 pub(crate) fn taken_by(path: &Path, found: &Stat) -> Error {
     let kind = match FileType::from_raw_mode(found.st_mode) {
         FileType::RegularFile => "a regular file",

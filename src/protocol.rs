@@ -195,7 +195,8 @@ pub enum Refusal {
     /// The sender does not understand the key.
     Invalid,
     /// The server is shutting down and did not take the request.
-    /// [`Requester::ask`](crate::channel::Requester::ask) then asks its successor by itself.
+    /// [`Client::get`](crate::Client::get) and [`Requester::ask`](crate::channel::Requester::ask)
+    /// ask its successor by themselves; they return this only if none came before the deadline.
     Leaving,
     /// A reason of the application's own.
     Other {
@@ -212,7 +213,8 @@ impl Refusal {
         Refusal::Other { code, metadata: Box::default() }
     }
 
-    /// The same reason with metadata of up to [`METADATA_LIMIT`] bytes. Only [`Refusal::Other`] has
+    /// The same reason with metadata of up to [`METADATA_LIMIT`] bytes: a refusal with
+    /// more cannot be sent ([`Error::Misuse`](crate::Error::Misuse)). Only [`Refusal::Other`] has
     /// metadata; other reasons are returned unchanged.
     pub fn with(self, metadata: &impl Metadata) -> Refusal {
         match self {

@@ -1,11 +1,13 @@
 //! The front door of a sender: bind an address, serve each request with a handler.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::error::Error as StdError;
 use std::fmt;
 #[cfg(unix)]
 use std::fs::File;
 use std::io;
+use std::mem;
 #[cfg(unix)]
 use std::os::fd::AsFd;
 use std::panic::{self, AssertUnwindSafe};
@@ -65,8 +67,11 @@ type OnError = dyn Fn(&ServeError) + Send + Sync;
 impl Server {
     /// Takes an address, `unix:PATH` or `mq:/NAME`, for this process.
     ///
-    /// A dead server's leftovers are taken over. A server that becomes a daemon binds after its
-    /// last fork.
+    /// A dead server's leftovers are taken over: one that is killed, by `SIGTERM` say, leaves a
+    /// socket and a lock file, which harm nothing. To leave nothing, [stop](Serving::stop) it. A
+    /// missing directory is made, if its parent is there, and goes with the server. While another
+    /// server is there, this fails at once: a successor tries again until that one has stopped. A
+    /// server that becomes a daemon binds after its last fork.
     ///
     /// ```
     /// # use shmferry::*;
@@ -107,7 +112,7 @@ impl Server {
     /// A server of a queue of one's own choice: [`InProcess`](crate::channel::InProcess), say.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -122,7 +127,7 @@ impl Server {
     /// reads slowly but steadily is never given up.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let server = Server::with(queue).timeout(std::time::Duration::from_secs(5));
@@ -140,7 +145,7 @@ impl Server {
     /// does holds up that worker.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let server = Server::with(queue).on_error(|error| match error.fault() {
@@ -189,8 +194,10 @@ impl Server {
         };
         let work = move |transfer: ShmTransfer<Sender, Starting>| {
             let (key, peer) = (transfer.shared_key(), transfer.peer());
-            let incoming = Incoming { transfer, timeout };
+            let incoming = Incoming { transfer, timeout, duty: Duty };
+            UNANSWERED.set(false);
             let error = match panic::catch_unwind(AssertUnwindSafe(|| handler(incoming))) {
+                Ok(Ok(())) if UNANSWERED.take() => ServeError::Unanswered { key, peer },
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => ServeError::Handler { key, peer, error: error.into() },
                 Err(panic) => ServeError::Panic { key, peer, message: message_of(&*panic) },
@@ -256,7 +263,7 @@ impl ServerBuilder {
         self
     }
 
-    /// The most bytes of segments that one client may bring. Sockets only.
+    /// The most bytes of segments that one client may bring; 4 GiB by default. Sockets only.
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = Some(bytes);
         self
@@ -334,7 +341,7 @@ impl Serving {
     /// it.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -355,7 +362,7 @@ impl Serving {
     /// As [`wait`](Self::wait), up to a deadline; `false` if that came first.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// # let serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -397,6 +404,14 @@ pub enum ServeError {
         /// What the handler returned.
         error: Box<dyn StdError + Send + Sync>,
     },
+    /// A handler returned `Ok`, and had dropped its request unanswered: its client was told
+    /// [`Error::Aborted`].
+    Unanswered {
+        /// What was asked for.
+        key: Arc<[u8]>,
+        /// Who asked; `None` within one process.
+        peer: Option<Peer>,
+    },
     /// A handler panicked.
     Panic {
         /// What was asked for.
@@ -423,7 +438,7 @@ impl ServeError {
     pub fn fault(&self) -> Fault {
         match self {
             ServeError::Handler { error, .. } => fault_of(&**error),
-            ServeError::Panic { .. } => Fault::Ours,
+            ServeError::Panic { .. } | ServeError::Unanswered { .. } => Fault::Ours,
             ServeError::Rejected { .. } => Fault::Outside,
             ServeError::Queue(error) => error.fault(),
         }
@@ -447,6 +462,9 @@ impl fmt::Display for ServeError {
             ServeError::Handler { key, error, .. } => {
                 write!(f, "serving {} failed: {error}", key.escape_ascii())
             }
+            ServeError::Unanswered { key, .. } => {
+                write!(f, "serving {} failed: the handler gave no answer", key.escape_ascii())
+            }
             ServeError::Panic { key, message, .. } => {
                 write!(f, "serving {} panicked: {message}", key.escape_ascii())
             }
@@ -463,7 +481,7 @@ impl StdError for ServeError {
         match self {
             ServeError::Handler { error, .. } => Some(&**error),
             ServeError::Queue(error) => Some(error),
-            ServeError::Panic { .. } | ServeError::Rejected { .. } => None,
+            _ => None,
         }
     }
 }
@@ -476,13 +494,36 @@ impl StdError for ServeError {
 pub struct Incoming {
     transfer: ShmTransfer<Sender, Starting>,
     timeout: Duration,
+    duty: Duty,
+}
+
+thread_local! {
+    /// A request was dropped unanswered on this thread.
+    static UNANSWERED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Notes that a request is dropped, unless it is [answered](Incoming::answered).
+#[derive(Debug)]
+struct Duty;
+
+impl Drop for Duty {
+    fn drop(&mut self) {
+        // Fails when the thread ends, and then there is no handler that returns.
+        let _ = UNANSWERED.try_with(|unanswered| unanswered.set(true));
+    }
 }
 
 impl Incoming {
+    /// The transfer, to be answered.
+    fn answered(self) -> ShmTransfer<Sender, Starting> {
+        mem::forget(self.duty);
+        self.transfer
+    }
+
     /// What is asked for.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| {
@@ -499,7 +540,7 @@ impl Incoming {
     /// Who asks, as the kernel vouches for it; `None` within one process.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| match request.peer() {
@@ -517,7 +558,7 @@ impl Incoming {
     /// Answers that there are no bytes, and why.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| request.refuse(Refusal::other(7)))?;
@@ -526,16 +567,17 @@ impl Incoming {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Stale`] when the client has given up.
+    /// [`Error::Stale`] when the client has given up; [`Error::Misuse`] for metadata longer than
+    /// [`METADATA_LIMIT`](crate::protocol::METADATA_LIMIT).
     pub fn refuse(self, why: Refusal) -> Result<()> {
-        self.transfer.refuse(why)
+        self.answered().refuse(why)
     }
 
     /// Answers with a whole file, from its beginning; its own position neither matters nor moves.
     /// Waits for the client as long as that makes progress.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::fs::File;
@@ -560,7 +602,7 @@ impl Incoming {
     /// Answers with these bytes.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| request.send_bytes(b"hello"))?;
@@ -576,11 +618,15 @@ impl Incoming {
         outgoing.finish()
     }
 
-    /// Answers that so many bytes will come, which are then written one after the other;
-    /// [`Size::Unknown`] for as many as there will be.
+    /// Accepts the request, with so many bytes to be written; [`Size::Unknown`] for as many as there
+    /// will be.
+    ///
+    /// Nothing is sent by this alone, not even the size: that goes with the first bytes, when a slot
+    /// is full (256 KiB, unless the client says otherwise), or at `flush`, or at the end. A source
+    /// that is slower than the client's timeout has to flush, or the client takes it for late.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::io::Write;
@@ -605,7 +651,7 @@ impl Incoming {
     /// As [`accept`](Self::accept), with metadata beside the size.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::io::Write;
@@ -624,18 +670,22 @@ impl Incoming {
     /// Also [`Error::Misuse`] for metadata longer than
     /// [`METADATA_LIMIT`](crate::protocol::METADATA_LIMIT).
     pub fn accept_with(self, size: impl Into<Size>, metadata: &impl Metadata) -> Result<Outgoing> {
-        let mut transfer = self.transfer.accept_with(size, metadata)?;
-        transfer.set_timeout(self.timeout);
+        let timeout = self.timeout;
+        let mut transfer = self.answered().accept_with(size, metadata)?;
+        transfer.set_timeout(timeout);
         Ok(Outgoing { transfer })
     }
 
     /// The transfer beneath.
     pub fn into_transfer(self) -> ShmTransfer<Sender, Starting> {
-        self.transfer
+        self.answered()
     }
 }
 
 /// An answer under way: write to it (`io::Write`), and [finish](Self::finish) it.
+///
+/// What is written is sent when a slot is full, at `flush`, and at the end. Flush what the client is
+/// to see at once; the size and the metadata, too, go with the first bytes that are sent.
 ///
 /// Dropped before that, it tells its client that the transfer broke off. An answer of known size has
 /// ended with its last byte.
@@ -651,10 +701,10 @@ impl Outgoing {
         self.transfer.size()
     }
 
-    /// Bytes handed to the client so far.
+    /// Bytes handed to the client so far, without those that wait for a flush.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::io::Write;
@@ -677,7 +727,7 @@ impl Outgoing {
     /// all of it when the size is unknown, and ends the answer; returns the bytes sent in all.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::fs::File;
@@ -702,7 +752,7 @@ impl Outgoing {
     /// Waits for room for the next chunk, to be filled where it lies.
     ///
     /// ```
-    /// # use shmferry::channel::InProcess;
+    /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let _serving = Server::with(queue).serve(2, |request| -> Result<()> {

@@ -187,6 +187,7 @@ fn a_handler_that_fails_or_panics_ends_its_own_transfer_only_and_is_told_of() {
         let handler = |request: Incoming| -> Result<(), Box<dyn StdError + Send + Sync>> {
             match request.key() {
                 b"fails" => Err("no disk".into()),
+                b"forgets" => Ok(()),
                 b"panics" => panic!("meant to be seen in the test's output"),
                 b"breaks off" => {
                     let mut outgoing = request.accept(10)?;
@@ -201,6 +202,7 @@ fn a_handler_that_fails_or_panics_ends_its_own_transfer_only_and_is_told_of() {
         let client = way.client(small());
         for (key, text) in [
             ("fails", "serving fails failed: no disk"),
+            ("forgets", "serving forgets failed: the handler gave no answer"),
             ("panics", "serving panics panicked: meant to be seen in the test's output"),
         ] {
             assert!(matches!(client.get(key), Err(Error::Aborted)), "{key}");
@@ -438,4 +440,19 @@ fn a_directory_hands_out_its_own_regular_files_and_nothing_else() {
     // It is the directory, and not its name.
     fs::rename(&root, place.path().join("moved")).unwrap();
     assert!(directory.file("sub/a").unwrap().is_some());
+}
+
+#[test]
+fn a_path_where_something_else_stands_is_told_what_it_is_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, missing) = (dir.path().join("file"), dir.path().join("a/b/queue.sock"));
+    std::fs::write(&file, "precious").unwrap();
+    let error = Server::bind(file.as_path()).unwrap_err();
+    let told = format!("{file:?} is taken by a regular file of user ");
+    assert!(error.to_string().starts_with(&told), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    let error = Server::bind(missing.as_path()).unwrap_err();
+    let parent = missing.parent().unwrap().display().to_string();
+    assert!(error.to_string().contains(&parent), "{error}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }

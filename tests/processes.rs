@@ -725,7 +725,7 @@ fn one_server_at_an_address_and_leftovers_taken_over() {
     let mut first = Other::start_as("serve", &address(&path), None);
     first.wait_for("ready");
     let error = Seqpacket::new(&path).bind().map(drop).unwrap_err();
-    let told = format!("{} is being served by process {}", path.display(), first.child.id());
+    let told = format!("unix:{} is being served by process {}", path.display(), first.child.id());
     assert_eq!(error.to_string(), told);
     first.kill();
     assert!(path.exists(), "a killed server cannot clean up");

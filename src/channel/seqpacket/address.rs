@@ -3,13 +3,15 @@
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{FileType, lstat};
 use rustix::process::getuid;
 
 use crate::channel::lock_file::LockFile;
 use crate::error::{Error, Misuse, Result};
+use crate::own_file::{named, taken_by};
 use crate::process::Origin;
 
 use super::{socket, socket_address};
@@ -44,14 +46,15 @@ impl Address {
         lock_path.push(".lock");
         let lock_path = PathBuf::from(lock_path);
 
+        let address_text = format!("unix:{}", path.display());
         let mut made_dir = make_parent(path)?;
-        let mut locked = LockFile::take(&lock_path, path.display());
+        let mut locked = LockFile::take(&lock_path, &address_text);
         if matches!(&locked, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound)
         {
             // A predecessor that ended just now has removed its directory.
             drop(made_dir);
             made_dir = make_parent(path)?;
-            locked = LockFile::take(&lock_path, path.display());
+            locked = LockFile::take(&lock_path, &address_text);
         }
         let (mut lock, _) = locked?;
         lock.sign("")?;
@@ -61,8 +64,12 @@ impl Address {
 
         // We have the lock, so a socket at the path has no living owner. Anything else there is not
         // ours to remove: `bind` reports that the address is in use.
-        if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-            fs::remove_file(path).map_err(Error::os("removing a dead server's socket"))?;
+        match lstat(path) {
+            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::Socket => {
+                fs::remove_file(path).map_err(Error::os("removing a dead server's socket"))?;
+            }
+            Ok(found) => return Err(taken_by(path, &found)),
+            Err(_) => {} // nothing, or `bind` says what is wrong
         }
         let listener = socket()?;
         rustix::net::bind(&listener, &socket_address).map_err(Error::os("bind"))?;
@@ -126,7 +133,7 @@ fn make_parent(path: &Path) -> Result<Option<MadeDir>> {
             });
             Ok(is_made.then(|| MadeDir::new(dir.to_owned())))
         }
-        Err(error) => Err(Error::os("making the socket's directory")(error)),
+        Err(error) => Err(Error::os("making the socket's directory")(named(dir, &error))),
     }
 }
 
