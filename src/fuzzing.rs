@@ -47,8 +47,8 @@ pub fn offered(pool: &SegmentPool<Memfd>) -> Result<(ShmTransfer<Receiver, Offer
     Ok((transfer, memory))
 }
 
-/// A correct sender with a request of this generation, over memory that `corrupt` wrote to before it
-/// was attached, and the memory as its receiver has it.
+/// A correct sender with a request of this generation, over memory that `corrupt` wrote to before
+/// it was attached, and the memory as its receiver has it.
 pub fn starting(
     slots: u32,
     slot_len: u32,
