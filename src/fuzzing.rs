@@ -47,18 +47,18 @@ pub fn offered(pool: &SegmentPool<Memfd>) -> Result<(ShmTransfer<Receiver, Offer
     Ok((transfer, memory))
 }
 
-/// A correct sender with a request of this generation, over memory that `spoil` wrote to before it
-/// was attached, and the memory as its receiver has it.
+/// A correct sender with a request of this generation, over memory that `corrupt` wrote to before
+/// it was attached, and the memory as its receiver has it.
 pub fn starting(
     slots: u32,
     slot_len: u32,
     generation: u64,
-    spoil: impl FnOnce(BorrowedFd<'_>),
+    corrupt: impl FnOnce(BorrowedFd<'_>),
 ) -> Result<(ShmTransfer<Sender, Starting>, OwnedFd)> {
     let id = SegmentId { pool: PoolId(7), index: 3 };
     let geometry = Geometry::new(slots, slot_len)?;
     let (_owned, memory) = Memfd::create(&(), id, geometry)?;
-    spoil(memory.as_fd());
+    corrupt(memory.as_fd());
     let segment = memory.attach(id, geometry)?;
     let transfer = ShmTransfer::begin(
         Arc::new(segment),

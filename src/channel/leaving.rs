@@ -18,7 +18,7 @@ pub(super) struct Leaving {
 #[derive(Default)]
 struct End {
     has_come: Mutex<bool>,
-    told: Condvar,
+    changed: Condvar,
 }
 
 impl Leaving {
@@ -29,15 +29,15 @@ impl Leaving {
     /// [`Error::Os`] when the thread cannot be started.
     pub(super) fn start(mut round: impl FnMut() -> Duration + Send + 'static) -> Result<Leaving> {
         let end = Arc::new(End::default());
-        let told = Arc::clone(&end);
+        let shared = Arc::clone(&end);
         let answer = move || {
             loop {
                 let pause = round();
-                let has_come = lock(&told.has_come);
+                let has_come = lock(&shared.has_come);
                 if *has_come {
                     return;
                 }
-                let waited = told.told.wait_timeout(has_come, pause);
+                let waited = shared.changed.wait_timeout(has_come, pause);
                 if *waited.unwrap_or_else(PoisonError::into_inner).0 {
                     return;
                 }
@@ -61,7 +61,7 @@ impl Drop for Leaving {
             return;
         }
         *lock(&self.end.has_come) = true;
-        self.end.told.notify_all();
+        self.end.changed.notify_all();
         // The queue may be dropped on this very thread, by the application's callback for a
         // rejected client.
         if thread.thread().id() != thread::current().id() {

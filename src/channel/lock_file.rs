@@ -70,9 +70,9 @@ impl LockFile {
 /// The pid in a server's lock file; `None` if there is none, or the file is not this user's.
 #[cfg_attr(not(feature = "posix-mq"), allow(dead_code))]
 pub(super) fn holder(path: &Path) -> Option<u32> {
-    let mut told = String::new();
-    open(path, OFlags::RDONLY).ok()?.take(LONGEST_PID).read_to_string(&mut told).ok()?;
-    pid_in(&told)
+    let mut content = String::new();
+    open(path, OFlags::RDONLY).ok()?.take(LONGEST_PID).read_to_string(&mut content).ok()?;
+    pid_in(&content)
 }
 
 /// The most bytes of the first line.

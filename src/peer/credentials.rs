@@ -26,8 +26,8 @@ impl Peer {
 pub(crate) fn untaken(sink: BorrowedFd<'_>) -> Option<u64> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the call writes one `c_int` to `bytes`, which is one, private and alive.
-    let told = unsafe { libc::ioctl(sink.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
-    if told == 0 {
+    let result = unsafe { libc::ioctl(sink.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result == 0 {
         return u64::try_from(bytes).ok();
     }
     // Pipes report it by `FIONREAD`. For sockets that means received bytes, but they never get

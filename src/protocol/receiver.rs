@@ -63,7 +63,7 @@ impl ShmTransfer<Receiver, Offered> {
         let generation = open(&guard.segment).inspect_err(|_| {
             // The turn word was corrupted while the segment was leased. It is returned, to be
             // replaced.
-            guard.give_back(Ended::spoilt());
+            guard.give_back(Ended::corrupted());
         })?;
         let offer = Arc::new(Offer::new(Arc::clone(&guard.segment), generation));
         let waiter = Waiter::among(&RECEIVERS);

@@ -264,14 +264,14 @@ fn permits_out_of_nowhere_bring_no_foreign_bytes() {
 #[test]
 fn a_spoilt_turn_word_costs_the_segment_and_no_more() {
     let stage = stage();
-    stage.segment.header().turn.spoil(u64::MAX);
+    stage.segment.header().turn.corrupt(u64::MAX);
     drop(stage.transfer);
     let lease = stage.pool.lease(soon()).unwrap();
     assert_eq!(stage.pool.stats().retired, 1);
     drop(lease);
 
     // Corrupted while idle, it is replaced before it is leased.
-    stage.pool.live().1[0].segment.header().turn.spoil(7);
+    stage.pool.live().1[0].segment.header().turn.corrupt(7);
     let (_request, transfer) = stage.pool.lease(soon()).unwrap().request("key").unwrap();
     drop(transfer);
     assert_eq!(stage.pool.stats().retired, 2);
@@ -300,7 +300,7 @@ fn a_receiver_that_poisons_or_flips_phases_is_caught_by_the_sender() {
 
     let (sender, _transfer) = request();
     let mut sending = sender.accept(1000).unwrap();
-    only(&pool).header().turn.spoil(0xdead);
+    only(&pool).header().turn.corrupt(0xdead);
     let error = sending.next_slot(soon()).unwrap().send(b"a").unwrap_err();
     assert!(
         matches!(
@@ -372,7 +372,7 @@ fn a_segment_spoilt_while_it_is_leased_is_replaced_and_not_lost() {
         [7, 0x1ff, u64::MAX, 5 << 8 | Phase::Offered as u64].into_iter().enumerate()
     {
         let lease = pool.lease(soon()).unwrap();
-        lease.segment().header().turn.spoil(word);
+        lease.segment().header().turn.corrupt(word);
         let error = lease.request("key").map(drop).unwrap_err();
         assert!(
             matches!(error, Error::Peer(crate::error::ProtocolError(PeerFault::ImpossibleTurn(found))) if found == word),
@@ -542,7 +542,7 @@ fn a_client_that_puts_the_turn_word_back_has_no_second_worker_in_its_slot() {
     let (request, _asked) = pool.lease(soon()).unwrap().request("key").unwrap();
     let link = Arc::new(Link::to_receiver(crate::peer::Peer { pid: None, uid: 0 }));
     let begin = || request.begin_here(&link).unwrap();
-    let turn = || pool.live().1[0].segment.header().turn.spoil(1 << 8 | 1);
+    let turn = || pool.live().1[0].segment.header().turn.corrupt(1 << 8 | 1);
     let (one, two, three) = (begin(), begin(), begin());
     let one = one.accept(4).unwrap();
     turn();

@@ -14,7 +14,7 @@ impl Segment<WriteSlots> {
 #[cfg(not(loom))]
 impl Turn {
     /// Overwrites the word, as a peer can.
-    pub(crate) fn spoil(&self, word: u64) {
+    pub(crate) fn corrupt(&self, word: u64) {
         self.0.store(word, crate::sync::atomic::Release);
     }
 }

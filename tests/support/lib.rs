@@ -801,7 +801,7 @@ impl std::fmt::Debug for Answer {
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + WATCHDOG;
     while !holds() {
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        assert!(Instant::now() < deadline, "timed out before {what}");
         thread::sleep(Duration::from_millis(2));
     }
 }

@@ -7,7 +7,7 @@ fn whoever_holds_it_is_named_to_others() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("lock");
     let (mut held, found) = LockFile::take(&path, "here").unwrap();
-    assert_eq!(found, "", "nobody was there before");
+    assert_eq!(found, "", "there was no predecessor");
     held.sign("a note\n").unwrap();
     match LockFile::take(&path, "here") {
         Err(Error::AddressInUse { address, pid }) => {

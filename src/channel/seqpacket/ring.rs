@@ -257,13 +257,13 @@ pub(crate) fn fuzz(script: &[u8]) -> crate::error::Result<()> {
     use crate::segment::{attach_words, create_words};
     let (ours, memory) = create_words("fuzz", RING_LEN)?;
     let (poster, taker) = (Poster::new(ours), Taker::new(attach_words(&memory, RING_LEN)?));
-    let spoilt = attach_words(&memory, RING_LEN)?;
+    let corrupted = attach_words(&memory, RING_LEN)?;
     let mut accepted = 0;
     for step in script.chunks_exact(11) {
         let at = usize::from(u16::from_le_bytes([step[1], step[2]]));
         let value = u64::from_le_bytes(std::array::from_fn(|i| step[3 + i]));
         match step[0] % 6 {
-            0 | 1 => spoilt[at % RING_WORDS].store(value, Relaxed),
+            0 | 1 => corrupted[at % RING_WORDS].store(value, Relaxed),
             2 => {
                 let Some(number) =
                     poster.post(at as u32, value, &[step[0]; KEY_ROOM + 8][..at % (KEY_ROOM + 9)])

@@ -38,7 +38,7 @@ impl<'a> Message<'a> {
     const REQUEST: u8 = 4;
     const FAREWELL: u8 = 5;
     const RING: u8 = 6;
-    const KNOCK: u8 = 7;
+    const WAKEUP: u8 = 7;
 
     pub(crate) fn encode(self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(32);
@@ -60,7 +60,7 @@ impl<'a> Message<'a> {
                 bytes.extend(index.to_le_bytes());
             }
             Message::Ring => bytes.push(Self::RING),
-            Message::Wakeup => bytes.push(Self::KNOCK),
+            Message::Wakeup => bytes.push(Self::WAKEUP),
             Message::Request { index, generation, key } => {
                 bytes.push(Self::REQUEST);
                 bytes.extend(index.to_le_bytes());
@@ -102,7 +102,7 @@ impl<'a> Message<'a> {
             Self::SEGMENT => Message::Segment { index: u32::from_le_bytes(take(rest)?) },
             Self::RETIRE => Message::Retire { index: u32::from_le_bytes(take(rest)?) },
             Self::RING => Message::Ring,
-            Self::KNOCK => Message::Wakeup,
+            Self::WAKEUP => Message::Wakeup,
             Self::REQUEST => {
                 let index = u32::from_le_bytes(take(rest)?);
                 let generation = u64::from_le_bytes(take(rest)?);

@@ -58,7 +58,7 @@ impl Ended {
     }
 
     /// For a segment whose turn word was corrupted: no turn word can contain this generation.
-    pub(crate) fn spoilt() -> Ended {
+    pub(crate) fn corrupted() -> Ended {
         Ended { generation: u64::MAX, link: None }
     }
 
@@ -120,7 +120,7 @@ impl<B> Quarantined<B> {
     /// its death free the segment: a child of `fork` may have inherited the connection, and be
     /// alive. In different pid namespaces the pids differ, and the segment is replaced.
     fn was_sent_by(&self, link: &Link) -> bool {
-        let told = self.pooled.segment.header().announcement.pid.load(Relaxed);
-        link.peer().and_then(|peer| peer.pid) == Some(told)
+        let sender = self.pooled.segment.header().announcement.pid.load(Relaxed);
+        link.peer().and_then(|peer| peer.pid) == Some(sender)
     }
 }

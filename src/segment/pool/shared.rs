@@ -138,7 +138,7 @@ impl<B: Backing> Shared<B> {
             }
             let quarantined = match (idle, quarantined) {
                 (Some(pooled), _) if pooled.is_sound() => return Ok(pooled),
-                (Some(pooled), _) => Quarantined { pooled, ended: Ended::spoilt() },
+                (Some(pooled), _) => Quarantined { pooled, ended: Ended::corrupted() },
                 (None, Some(quarantined)) => quarantined,
                 (None, None) => unreachable!("`available` counts idle and quarantined segments"),
             };

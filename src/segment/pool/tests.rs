@@ -63,8 +63,8 @@ fn at_once() -> Deadline {
 }
 
 /// Corrupts a segment's turn word, as a peer can.
-fn spoil(pooled: &PooledSegment<Scarce>) {
-    pooled.segment.header().turn.spoil(7);
+fn corrupt(pooled: &PooledSegment<Scarce>) {
+    pooled.segment.header().turn.corrupt(7);
 }
 
 fn newest(pool: &SegmentPool<Scarce>) -> Arc<PooledSegment<Scarce>> {
@@ -74,7 +74,7 @@ fn newest(pool: &SegmentPool<Scarce>) -> Arc<PooledSegment<Scarce>> {
 #[test]
 fn a_segment_that_cannot_be_replaced_starves_no_sound_one() {
     let pool = pool(4);
-    spoil(&newest(&pool)); // the one that is leased next
+    corrupt(&newest(&pool)); // the one that is leased next
     REFUSED.set(true);
     for _ in 0..100 {
         let leases = [(); 3].map(|()| pool.lease(soon()).unwrap());
@@ -116,7 +116,7 @@ fn only_segments_that_were_made_have_numbers_and_none_has_one_twice() {
     let pool = pool(2);
     let queue = InProcess::bounded(1);
     for _ in 0..3 {
-        spoil(&newest(&pool));
+        corrupt(&newest(&pool));
         REFUSED.set(true);
         for _ in 0..5 {
             let lease = pool.lease(soon()).unwrap();
@@ -134,7 +134,7 @@ fn only_segments_that_were_made_have_numbers_and_none_has_one_twice() {
     lock(&pool.shared.state).next_index = u32::MAX;
     let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
     queue.send(request, soon()).unwrap();
-    spoil(&newest(&pool));
+    corrupt(&newest(&pool));
     drop(transfer);
     let before = pool.live().1.len();
     let results: Vec<_> = (0..2).map(|_| pool.lease(at_once())).collect();
@@ -153,7 +153,7 @@ fn a_look_at_what_lingers_keeps_no_place_when_nothing_does() {
 fn a_name_that_is_anothers_costs_one_replacement_and_no_more() {
     let pool = pool(1);
     TAKEN.set(Some(1));
-    spoil(&newest(&pool));
+    corrupt(&newest(&pool));
     assert!(matches!(pool.lease(at_once()), Err(Error::NameTaken { .. })));
     assert_eq!(pool.lease(at_once()).unwrap().segment().id().index(), 2);
     TAKEN.set(None);

@@ -18,7 +18,7 @@ fn soon() -> Deadline {
 fn has_sleeper(semaphore: &Semaphore) -> bool {
     let limit = soon();
     while semaphore.sleepers.load(Relaxed) == 0 {
-        assert!(!limit.has_passed(), "nobody went to sleep");
+        assert!(!limit.has_passed(), "no thread went to sleep");
         thread::yield_now();
     }
     true

@@ -48,7 +48,7 @@ fn what_a_dead_owner_left_is_inherited_once() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("life");
     mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-    assert!(Lifeline::follow(&path).unwrap().is_none(), "nobody holds it");
+    assert!(Lifeline::follow(&path).unwrap().is_none(), "no process holds it");
     let inherited = Lifeline::inherit(&path).unwrap().unwrap();
     assert!(Lifeline::inherit(&path).unwrap().is_none());
     assert!(Lifeline::follow(&path).unwrap().is_none(), "an heir is no owner");

@@ -57,7 +57,7 @@ fn one_knock_until_the_bell_is_raised_again() {
         }
     };
     let wakeups = || need_wakeup().map(|need_wakeup| poster.lower(need_wakeup)).is_some();
-    assert!(need_wakeup().is_some(), "a new ring is one that nobody looks at");
+    assert!(need_wakeup().is_some(), "no worker polls a new ring");
     assert!(wakeups(), "the wakeup before failed");
     assert!(!wakeups() && !wakeups());
     assert!(taker.arm(), "there is something to take");
