@@ -20,7 +20,7 @@ copy=$CARGO_TARGET_DIR/copy
 mkdir -p "$copy"
 fresh() { rm -rf "$copy/src"; cp -r Cargo.lock README.md src "$copy"; }
 fresh
-sed -E '/^\[\[bench\]\]/,/^$/d; /^(default-members|members|shmferry-test-support) = /d' \
+sed -E '/^\[\[(bench|example)\]\]/,/^$/d; /^(default-members|members|shmferry-test-support) = /d' \
     Cargo.toml | sed 's/^opt-level = 1$/opt-level = 0\ndebug = false/' >"$copy/Cargo.toml"
 printf '\n[profile.dev.package."*"]\nopt-level = 3\n' >>"$copy/Cargo.toml"
 
