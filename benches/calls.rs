@@ -36,13 +36,14 @@ fn main() -> io::Result<()> {
     let (few, many) = (count(FEW)?, count(MANY)?);
     let mut text = format!(
         "# System calls\n\n\
+        For users who compare speeds.\n\n\
         Written by `cargo bench --bench calls -- --write docs`, from one run: calls a thousand fetches of 1 KiB, over {}\n\
         fetches, one at a time, over the socket. `pread64`, one a fetch in the server, is not among them.\n\n\
         Where nobody has to sleep there are next to none: the request goes through the ring, and both sides find what\n\
         they wait for while they spin. `epoll_pwait` is a worker's look at the connections, due once a millisecond\n\
         however busy the rings are; strace stops it there, for longer than a client waits before it asks whether the\n\
         server still stands, by `ppoll`. The rest comes of turns that another process took: `futex` is a client's\n\
-        sleep or the wake-up for it, `sendmsg` and `recvmsg` the knock that wakes a worker.\n",
+        sleep or the wake-up for it, `sendmsg` and `recvmsg` the wake-up for a worker.\n",
         MANY - FEW
     );
     for (side, few, many) in [("server", &few[0], &many[0]), ("client", &few[1], &many[1])] {

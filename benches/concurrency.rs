@@ -445,9 +445,10 @@ impl Cell {
 fn report(cells: &[(bool, usize, Vec<Cell>)], memory: &[u64]) -> String {
     let mut text = format!(
         "# Many transfers at once\n\n\
+        For users who compare speeds.\n\n\
         Written by `cargo bench --bench concurrency -- --write docs`, from one run: a file of 1 MiB, {ROUNDS} rounds of\n\
         {} ms for each method and number of clients, interleaved; medians over the rounds. The clients are threads\n\
-        of one process; shmferry: one pool of 8 segments of 2 MiB in 8 slots, a workers of {WORKERS}; the Unix socket: a connection\n\
+        of one process; shmferry: one pool of 8 segments of 2 MiB in 8 slots, {WORKERS} workers; the Unix socket: a connection\n\
         and a server thread for each client; the buffers have {} KiB. `slowest` is what the slowest client got, as a\n\
         part of the mean. Processor time and context switches are those of both processes (without the drain's).\n\n\
         ![throughput by clients](concurrency.svg)\n",

@@ -101,7 +101,8 @@ fn main() -> io::Result<()> {
         }
     }
     let mut text = format!(
-        "# The control path\n\nWritten by `cargo bench --bench control -- --write docs`, from one run: one trip to \
+        "# The control path\n\nFor users who compare speeds.\n\n\
+         Written by `cargo bench --bench control -- --write docs`, from one run: one trip to \
          another\nprocess and back (in process: another thread), in µs, {ROUNDS} rounds of {TRIPS}, interleaved. With \
          shmferry, a segment\nis leased, asked for, refused, and given back; the bare means carry 16 bytes each \
          way.\n\n| method | p10 | p50 | p99 |\n| --- | --- | --- | --- |\n"

@@ -31,6 +31,7 @@ ask() { # PORT WHAT BYTES CLIENTS REQUESTS
 }
 {
     printf '# Whole programs\n\n'
+    printf 'For users who compare speeds.\n\n'
     printf 'Written by `ci/benchmarks.sh`, from one run: GETFILE through webproxy and simplecached, in\n'
     printf 'three rounds that alternate with a plain read-and-write copy over one Unix socket, which has one hop and one\n'
     printf 'process fewer. Clients, proxy and cache share the machine.\n'

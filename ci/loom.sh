@@ -20,7 +20,7 @@ copy=$CARGO_TARGET_DIR/copy
 mkdir -p "$copy"
 fresh() { rm -rf "$copy/src"; cp -r Cargo.lock README.md src "$copy"; }
 fresh
-sed -E '/^\[\[bench\]\]/,/^$/d; /^(default-members|members|shmferry-test-support) = /d' \
+sed -E '/^\[\[(bench|example)\]\]/,/^$/d; /^(default-members|members|shmferry-test-support) = /d' \
     Cargo.toml | sed 's/^opt-level = 1$/opt-level = 0\ndebug = false/' >"$copy/Cargo.toml"
 printf '\n[profile.dev.package."*"]\nopt-level = 3\n' >>"$copy/Cargo.toml"
 
@@ -104,8 +104,8 @@ seeded "covered before it has accepted" $w $m::a_link_severed_while_its_sender_l
 seeded "in reach of the link after an abort" $w $m::a_link_severed_while_its_sender_aborts '/fn leave/,/^    \}/{s/^        drop\(self.registration\);$//; s/^        self.segment.header\(\).turn.advance.*/let left = &; drop(self.registration); left/}'
 seeded "a request dropped by its sender, not aborted" $t $m::an_abort_before '/fn abort/,/^    \}/s/^            let _ = self.take_up\(\);.*//'
 seeded "an abort of what was never taken up" $t $m::a_late_accept '/fn abort/,/^    \}/s/^        let Some\(writer\) = self.stand.leave.*/self.header().filled.set_poison(); &/'
-seeded "a segment poisoned after its enrolment ended" peer/link.rs $m::a_request_sent_after 's/^        state.registered.values\(\).*/let all: Vec<_> = state.registered.values().flatten().cloned().collect(); drop(state); all.iter().for_each(|registered| registered.poison());/'
-seeded "an enrolment that never ends"               peer/link.rs $m::a_link_severed_late 's/^        state.registered.remove\(&self.number\);//'
+seeded "a segment poisoned after its registration ended" peer/link.rs $m::a_request_sent_after 's/^        state.registered.values\(\).*/let all: Vec<_> = state.registered.values().flatten().cloned().collect(); drop(state); all.iter().for_each(|registered| registered.poison());/'
+seeded "a registration that never ends"               peer/link.rs $m::a_link_severed_late 's/^        state.registered.remove\(&self.number\);//'
 e=segment.rs
 seeded "a receiver's link that poisons the sender's wait" $e $m::a_severed 's/self.header\(\).filled.poison\(\);/self.header().free.poison();/'
 seeded "a receiver's link that poisons both waits"  $e $m::a_sender_is_not_stopped 's/self.header\(\).filled.poison\(\);/&self.header().free.poison();/'
@@ -135,7 +135,7 @@ p=segment/pool/shared.rs
 d=segment/pool/quarantine.rs
 seeded "a segment reclaimed while its sender is on it" $d $m '/fn reclaim/,/^    }/s/Some\(phase\) if phase.is_off\(\)/Some(phase)/'
 seeded "a segment leased again, reclaimed or not" $p $m 's/^        if ended.reclaim\(segment\) \{/if ended.reclaim(segment) || true {/; s/\(Some\(pooled\), _\) if pooled.is_sound\(\) =>/(Some(pooled), _) if true =>/; s/if is_alone && first.is_sound\(\)/if is_alone/'
-seeded "a lingering segment leased as it is"        $p $m 's/if (blocking.*settle.*\)\)) \{/if \1 || true {/'
+seeded "a quarantined segment leased as it is"        $p $m 's/if (blocking.*settle.*\)\)) \{/if \1 || true {/'
 seeded "a wait for a late sender that nothing ends" $d $m 's/filled.wait\(recheck\)/filled.wait(deadline)/'
 seeded "a hang-up taken for a death"                $d $m::a_hang_up 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) || true {/'
 seeded "a death that is not looked for"             $d $m::a_segment_whose_sender_died 's/if link.wait_dead\((.*)\) \{/if link.wait_dead(\1) \&\& false {/'
@@ -145,13 +145,13 @@ seeded "a segment that was left, leased as it is"   $d $m::a_segment_is_leased '
 seeded "a grace that is never over"                 $d $m::a_sender_that_stands_still '/fn settle/,/^    \}/s/if deadline.has_passed\(\)/if false/'
 seeded "a segment leased when the grace is over"    $d $m::a_segment_whose_sender_lingers '/fn settle/,/^    \}/s/^                return false;/return true;/'
 seeded "a segment that cannot be replaced, lost"    $p $m::a_segment_that_cannot '/fn take_slowly\(/,/^    \}/s/^                    self.put_quarantined\(quarantined\);$//'
-seeded "what lingers beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if quarantined.settle\(.*\) =>/if quarantined.settle(Deadline::after(Duration::ZERO)) || true =>/; s/\(Some\(pooled\), _\) if pooled.is_sound\(\) =>/(Some(pooled), _) if true =>/; s/if is_alone && first.is_sound\(\)/if is_alone/'
+seeded "what is quarantined beside, given back and leased as it is" $p $m::what_lingers '/fn tidy/,/^    \}/s/if quarantined.settle\(.*\) =>/if quarantined.settle(Deadline::after(Duration::ZERO)) || true =>/; s/\(Some\(pooled\), _\) if pooled.is_sound\(\) =>/(Some(pooled), _) if true =>/; s/if is_alone && first.is_sound\(\)/if is_alone/'
 
 f=protocol/offer.rs
 v=protocol/wait.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
 seeded "a dropped request that is not withdrawn"    $f $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\).is_ok\(\)/if header.turn.load().is_err()/'
-seeded "a request enrolled after its transfer is over" $f $m::a_request_sent_after '/fn sent_over/,/^    \}/s/if !matches!\(\*state, OfferState::Over\) \{/{/'
+seeded "a request registered after its transfer is over" $f $m::a_request_sent_after '/fn sent_over/,/^    \}/s/if !matches!\(\*state, OfferState::Over\) \{/{/'
 seeded "an offer that is never over"                $f $m::a_request_sent_after '/fn end\(/,/^    \}/s/let over = .*/let over = \&*lock(\&self.state);/'
 seeded "a request withdrawn although it was sent"   $f $m::one_slot '/fn abandon/,/^    \}/s/if matches!\(\*state, OfferState::Unsent\)/if !matches!(*state, OfferState::Over)/'
 seeded "a dropped request that poisons what a sender has" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/Phase::Withdrawn\).is_ok\(\)/Phase::Withdrawn).is_ok() || true/'
@@ -172,13 +172,13 @@ q=seqpacket::model
 seeded "an entry posted without Release"            $g $q 's/\[POSTED\].store\(\*posted, Release\)/[POSTED].store(*posted, Relaxed)/'
 seeded "an entry read without Acquire"              $g $q '/fn peek/,/^    }/s/\[POSTED\].load\(Acquire\)/[POSTED].load(Relaxed)/; /fn has_entries/,/^    }/s/load\(Acquire\)/load(Relaxed)/'
 seeded "an entry let go before it is read"          $g $q '/fn peek/,/^    }/s/^        let generation = /self.ring[TAKEN].store(taken + 1, Release); &/'
-seeded "no fence before the knock"                  $g $q '/fn follow/,/^    }/s/^        fence\(SeqCst\); .*//'
-seeded "no fence after the bell"                    $g $q '/fn arm/,/^    }/s/^        fence\(SeqCst\); .*//'
-seeded "a bell that is not raised"                  $g $q '/fn arm/,/^    }/s/^        self.ring\[NEED_WAKEUP\].swap\(need_wakeup, Relaxed\);//'
-seeded "no look after the bell"                     $g $q '/fn arm/,/^    }/s/^        self.has_entries\(\)/false/'
-seeded "a new ring without a bell"                  $g $q 's/^        ring\[NEED_WAKEUP\].store\(NEW, Relaxed\);//'
-seeded "a bell lowered before the knock"            $g $q '/fn follow/,/^    }/s/^            need_wakeup => Posted::MustWake\(need_wakeup\)/need_wakeup => { self.lower(need_wakeup); Posted::MustWake(need_wakeup) }/'
-seeded "a bell that is raised to the same number"   $g $q '/fn arm/,/^    }/s/^        let need_wakeup = .*/let need_wakeup = NEW;/; s/self.ring\[NEED_WAKEUP\].swap\(need_wakeup, Relaxed\);/self.ring[NEED_WAKEUP].store(need_wakeup, Relaxed);/'
+seeded "no fence before need_wakeup is read"                  $g $q '/fn follow/,/^    }/s/^        fence\(SeqCst\); .*//'
+seeded "no fence after need_wakeup is set"                    $g $q '/fn arm/,/^    }/s/^        fence\(SeqCst\); .*//'
+seeded "a need_wakeup that is not set"                  $g $q '/fn arm/,/^    }/s/^        self.ring\[NEED_WAKEUP\].swap\(need_wakeup, Relaxed\);//'
+seeded "no look after need_wakeup is set"                     $g $q '/fn arm/,/^    }/s/^        self.has_entries\(\)/false/'
+seeded "a new ring without need_wakeup"                  $g $q 's/^        ring\[NEED_WAKEUP\].store\(NEW, Relaxed\);//'
+seeded "need_wakeup cleared before the wake-up is sent"            $g $q '/fn follow/,/^    }/s/^            need_wakeup => Posted::MustWake\(need_wakeup\)/need_wakeup => { self.lower(need_wakeup); Posted::MustWake(need_wakeup) }/'
+seeded "need_wakeup set to the same number"   $g $q '/fn arm/,/^    }/s/^        let need_wakeup = .*/let need_wakeup = NEW;/; s/self.ring\[NEED_WAKEUP\].swap\(need_wakeup, Relaxed\);/self.ring[NEED_WAKEUP].store(need_wakeup, Relaxed);/'
 o=channel/seqpacket/wake_policy.rs
 seeded "a sleep without a look"                     $o $q '/fn prepare_sleep/,/^    }/s/state.arm\(\)/false/'
 seeded "a sleep although there is work"             $o $q '/fn prepare_sleep/,/^    }/s/let must_stay = state.arm\(\);/state.arm(); let must_stay = false;/'

@@ -58,13 +58,13 @@ seeded "a receiver's watcher that poisons nothing" "-DCRASHES" \
     's/^                segment\[enrolled_segment\].filled_poison = true$/                skip/'
 seeded "a sender's watcher that poisons nothing" "-DORPHANS -DSTEADFAST" \
     's/^                    segment\[covered_segment\[w\]\].free_poison = true$/                    skip/'
-seeded "a link that was severed before the transfer is enrolled" "-DHANGUPS" \
+seeded "a link that was severed before the transfer is registered" "-DHANGUPS" \
     '/^inline send/,/^}/s/segment\[s\].filled_poison = true/skip/'
 seeded "a link that was severed before the sender is covered" "-DORPHANS -DSTEADFAST" \
     's/:: senders_link_severed\[server_of(me)\] -> segment\[s\].free_poison = true/:: senders_link_severed[server_of(me)] -> skip/'
-seeded "a transfer that stays enrolled after its end" "-DHANGUPS" \
+seeded "a transfer that stays registered after its end" "-DHANGUPS" \
     's/^            enrolled = false; .*/            skip/'
-seeded "a request enrolled after its transfer's end" "-DHANGUPS -DAPART" \
+seeded "a request registered after its transfer's end" "-DHANGUPS -DAPART" \
     's/^        :: g > over ->$/        :: true ->/'
 seeded "a sender that stays covered after its last write" "-DHANGUPS" \
     's/^        covered\[me\] = false;$//'

@@ -3,7 +3,7 @@
 # too, or there are false reports: hence a compiler that brings its source (Debian: rust-web-src).
 #
 # It takes the two mappings of one segment for different memory, so that it sees no race on a slot
-# or a header between the two sides: that is loom's (ci/loom.sh). It sees pool, links, crew, queues, and
+# or a header between the two sides: that is loom's (ci/loom.sh). It sees pool, links, workers, queues, and
 # what several threads of one side do.
 #
 # One test at a time: the library maps memory by system calls that the sanitizer does not see, and so an

@@ -13,7 +13,7 @@
  *   - a generation is accepted once, by one sender (P1);
  *   - permits are never more than slots;
  *   - nobody waits for ever: no end state but the proper one (P7);
- *   - at the end the pool has its one segment, idle or lingering, and nobody but a late sender has
+ *   - at the end the pool has its one segment, idle or quarantined, and nobody but a late sender has
  *     any other.
  *
  * -DTIMEOUTS    any wait of the receiver may end by its deadline (a stopped sender, a slow one)
@@ -78,12 +78,12 @@ bool orphaned;                  /* the receiver's process is gone */
 /* The receiver's process. */
 bool receivers_link_severed[SERVERS];
 byte over;                      /* the last generation whose transfer is over */
-bool enrolled;                  /* a link watches over this segment and generation */
+bool enrolled;                  /* a link poisons this segment and generation: registered */
 byte enrolled_segment, enrolled_generation, enrolled_link;
 
 /* The servers' processes. */
 bool senders_link_severed[SERVERS];
-bool covered[WORKERS];          /* the link watches over this segment and generation */
+bool covered[WORKERS];          /* the link poisons this segment and generation */
 byte covered_segment[WORKERS], covered_generation[WORKERS];
 
 bool receiver_done;
@@ -213,7 +213,7 @@ active proctype Orphaning() {
 #endif
 
 /* The receiver's process learns that a connection ended, and poisons what its own side waits on:
-   `filled` of what is enrolled, under the link's lock. */
+   `filled` of what is registered (`enrolled` here), under the link's lock. */
 proctype ReceiversWatcher(byte link) {
 end_watch:
     {
@@ -251,7 +251,7 @@ end_watch:
     } until_dead(link)
 }
 
-/* The request goes over the connection to the server that is there, and the transfer is enrolled
+/* The request goes over the connection to the server that is there, and the transfer is registered
    with that link, unless it is over by then. */
 inline send(s, g, link) {
     atomic {
@@ -318,7 +318,8 @@ active proctype Receiver() {
     {
     do
     :: g <= GENERATIONS ->
-        /* Lease: an idle segment, or a lingering one that settles, or a fresh one in its place. */
+        /* Lease: an idle segment, or a quarantined one (`lingering` here) that settles, or a fresh one
+           in its place. */
         if
         :: !lingering -> skip
         :: lingering ->
@@ -400,7 +401,7 @@ active proctype Receiver() {
         g++
     :: g > GENERATIONS -> break
     od;
-    /* The pool has its segment: idle, or lingering until its sender is off or replaced. */
+    /* The pool has its segment: idle, or quarantined until its sender is off or replaced. */
     assert(lingering || segment[s].phase == Idle);
     assert(!segment[s].retired);
     receiver_done = true

@@ -64,6 +64,7 @@ pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let document = format!(
         "# Benchmarks\n\n\
+        For users who compare speeds.\n\n\
         Written by `{command}`, from one run; whatever came out worse stays in.\n\n\
         | | |\n| --- | --- |\n\
         | processor | {}, {processors} seen |\n| kernel | {} |\n| compiler | {} |\n| load at the end | {} |\n\
