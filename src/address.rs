@@ -36,9 +36,12 @@ impl Address {
     /// `/tmp/shmferry-UID`: where a server and its clients meet unless told otherwise.
     ///
     /// # Errors
-    /// [`Error::Misuse`] when that directory is not this user's alone.
+    /// [`Error::Misuse`] when that directory is not this user's alone, or the name has a slash.
     #[cfg(target_os = "linux")]
     pub fn of_user(name: &str) -> Result<Address> {
+        if name.is_empty() || name.contains(['/', '\0']) {
+            return Err(Misuse::Address(name.to_owned()).into());
+        }
         crate::channel::Seqpacket::runtime_path(name).map(Address::Unix)
     }
 }

@@ -296,8 +296,8 @@ impl ClientBuilder {
         self
     }
 
-    /// As [`connect_timeout`](Self::connect_timeout), once a server has been there and is gone: its
-    /// first start is waited for longer than its restart.
+    /// As [`connect_timeout`](Self::connect_timeout), once a server has been there and is gone, if it
+    /// is the shorter of the two: its first start is waited for longer than its restart.
     pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {
         self.connect_timeout_after_loss = Some(timeout);
         self
@@ -488,7 +488,7 @@ impl Body {
     }
 
     /// Copies what is still to come to a socket, pipe or file, straight from the shared memory;
-    /// returns the bytes copied. Waits as long as there is progress on both sides within the
+    /// returns the bytes that this call copied. Waits as long as there is progress on both sides within the
     /// timeout.
     ///
     /// ```

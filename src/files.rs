@@ -47,7 +47,8 @@ impl Directory {
     pub fn open(path: impl AsRef<Path>) -> io::Result<Directory> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = Directory(open(path.as_ref(), flags, Mode::empty())?);
-        directory.file(".")?; // an old kernel, a directory closed to us
+        // An old kernel, a directory closed to us.
+        openat2(&directory.0, ".", OFlags::PATH, Mode::empty(), ResolveFlags::BENEATH)?;
         Ok(directory)
     }
 
@@ -55,8 +56,9 @@ impl Directory {
     /// there is no such regular file beneath the directory: neither `..` nor a symbolic link leads
     /// out of it.
     ///
-    /// Waits while another process gives its lease on the file back, as
-    /// [`blocking`] does.
+    /// Waits while another process gives its lease on the file back, as [`blocking`] does. Whatever
+    /// the key names is opened for a moment: a process that waits for a reader of a FIFO there is let
+    /// go on. Keep FIFOs and devices out of such a directory.
     ///
     /// # Errors
     /// Those of the system other than that there is no such file: no right to read it, say.

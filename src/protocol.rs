@@ -60,14 +60,14 @@ pub use {sink::send_all, spool::Spool};
 /// # What does not compile
 /// Asking for a chunk before there is a reply:
 /// ```compile_fail,E0599
-/// # use shmferry::protocol::;
+/// # use shmferry::{protocol::*, *};
 /// fn early(mut transfer: ShmTransfer<Receiver, Offered>) {
 ///     let _ = transfer.next_chunk(Deadline::NEVER);
 /// }
 /// ```
 /// Asking for the next chunk while one is borrowed:
 /// ```compile_fail,E0499
-/// # use shmferry::protocol::;
+/// # use shmferry::{protocol::*, *};
 /// fn two_at_once(mut body: ShmTransfer<Receiver, Receiving>) -> Result<()> {
 ///     let first = body.next_chunk(Deadline::NEVER)?;
 ///     let second = body.next_chunk(Deadline::NEVER)?;
@@ -77,13 +77,13 @@ pub use {sink::send_all, spool::Spool};
 /// ```
 /// Sending before accepting, and accepting twice:
 /// ```compile_fail,E0599
-/// # use shmferry::protocol::;
+/// # use shmferry::{protocol::*, *};
 /// fn unannounced(mut transfer: ShmTransfer<Sender, Starting>) {
 ///     let _ = transfer.next_slot(Deadline::NEVER);
 /// }
 /// ```
 /// ```compile_fail,E0382
-/// # use shmferry::protocol::;
+/// # use shmferry::{protocol::*, *};
 /// fn twice(transfer: ShmTransfer<Sender, Starting>) {
 ///     let _ = transfer.accept(1);
 ///     let _ = transfer.accept(1);
@@ -91,7 +91,7 @@ pub use {sink::send_all, spool::Spool};
 /// ```
 /// Finishing while a slot is borrowed:
 /// ```compile_fail,E0505
-/// # use shmferry::protocol::;
+/// # use shmferry::{protocol::*, *};
 /// fn unfinished(mut sending: ShmTransfer<Sender, Sending>) -> Result<()> {
 ///     let slot = sending.next_slot(Deadline::NEVER)?;
 ///     sending.finish()?;

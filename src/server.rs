@@ -6,7 +6,7 @@ use std::error::Error as StdError;
 use std::fmt;
 #[cfg(unix)]
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::mem;
 #[cfg(unix)]
 use std::os::fd::AsFd;
@@ -57,6 +57,8 @@ pub struct Server {
     timeout: Duration,
     hook: Arc<Hook>,
 }
+
+type Requested = ShmTransfer<Sender, Starting>;
 
 /// What is told of errors, once there is something.
 #[derive(Default)]
@@ -141,8 +143,8 @@ impl Server {
     /// Has `hook` told of every error: see [`ServeError`]. Only the first hook counts.
     ///
     /// Without a hook, and without the feature `tracing`, errors other than a client's leaving are
-    /// written to standard error. The hook is called by the thread that met the error: whatever it
-    /// does holds up that worker.
+    /// written to standard error. The hook is called by the thread that met the error, and holds that
+    /// worker up; a panic in it ends nothing else.
     ///
     /// ```
     /// # use shmferry::{channel::InProcess, *};
@@ -179,20 +181,22 @@ impl Server {
         E: Into<Box<dyn StdError + Send + Sync>>,
     {
         let Server { queue, timeout, hook } = self;
-        // Not kept alive by its workers: it gives its address up when its owners have gone.
+        // A worker that waits does not keep it alive, so that it gives its address up when its
+        // owners have gone; a transfer under way does, and so can end.
         let requests = Arc::downgrade(&queue);
         let next = {
             let hook = Arc::clone(&hook);
             move || loop {
-                match requests.upgrade()?.recv(Deadline::NEVER) {
-                    Ok(transfer) => return Some(transfer),
+                let queue = requests.upgrade()?;
+                match queue.recv(Deadline::NEVER) {
+                    Ok(transfer) => return Some((queue, transfer)),
                     Err(Error::Closed | Error::Misuse(_)) => return None,
                     Err(error) => hook.tell(&ServeError::Queue(error)),
                 }
                 thread::sleep(PAUSE);
             }
         };
-        let work = move |transfer: ShmTransfer<Sender, Starting>| {
+        let work = move |(_queue, transfer): (Arc<dyn RequestQueue>, Requested)| {
             let (key, peer) = (transfer.shared_key(), transfer.peer());
             let incoming = Incoming { transfer, timeout, duty: Duty };
             UNANSWERED.set(false);
@@ -224,10 +228,12 @@ impl Hook {
             _ => tracing::warn!("{error}"),
         }
         match self.0.get() {
-            Some(hook) => hook(error),
+            // The application's code: a panic in it, told by the panic hook, ends no worker.
+            Some(hook) => _ = panic::catch_unwind(AssertUnwindSafe(|| hook(error))),
             None if cfg!(feature = "tracing") => {}
             None if matches!(error.fault(), Fault::Peer | Fault::Time) => {}
-            None => eprintln!("shmferry: {error}"),
+            // With standard error gone, nothing is left to tell.
+            None => _ = writeln!(io::stderr(), "shmferry: {error}"),
         }
     }
 }
@@ -324,7 +330,8 @@ impl ServerBuilder {
     }
 }
 
-/// A server at work. Cheap to clone; when the last clone is dropped, it stops.
+/// A server at work. Cheap to clone; when the last clone is dropped, it stops, and transfers under
+/// way go on.
 #[derive(Clone)]
 pub struct Serving {
     inner: Arc<Inner>,
@@ -354,7 +361,8 @@ impl Serving {
         self.inner.queue.close();
     }
 
-    /// Waits until it is stopped and its last transfer has ended: for ever, if nobody stops it.
+    /// Waits until it is stopped and its last transfer has ended: for ever, if nobody stops it, and
+    /// in a handler, which waits for itself.
     pub fn wait(&self) {
         self.inner.workers.join(Deadline::NEVER);
     }

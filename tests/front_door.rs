@@ -380,7 +380,8 @@ fn errors_convert_both_ways() {
 
 #[test]
 fn an_address_that_cannot_be_right_is_told_what_one_looks_like() {
-    for text in ["", "cache.sock", "unix:", "tcp:localhost", "UNIX:/a"] {
+    assert!(matches!(Address::of_user("../x"), Err(Error::Misuse(_))));
+    for text in ["unix:a\0b", "", "cache.sock", "unix:", "tcp:localhost", "UNIX:/a"] {
         let error = Client::connect(text).unwrap_err();
         assert!(matches!(error, Error::Misuse(Misuse::Address(_))), "{text}: {error:?}");
         assert!(error.to_string().ends_with("an address is unix:PATH or mq:/NAME"), "{error}");
@@ -455,4 +456,69 @@ fn a_path_where_something_else_stands_is_told_what_it_is_and_left_alone() {
     let parent = missing.parent().unwrap().display().to_string();
     assert!(error.to_string().contains(&parent), "{error}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_hook_that_panics_ends_nothing_else() {
+    let _watchdog = watchdog();
+    for way in Way::all() {
+        let server = way.bind().on_error(|_| panic!("meant to be seen in the test's output"));
+        let serving = server.serve(1, |request| match request.key() {
+            b"fails" => Err(Error::Closed),
+            _ => request.send_bytes(b"well"),
+        });
+        let serving = serving.unwrap();
+        let client = way.client(small());
+        for _ in 0..3 {
+            assert!(matches!(client.get("fails"), Err(Error::Aborted)));
+            if let Way::At(Address::Unix(path), _) = &way {
+                talk_nonsense(path); // its rejection is told to the hook, too
+            }
+            assert_eq!(client.get("key").unwrap().read_all().unwrap(), b"well");
+        }
+        assert!(!serving.wait_until(Deadline::after(Duration::ZERO)), "it goes on");
+    }
+}
+
+/// Sends what is no message, and waits until the server has hung up.
+fn talk_nonsense(path: &std::path::Path) {
+    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, socket};
+    let nonsense = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    rustix::net::connect(&nonsense, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::send(&nonsense, &[0xaa; 100], SendFlags::NOSIGNAL).unwrap();
+    while matches!(rustix::net::recv(&nonsense, &mut [0; 256], RecvFlags::empty()), Ok((1.., _))) {}
+}
+
+#[test]
+fn a_serving_that_is_dropped_lets_what_is_under_way_end() {
+    let _watchdog = watchdog();
+    for way in Way::all() {
+        let (let_go, held) = mpsc::channel::<()>();
+        let held = Mutex::new(held);
+        let serving = way.bind().serve(1, move |request| -> shmferry::Result<()> {
+            let mut outgoing = request.accept(Size::Unknown)?;
+            outgoing.write_all(b"begun, ")?;
+            outgoing.flush()?;
+            held.lock().unwrap().recv().unwrap();
+            outgoing.write_all(b"and ended")?;
+            outgoing.finish()
+        });
+        let client = way.client(small());
+        let body = client.get("key").unwrap();
+        drop(serving.unwrap());
+        let_go.send(()).unwrap();
+        assert_eq!(body.read_all().unwrap(), b"begun, and ended");
+    }
+}
+
+#[test]
+fn a_socket_that_another_program_listens_at_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("other.sock");
+    let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let error = Server::bind(path.as_path()).unwrap_err();
+    assert!(matches!(error, Error::NameTaken { kind: "a socket", .. }), "{error}");
+    std::os::unix::net::UnixStream::connect(&path).unwrap();
+    drop(other);
+    drop(Server::bind(path.as_path()).unwrap()); // a dead one's is taken over
 }

@@ -236,7 +236,11 @@ fn socket() -> Result<OwnedFd> {
 
 fn socket_address(path: &Path) -> Result<SocketAddrUnix> {
     let len = path.as_os_str().len();
+    if len == 0 {
+        return Err(Misuse::Address("unix:".to_owned()).into());
+    }
     SocketAddrUnix::new(path).map_err(|errno| match errno {
+        Errno::INVAL => Misuse::Address(format!("unix:{}", path.display())).into(), // a NUL
         Errno::NAMETOOLONG => Misuse::PathTooLong { path: path.to_owned(), len, limit: 107 }.into(),
         errno => Error::os("socket path")(errno),
     })

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -230,7 +231,8 @@ impl Shared {
 
     fn report(&self, peer: Option<Peer>, error: &Error) {
         if let Some(report) = &self.policy.on_rejected {
-            report(peer, error);
+            // The application's code: a panic in it, told by the panic hook, ends no worker.
+            let _ = panic::catch_unwind(AssertUnwindSafe(|| report(peer, error)));
         }
     }
 }

@@ -7,11 +7,13 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, lstat};
+use rustix::io::Errno;
+use rustix::net::SocketAddrUnix;
 use rustix::process::getuid;
 
 use crate::channel::lock_file::LockFile;
 use crate::error::{Error, Misuse, Result};
-use crate::own_file::{named, taken_by};
+use crate::own_file::{is_own, named, taken_by};
 use crate::process::Origin;
 
 use super::{socket, socket_address};
@@ -22,6 +24,9 @@ const BACKLOG: i32 = 1024;
 /// The mode of a directory that a server has made: private, and sticky. By the sticky bit a
 /// successor knows that the last server is to remove the directory, even if the first was killed.
 const MADE_DIR: u32 = 0o1700;
+
+/// How often a directory is made anew that others remove meanwhile.
+const TRIES: u32 = 1000;
 
 /// A path that this process serves at. Dropping it removes everything it created there.
 pub(super) struct Address {
@@ -47,25 +52,32 @@ impl Address {
         let lock_path = PathBuf::from(lock_path);
 
         let address_text = format!("unix:{}", path.display());
-        let mut made_dir = make_parent(path)?;
-        let mut locked = LockFile::take(&lock_path, &address_text);
-        if matches!(&locked, Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::NotFound)
-        {
-            // A predecessor that ended just now has removed its directory.
-            drop(made_dir);
-            made_dir = make_parent(path)?;
-            locked = LockFile::take(&lock_path, &address_text);
-        }
-        let (mut lock, _) = locked?;
+        let mut tries = 0;
+        let (made_dir, mut lock) = loop {
+            let is_made = make_parent(path)?;
+            match LockFile::take(&lock_path, &address_text) {
+                Ok((lock, _)) => {
+                    let dir = path.parent().filter(|_| is_made);
+                    break (dir.map(|dir| MadeDir::new(dir.to_owned())), lock);
+                }
+                // A predecessor that ended just now has removed its directory.
+                Err(Error::Os { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound && tries < TRIES =>
+                {
+                    tries += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        };
         lock.sign("")?;
         let (path_buf, origin) = (path.to_owned(), Origin::here());
         let mut address =
             Address { path: path_buf, bound: false, origin, _lock: lock, _made_dir: made_dir };
 
-        // We have the lock, so a socket at the path has no living owner. Anything else there is not
-        // ours to remove: `bind` reports that the address is in use.
+        // We have the lock, so that no server of ours lives there. A socket of this user that nothing
+        // listens at is a dead server's; anything else is not ours to remove.
         match lstat(path) {
-            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::Socket => {
+            Ok(found) if is_own(&found, FileType::Socket) && is_dead(&socket_address)? => {
                 fs::remove_file(path).map_err(Error::os("removing a dead server's socket"))?;
             }
             Ok(found) => return Err(taken_by(path, &found)),
@@ -118,20 +130,25 @@ pub(super) fn check_private(dir: &Path) -> Result<()> {
     }
 }
 
-/// Makes the directory of `path`, if it is missing; returns it if this server is to remove it: if
-/// this or an earlier server made it.
-fn make_parent(path: &Path) -> Result<Option<MadeDir>> {
+/// Whether nothing listens at this socket.
+fn is_dead(address: &SocketAddrUnix) -> Result<bool> {
+    let connected = rustix::net::connect(&socket()?, address);
+    Ok(connected == Err(Errno::CONNREFUSED))
+}
+
+/// Makes the directory of `path`, if it is missing; says whether it is to go with this server: if
+/// this one or an earlier one has made it.
+fn make_parent(path: &Path) -> Result<bool> {
     let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else {
-        return Ok(None);
+        return Ok(false);
     };
     match DirBuilder::new().mode(MADE_DIR).create(dir) {
-        Ok(()) => Ok(Some(MadeDir::new(dir.to_owned()))),
+        Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let is_made = fs::symlink_metadata(dir).is_ok_and(|found| {
-                let mode = found.mode() & 0o7777;
+            Ok(fs::symlink_metadata(dir).is_ok_and(|found| {
+                let mode = found.mode() & 0o5777; // the set-group bit comes from its parent
                 found.is_dir() && found.uid() == getuid().as_raw() && mode == MADE_DIR
-            });
-            Ok(is_made.then(|| MadeDir::new(dir.to_owned())))
+            }))
         }
         Err(error) => Err(Error::os("making the socket's directory")(named(dir, &error))),
     }

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -92,6 +93,14 @@ struct Clients {
     next: u64,
     /// By token, and so in the order of arrival.
     connected: BTreeMap<u64, Arc<Client>>,
+}
+
+/// What came of accepting a client.
+enum Admission {
+    Admitted,
+    NoneWaits,
+    /// Or no memory.
+    NoDescriptors,
 }
 
 impl SeqpacketQueue {
@@ -247,42 +256,41 @@ impl Shared {
         }
     }
 
-    /// Accepts waiting clients, at most `most`.
+    /// Accepts waiting clients, at most `most`; then arms the listener for the next, unless there
+    /// are no descriptors: then `sleep` arms it, later. Never both, or workers would spin.
     fn admit_all(&self, most: usize) -> Result<()> {
         for _ in 0..most {
-            let before = lock(&self.clients).next;
-            self.admit()?;
-            if lock(&self.clients).next == before {
-                break;
+            match self.admit() {
+                Admission::Admitted => {}
+                Admission::NoneWaits => break,
+                Admission::NoDescriptors => {
+                    self.listener_resting.store(true, Ordering::Relaxed);
+                    return Ok(());
+                }
             }
         }
-        Ok(())
+        self.poller.arm(&self.listener, LISTENER)
     }
 
-    /// Accepts one client, if one still waits, and arms the listener for the next.
-    fn admit(&self) -> Result<()> {
+    /// Accepts one client, if one still waits.
+    fn admit(&self) -> Admission {
         if is_behind() {
-            self.listener_resting.store(true, Ordering::Relaxed);
-            return Ok(());
+            return Admission::NoDescriptors;
         }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => {
-                let welcome = self.welcome(socket.into());
-                self.poller.arm(&self.listener, LISTENER)?;
-                if let Err((peer, error)) = welcome {
-                    self.report(peer, &error); // last: this calls the application
+                if let Err((peer, error)) = self.welcome(socket.into()) {
+                    self.report(peer, &error);
                 }
-                return Ok(());
+                Admission::Admitted
             }
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                self.listener_resting.store(true, Ordering::Relaxed);
-                return Ok(());
+                Admission::NoDescriptors
             }
-            // The client left, or another worker accepted it.
-            Err(_) => {}
+            Err(Errno::CONNABORTED | Errno::INTR) => Admission::Admitted, // that one left
+            Err(_) => Admission::NoneWaits,
         }
-        self.poller.arm(&self.listener, LISTENER)
     }
 
     /// Checks the client's user (rule S3), and adds its connection to the epoll.
@@ -433,7 +441,8 @@ impl Shared {
 
     fn report(&self, peer: Option<Peer>, error: &Error) {
         if let Some(report) = &self.policy.on_rejected {
-            report(peer, error);
+            // The application's code: a panic in it, told by the panic hook, ends no worker.
+            let _ = panic::catch_unwind(AssertUnwindSafe(|| report(peer, error)));
         }
     }
 }
