@@ -13,7 +13,7 @@ use tracing::info;
 
 /// Serve files to webproxy through shared memory.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "simplecached", version)]
 struct Options {
     /// A manifest, with KEY PATH on each line and # before comments, or a directory to serve
     /// [default: locals.txt]
