@@ -750,7 +750,8 @@ fn one_server_at_an_address_and_leftovers_taken_over() {
 
     // What is no socket is not ours to remove.
     fs::write(&path, "precious").unwrap();
-    assert!(matches!(Seqpacket::new(&path).bind(), Err(Error::Os { call: "bind", .. })));
+    let error = Seqpacket::new(&path).bind().map(drop).unwrap_err();
+    assert!(matches!(error, Error::NameTaken { kind: "a regular file", .. }), "{error}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
 
     let long = dir.path().join("x".repeat(200));

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{FileType, lstat};
 use rustix::io::Errno;
@@ -15,6 +17,7 @@ use crate::channel::lock_file::LockFile;
 use crate::error::{Error, Misuse, Result};
 use crate::own_file::{is_own, named, taken_by};
 use crate::process::Origin;
+use crate::sync::Deadline;
 
 use super::{socket, socket_address};
 
@@ -130,10 +133,20 @@ pub(super) fn check_private(dir: &Path) -> Result<()> {
     }
 }
 
-/// Whether nothing listens at this socket.
+/// Whether nothing listens at this socket. A server that has just ended may have let go of its lock
+/// a moment before its listener is closed: that is waited for.
 fn is_dead(address: &SocketAddrUnix) -> Result<bool> {
-    let connected = rustix::net::connect(&socket()?, address);
-    Ok(connected == Err(Errno::CONNREFUSED))
+    const MOMENT: Duration = Duration::from_secs(1);
+    let end = Deadline::after(MOMENT);
+    loop {
+        if rustix::net::connect(&socket()?, address) == Err(Errno::CONNREFUSED) {
+            return Ok(true);
+        }
+        if end.has_passed() {
+            return Ok(false);
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Makes the directory of `path`, if it is missing; says whether it is to go with this server: if
