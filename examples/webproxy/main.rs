@@ -48,7 +48,7 @@ struct Options {
     thread_count: u16,
     /// Segments in the pool: transfers from the cache at once, with those that wait for a client
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 8,
-        value_parser = value_parser!(u32).range(1..=65_536))]
+        value_parser = value_parser!(u32).range(1..))]
     segment_count: u32,
     /// Bytes of payload a segment holds, all slots together: plain, or as 512k, 64M, 1G
     #[arg(short = 'z', long, value_name = "BYTES", default_value_t = 512 << 10,
@@ -56,7 +56,7 @@ struct Options {
     segment_size: u64,
     /// Slots a segment is cut into
     #[arg(long, value_name = "COUNT", default_value_t = 4,
-        value_parser = value_parser!(u32).range(1..=512))]
+        value_parser = value_parser!(u32).range(1..))]
     slots: u32,
     /// Where simplecached is: unix:PATH or mq:/NAME
     #[arg(long, value_name = "ADDRESS", conflicts_with = "root")]
