@@ -32,8 +32,8 @@ use crate::sync::Deadline;
 /// It owns the shared memory that the bytes come through: as many segments as there can be
 /// transfers at once ([`ClientBuilder::segments`]). Cheap to clone; all clones share them.
 ///
-/// It connects when there is something to ask, and again after the server has been restarted: either
-/// side may be started first.
+/// It connects when there is something to ask, and again after the server has been restarted:
+/// either side may be started first.
 ///
 /// ```no_run
 /// use shmferry::{Client, Error, Refusal};
@@ -94,9 +94,9 @@ impl Client {
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
-    /// let client = Client::builder().segments(16).segment_len(512 << 10).slots(4).in_process(&queue)?;
+    /// let client = Client::builder().segments(16).segment_len(512 << 10).in_process(&queue)?;
     /// assert_eq!(client.stats().segments, 16);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -119,7 +119,7 @@ impl Client {
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// use shmferry::segment::{Memfd, SegmentPool};
     ///
     /// let pool = SegmentPool::<Memfd>::builder().segments(2).create()?;
@@ -132,13 +132,13 @@ impl Client {
         Client { route, timeout: DEFAULT_TIMEOUT, lease_timeout: DEFAULT_TIMEOUT }
     }
 
-    /// The same client with another [timeout](ClientBuilder::timeout), for all that it asks from now
-    /// on. Clones made before keep theirs.
+    /// The same client with another [timeout](ClientBuilder::timeout), for all that it asks from
+    /// now on. Clones made before keep theirs.
     ///
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::time::Duration;
     ///
@@ -176,10 +176,10 @@ impl Client {
     /// [`Error::Timeout`] when all segments were in use, no server was there, or none answered:
     /// which one it was is told, and the same call may be made again. [`Error::Disconnected`] when
     /// the server took the request and ended before it answered. [`Error::Aborted`] when it gave
-    /// up. [`Error::Rejected`] when it turned this process away. [`Error::Misuse`] for a key that is
-    /// too long, and in a child of `fork`. [`Error::Peer`] when it broke the protocol, [`Error::Os`]
-    /// and [`Error::Memory`] when the system fails; [`Error::Closed`] for a queue within this process
-    /// that is closed. [`Error::is_transient`] says after which to ask again.
+    /// up. [`Error::Rejected`] when it turned this process away. [`Error::Misuse`] for a key that
+    /// is too long, and in a child of `fork`. [`Error::Peer`] when it broke the protocol,
+    /// [`Error::Os`] and [`Error::Memory`] when the system fails; [`Error::Closed`] for a queue
+    /// within this process that is closed. [`Error::is_transient`] says after which to ask again.
     pub fn get(&self, key: impl AsRef<[u8]>) -> Result<Body> {
         self.ask(key.as_ref(), Deadline::after(self.lease_timeout), None)
     }
@@ -190,7 +190,7 @@ impl Client {
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use std::time::Duration;
     ///
@@ -211,7 +211,7 @@ impl Client {
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let body = client.get("key")?;
     /// assert_eq!((client.stats().segments, client.stats().idle), (2, 1));
@@ -282,9 +282,9 @@ impl ClientBuilder {
         self
     }
 
-    /// How long to wait for a free segment, if not for the timeout. Segments are given out in order of
-    /// arrival: with many waiting, each for one that a slow reader holds, the last waits for several
-    /// time-outs.
+    /// How long to wait for a free segment, if not for the timeout. Segments are given out in order
+    /// of arrival: with many waiting, each for one that a slow reader holds, the last waits for
+    /// several time-outs.
     pub fn lease_timeout(mut self, timeout: Duration) -> Self {
         self.lease_timeout = Some(timeout);
         self
@@ -296,8 +296,8 @@ impl ClientBuilder {
         self
     }
 
-    /// As [`connect_timeout`](Self::connect_timeout), once a server has been there and is gone, if it
-    /// is the shorter of the two: its first start is waited for longer than its restart.
+    /// As [`connect_timeout`](Self::connect_timeout), once a server has been there and is gone, if
+    /// it is the shorter of the two: its first start is waited for longer than its restart.
     pub fn connect_timeout_after_loss(mut self, timeout: Duration) -> Self {
         self.connect_timeout_after_loss = Some(timeout);
         self
@@ -312,8 +312,8 @@ impl ClientBuilder {
     /// Makes the client, with all its memory present. Does not wait for the server.
     ///
     /// # Errors
-    /// [`Error::Misuse`] for an address or a number that cannot be right; [`Error::Memory`] when the
-    /// system has less memory than the segments take; [`Error::Os`] for anything else that it
+    /// [`Error::Misuse`] for an address or a number that cannot be right; [`Error::Memory`] when
+    /// the system has less memory than the segments take; [`Error::Os`] for anything else that it
     /// refuses.
     #[cfg(target_os = "linux")]
     pub fn connect<A>(self, address: A) -> Result<Client>
@@ -418,7 +418,7 @@ impl Body {
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let body = client.get("key")?;
     /// assert_eq!(body.size(), Size::Known(5));
@@ -453,7 +453,7 @@ impl Body {
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let mut body = client.get("key")?;
     /// body.set_timeout(std::time::Duration::from_secs(5));
@@ -469,7 +469,7 @@ impl Body {
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// assert_eq!(client.get("key")?.read_all()?, b"hello");
     /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -488,13 +488,13 @@ impl Body {
     }
 
     /// Copies what is still to come to a socket, pipe or file, straight from the shared memory;
-    /// returns the bytes that this call copied. Waits as long as there is progress on both sides within the
-    /// timeout.
+    /// returns the bytes that this call copied. Waits as long as there is progress on both sides
+    /// within the timeout.
     ///
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let file = tempfile::tempfile()?; // or a socket, or a pipe
     /// assert_eq!(client.get("key")?.copy_to(&file)?, 5);
@@ -516,7 +516,7 @@ impl Body {
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// use shmferry::protocol::Spool;
     /// use std::os::unix::net::UnixStream;
@@ -539,7 +539,7 @@ impl Body {
     /// ```
     /// # use shmferry::{channel::InProcess, *};
     /// # let queue = InProcess::bounded(8);
-    /// # let _server = Server::with(queue.clone()).serve(2, |request| request.send_bytes(b"hello"))?;
+    /// # let _server = Server::with(queue.clone()).serve(2, |asked| asked.send_bytes(b"hello"))?;
     /// # let client = Client::builder().segments(2).in_process(&queue)?;
     /// let mut body = client.get("key")?;
     /// while let Some(chunk) = body.next_chunk(Deadline::NEVER)? {

@@ -181,9 +181,9 @@ impl Error {
     }
 
     /// Whether asking again, for the whole, may succeed without a change of anything on this side:
-    /// the server was late, ended, gave up, or had no room. What had come of a body before is no part
-    /// of the second answer. A server may have done by then what it was asked for: ask again only for
-    /// what may be done twice.
+    /// the server was late, ended, gave up, or had no room. What had come of a body before is no
+    /// part of the second answer. A server may have done by then what it was asked for: ask again
+    /// only for what may be done twice.
     ///
     /// ```
     /// use shmferry::{Error, Refusal};

@@ -57,8 +57,8 @@ impl Directory {
     /// out of it.
     ///
     /// Waits while another process gives its lease on the file back, as [`blocking`] does. Whatever
-    /// the key names is opened for a moment: a process that waits for a reader of a FIFO there is let
-    /// go on. Keep FIFOs and devices out of such a directory.
+    /// the key names is opened for a moment: a process that waits for a reader of a FIFO there is
+    /// let go on. Keep FIFOs and devices out of such a directory.
     ///
     /// # Errors
     /// Those of the system other than that there is no such file: no right to read it, say.

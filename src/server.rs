@@ -58,6 +58,7 @@ pub struct Server {
     hook: Arc<Hook>,
 }
 
+/// A request as the queue gives it out.
 type Requested = ShmTransfer<Sender, Starting>;
 
 /// What is told of errors, once there is something.
@@ -143,8 +144,8 @@ impl Server {
     /// Has `hook` told of every error: see [`ServeError`]. Only the first hook counts.
     ///
     /// Without a hook, and without the feature `tracing`, errors other than a client's leaving are
-    /// written to standard error. The hook is called by the thread that met the error, and holds that
-    /// worker up; a panic in it ends nothing else.
+    /// written to standard error. The hook is called by the thread that met the error, and holds
+    /// that worker up; a panic in it ends nothing else.
     ///
     /// ```
     /// # use shmferry::{channel::InProcess, *};
@@ -626,12 +627,13 @@ impl Incoming {
         outgoing.finish()
     }
 
-    /// Accepts the request, with so many bytes to be written; [`Size::Unknown`] for as many as there
-    /// will be.
+    /// Accepts the request, with so many bytes to be written; [`Size::Unknown`] for as many as
+    /// there will be.
     ///
-    /// Nothing is sent by this alone, not even the size: that goes with the first bytes, when a slot
-    /// is full (256 KiB, unless the client says otherwise), or at `flush`, or at the end. A source
-    /// that is slower than the client's timeout has to flush, or the client takes it for late.
+    /// Nothing is sent by this alone, not even the size: that goes with the first bytes, when a
+    /// slot is full (256 KiB, unless the client says otherwise), or at `flush`, or at the end. A
+    /// source that is slower than the client's timeout has to flush, or the client takes it for
+    /// late.
     ///
     /// ```
     /// # use shmferry::{channel::InProcess, *};
@@ -692,11 +694,11 @@ impl Incoming {
 
 /// An answer under way: write to it (`io::Write`), and [finish](Self::finish) it.
 ///
-/// What is written is sent when a slot is full, at `flush`, and at the end. Flush what the client is
-/// to see at once; the size and the metadata, too, go with the first bytes that are sent.
+/// What is written is sent when a slot is full, at `flush`, and at the end. Flush what the client
+/// is to see at once; the size and the metadata, too, go with the first bytes that are sent.
 ///
-/// Dropped before that, it tells its client that the transfer broke off. An answer of known size has
-/// ended with its last byte.
+/// Dropped before that, it tells its client that the transfer broke off. An answer of known size
+/// has ended with its last byte.
 #[derive(Debug)]
 #[must_use = "an answer that is dropped unfinished breaks off"]
 pub struct Outgoing {
@@ -731,8 +733,8 @@ impl Outgoing {
         self.transfer.sent()
     }
 
-    /// Sends a file from its beginning, as many bytes as are still to come of the announced size, or
-    /// all of it when the size is unknown, and ends the answer; returns the bytes sent in all.
+    /// Sends a file from its beginning, as many bytes as are still to come of the announced size,
+    /// or all of it when the size is unknown, and ends the answer; returns the bytes sent in all.
     ///
     /// ```
     /// # use shmferry::{channel::InProcess, *};
@@ -783,8 +785,8 @@ impl Outgoing {
     ///
     /// # Errors
     /// [`Error::SizeMismatch`] when fewer bytes were written than announced, which the client sees
-    /// as a transfer that broke off; [`Error::Cancelled`] or [`Error::Disconnected`] when the client
-    /// has gone; [`Error::Timeout`] when it takes nothing.
+    /// as a transfer that broke off; [`Error::Cancelled`] or [`Error::Disconnected`] when the
+    /// client has gone; [`Error::Timeout`] when it takes nothing.
     pub fn finish(self) -> Result<()> {
         self.transfer.finish().map(drop)
     }

@@ -318,20 +318,27 @@ fn a_client_may_be_there_before_its_server_and_after_a_restart() {
     }
 }
 
+/// A handler that sends one part, and the other when it is let go.
+fn in_two_steps(
+    let_go: mpsc::Receiver<()>,
+) -> impl Fn(Incoming) -> shmferry::Result<()> + Send + Sync + 'static {
+    let let_go = Mutex::new(let_go);
+    move |request| {
+        let mut outgoing = request.accept(Size::Unknown)?;
+        outgoing.write_all(b"begun, ")?;
+        outgoing.flush()?;
+        let_go.lock().unwrap().recv().unwrap();
+        outgoing.write_all(b"and ended")?;
+        outgoing.finish()
+    }
+}
+
 #[test]
 fn stopping_lets_what_is_under_way_end() {
     let _watchdog = watchdog();
     for way in Way::all() {
         let (let_go, held) = mpsc::channel::<()>();
-        let held = Mutex::new(held);
-        let serving = way.bind().serve(1, move |request| -> shmferry::Result<()> {
-            let mut outgoing = request.accept(Size::Unknown)?;
-            outgoing.write_all(b"begun, ")?;
-            outgoing.flush()?;
-            held.lock().unwrap().recv().unwrap();
-            outgoing.write_all(b"and ended")?;
-            outgoing.finish()
-        });
+        let serving = way.bind().serve(1, in_two_steps(held));
         let serving = serving.unwrap();
         let client = way.client(small());
         let body = client.get("key").unwrap();
@@ -494,15 +501,7 @@ fn a_serving_that_is_dropped_lets_what_is_under_way_end() {
     let _watchdog = watchdog();
     for way in Way::all() {
         let (let_go, held) = mpsc::channel::<()>();
-        let held = Mutex::new(held);
-        let serving = way.bind().serve(1, move |request| -> shmferry::Result<()> {
-            let mut outgoing = request.accept(Size::Unknown)?;
-            outgoing.write_all(b"begun, ")?;
-            outgoing.flush()?;
-            held.lock().unwrap().recv().unwrap();
-            outgoing.write_all(b"and ended")?;
-            outgoing.finish()
-        });
+        let serving = way.bind().serve(1, in_two_steps(held));
         let client = way.client(small());
         let body = client.get("key").unwrap();
         drop(serving.unwrap());

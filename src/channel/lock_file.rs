@@ -53,10 +53,10 @@ impl LockFile {
         }
     }
 
-    /// Writes this process's pid, and a note for a successor. To be called after the predecessor's
+    /// Writes this process's pid. To be called after the predecessor's
     /// leftovers are removed.
-    pub(super) fn sign(&mut self, note: &str) -> Result<()> {
-        let content = format!("{}\n{note}", std::process::id());
+    pub(super) fn sign(&mut self) -> Result<()> {
+        let content = format!("{}\n", std::process::id());
         let file = &mut self.file;
         file.rewind()
             .and_then(|()| file.write_all(content.as_bytes()))

@@ -75,8 +75,8 @@ impl ShmTransfer<Receiver, Offered> {
     /// Waits until [`reply`](Self::reply) has something to read, and consumes nothing.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when nothing came in time, after which it may be called again; or those of
-    /// [`reply`](Self::reply).
+    /// [`Error::Timeout`] when nothing came in time, after which it may be called again; or those
+    /// of [`reply`](Self::reply).
     pub fn wait(&mut self, deadline: Deadline) -> Result<()> {
         self.side.check_origin()?;
         if self.state.permit.is_none() {

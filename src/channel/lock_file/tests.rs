@@ -3,12 +3,12 @@
 use super::*;
 
 #[test]
-fn whoever_holds_it_is_named_to_others() {
+fn its_holder_is_named_to_others() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("lock");
     let (mut held, found) = LockFile::take(&path, "here").unwrap();
     assert_eq!(found, "", "there was no predecessor");
-    held.sign("a note\n").unwrap();
+    held.sign().unwrap();
     match LockFile::take(&path, "here") {
         Err(Error::AddressInUse { address, pid }) => {
             assert_eq!((&*address, pid), ("here", std::process::id()));
@@ -67,7 +67,7 @@ fn what_a_killed_server_left_stays_until_somebody_signs() {
     drop(unsigned);
     let (mut held, again) = LockFile::take(&path, "here").unwrap();
     assert_eq!(again, found);
-    held.sign("").unwrap();
+    held.sign().unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
     drop(held);
     assert!(!path.exists());

@@ -91,7 +91,7 @@ impl PosixMqQueue {
             Mqueue::unlink(&name)?;
             drop(Lifeline::inherit(&name.lifeline())?);
         }
-        lock.sign("")?;
+        lock.sign()?;
         let descriptor = Mqueue::create(&name, policy.capacity, MAX_MESSAGE)?;
         // Removes the queue's name if what follows fails.
         let unlinked_on_failure = Unlink(&name);

@@ -72,13 +72,13 @@ impl Address {
                 Err(error) => return Err(error),
             }
         };
-        lock.sign("")?;
+        lock.sign()?;
         let (path_buf, origin) = (path.to_owned(), Origin::here());
         let mut address =
             Address { path: path_buf, bound: false, origin, _lock: lock, _made_dir: made_dir };
 
-        // We have the lock, so that no server of ours lives there. A socket of this user that nothing
-        // listens at is a dead server's; anything else is not ours to remove.
+        // We have the lock, so that no server of ours lives there. A socket of this user that
+        // nothing listens at is a dead server's; anything else is not ours to remove.
         match lstat(path) {
             Ok(found) if is_own(&found, FileType::Socket) && is_dead(&socket_address)? => {
                 fs::remove_file(path).map_err(Error::os("removing a dead server's socket"))?;
@@ -139,13 +139,12 @@ fn is_dead(address: &SocketAddrUnix) -> Result<bool> {
     const MOMENT: Duration = Duration::from_secs(1);
     let end = Deadline::after(MOMENT);
     loop {
-        if rustix::net::connect(&socket()?, address) == Err(Errno::CONNREFUSED) {
-            return Ok(true);
+        match rustix::net::connect(&socket()?, address) {
+            Err(Errno::CONNREFUSED) => return Ok(true),
+            Err(Errno::PROTOTYPE) => return Ok(false), // of another kind than ours, and living
+            _ if end.has_passed() => return Ok(false),
+            _ => thread::sleep(Duration::from_millis(20)),
         }
-        if end.has_passed() {
-            return Ok(false);
-        }
-        thread::sleep(Duration::from_millis(5));
     }
 }
 

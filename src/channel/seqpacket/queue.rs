@@ -259,30 +259,34 @@ impl Shared {
     /// Accepts waiting clients, at most `most`; then arms the listener for the next, unless there
     /// are no descriptors: then `sleep` arms it, later. Never both, or workers would spin.
     fn admit_all(&self, most: usize) -> Result<()> {
+        let mut rejected = Vec::new();
+        let mut outcome = Admission::NoneWaits;
         for _ in 0..most {
-            match self.admit() {
-                Admission::Admitted => {}
-                Admission::NoneWaits => break,
-                Admission::NoDescriptors => {
-                    self.listener_resting.store(true, Ordering::Relaxed);
-                    return Ok(());
-                }
+            outcome = self.admit(&mut rejected);
+            if !matches!(outcome, Admission::Admitted) {
+                break;
             }
         }
-        self.poller.arm(&self.listener, LISTENER)
+        let armed = if matches!(outcome, Admission::NoDescriptors) {
+            self.listener_resting.store(true, Ordering::Relaxed);
+            Ok(())
+        } else {
+            self.poller.arm(&self.listener, LISTENER)
+        };
+        // Last: this calls the application, which may take its time.
+        rejected.iter().for_each(|(peer, error)| self.report(*peer, error));
+        armed
     }
 
     /// Accepts one client, if one still waits.
-    fn admit(&self) -> Admission {
+    fn admit(&self, rejected: &mut Vec<(Option<Peer>, Error)>) -> Admission {
         if is_behind() {
             return Admission::NoDescriptors;
         }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => {
-                if let Err((peer, error)) = self.welcome(socket.into()) {
-                    self.report(peer, &error);
-                }
+                rejected.extend(self.welcome(socket.into()).err());
                 Admission::Admitted
             }
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
