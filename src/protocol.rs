@@ -2,10 +2,9 @@
 
 use std::any::type_name;
 use std::fmt;
-#[cfg(unix)]
-use std::fs::File;
-use std::io;
 use std::time::Duration;
+#[cfg(unix)]
+use std::{fs::File, io};
 
 use crate::error::{PeerFault, Result};
 use crate::segment::MAX_METADATA;

@@ -119,6 +119,7 @@ pub(crate) enum LayoutMismatch {
     #[error("its descriptor is not ordinary shared memory")]
     NotMemory,
     /// The memory belongs to another user, who could resize it.
+    #[cfg(feature = "posix-mq")]
     #[error("it belongs to user {0}")]
     Foreign(u32),
     /// The memory has holes, which would be filled at our expense.

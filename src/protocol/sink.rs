@@ -17,12 +17,12 @@ use super::wait::Idle;
 /// How often a wait for a sink checks whether to end early.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Prevents SIGPIPE. Systems without `NOSIGNAL` have a process-wide or per-socket setting for that.
-const FLAGS: SendFlags = SendFlags::DONTWAIT.union(if cfg!(target_os = "linux") {
-    SendFlags::NOSIGNAL
-} else {
-    SendFlags::empty()
-});
+/// Prevents SIGPIPE.
+#[cfg(target_os = "linux")]
+const FLAGS: SendFlags = SendFlags::DONTWAIT.union(SendFlags::NOSIGNAL);
+/// Such systems have a process-wide or per-socket setting against SIGPIPE instead.
+#[cfg(not(target_os = "linux"))]
+const FLAGS: SendFlags = SendFlags::DONTWAIT;
 
 /// Sends bytes to a socket. Waits as long as the other end makes progress: until it has taken no
 /// byte for `timeout`. A reader that is slow but steady is not cut off. The kernel reports TCP

@@ -34,7 +34,7 @@ use nix::errno::Errno;
 use nix::mqueue::{MQ_OFlag, mq_close, mq_open};
 use nix::sys::stat::Mode;
 use rustix::process::{Pid, geteuid, kill_process};
-use shmferry::channel::PosixMq;
+use shmferry::Server;
 use tempfile::TempDir;
 
 pub use rustix::process::Signal;
@@ -267,7 +267,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         if self.transport == Transport::Mq {
             // A successor takes over the leftovers of killed programs, and removes them.
-            let successor = PosixMq::new(&self.queue).and_then(PosixMq::bind).map(drop);
+            let successor = Server::bind(format!("mq:{}", self.queue)).map(drop);
             if !thread::panicking() {
                 successor.unwrap();
                 assert!(
