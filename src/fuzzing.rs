@@ -6,11 +6,10 @@ use std::sync::Arc;
 
 use crate::channel::{Message, QueueMessage, VERSION};
 use crate::peer::Link;
+use crate::protocol::{Offered, Receiver, Sender, ShmTransfer, Starting};
 use crate::segment::sealed::Backing;
-use crate::{
-    Deadline, Error, Geometry, Memfd, Offered, PoolId, Receiver, Result, SegmentId, SegmentPool,
-    Sender, ShmTransfer, Starting,
-};
+use crate::segment::{Geometry, Memfd, PoolId, SegmentId, SegmentPool};
+use crate::{Deadline, Error, Result};
 
 /// Decodes a message of the socket, and one of a POSIX queue. A decoded message must encode to the
 /// same bytes.

@@ -178,7 +178,7 @@ fn send(script: &mut Script<'_>) {
     };
     let choice = script.byte();
     if choice.is_multiple_of(8) {
-        return transfer.refuse(Refusal::Other(choice.into())).unwrap_or_else(|error| expected(&error));
+        return transfer.refuse(Refusal::other(choice.into())).unwrap_or_else(|error| expected(&error));
     }
     let size =
         if choice.is_multiple_of(2) { Size::Unknown } else { Size::Known(u64::from(script.byte()) * 4) };
