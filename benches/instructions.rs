@@ -29,7 +29,7 @@ const LIMITS: [(&str, u64); 11] = [
     ("receive_within_the_process", 750),
     ("post_to_the_ring", 1800),
     ("take_from_the_ring", 1300),
-    ("accept", 430),
+    ("accept", 400),
     ("wait_for_a_slot_fill_it_and_post", 800),
     ("reply", 260),
     ("next_chunk", 140),

@@ -197,7 +197,8 @@ impl Sender {
         };
         let writer = SlotWriter::accept(&self.segment, generation, registration);
         let Some(writer) = writer else { return Err(Error::Stale) };
-        self.stand = Stand::On(writer);
+        // What it replaces is `Off`, which has nothing to drop.
+        mem::forget(mem::replace(&mut self.stand, Stand::On(writer)));
         let announcement = &self.header().announcement;
         announcement.pid.store(self.segment.origin().pid(), Relaxed);
         publish_cpu(&announcement.cpu);
@@ -218,7 +219,7 @@ impl Sender {
     /// the whole timeout.
     fn await_progress(&mut self) -> Result<Permit> {
         let progress = |sender: &Sender| sender.header().receiver.progress.load(Relaxed);
-        let mut idle = Idle::new(self.waiter.timeout, progress(self));
+        let mut idle = Idle::new(self.waiter.timeout(), progress(self));
         loop {
             match self.await_free(idle.look_again()) {
                 Err(Error::Timeout(_)) if !idle.is_over(progress(self)) => {}

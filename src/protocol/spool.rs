@@ -99,7 +99,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// Those of [`copy_to`](Self::copy_to).
     pub fn copy_to_or_spool(mut self, socket: impl AsFd, spool: &Spool) -> Result<u64> {
         let socket = socket.as_fd();
-        let timeout = self.side.waiter.timeout;
+        let timeout = self.side.waiter.timeout();
         let (mut copied, mut wait) = (0, None);
         // One round for each time `copy_until` is told to stop: at most ten a second.
         loop {

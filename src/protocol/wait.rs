@@ -18,8 +18,9 @@ use super::model::recheck;
 pub(super) struct Waiter {
     spinner: Spinner,
     presence: Presence,
-    /// How long the calls that take no deadline wait without progress.
-    pub(super) timeout: Duration,
+    /// The timeout in nanoseconds. A `Duration` is twice as large, and transfers are moved by value:
+    /// up to 128 bytes in registers.
+    timeout: u64,
 }
 
 /// One wait: for a permit of a semaphore, which the peer posts.
@@ -38,7 +39,19 @@ impl Waiter {
     /// A waiter that is counted in `all`.
     pub(super) fn among(all: &'static AtomicUsize) -> Waiter {
         let presence = Presence::among(all);
-        Waiter { spinner: Spinner::new(), presence, timeout: DEFAULT_TIMEOUT }
+        let mut waiter = Waiter { spinner: Spinner::new(), presence, timeout: 0 };
+        waiter.set_timeout(DEFAULT_TIMEOUT);
+        waiter
+    }
+
+    /// How long the calls that take no deadline wait without progress.
+    pub(super) fn timeout(&self) -> Duration {
+        Duration::from_nanos(self.timeout)
+    }
+
+    /// Sets the timeout; 584 years at most.
+    pub(super) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
     }
 
     /// Takes a permit: at once, after a short spin where that can pay (rule P8), or after a sleep.

@@ -74,7 +74,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// other end has taken a byte. The kernel reports that for sockets and pipes; for TCP in steps
     /// of the receiver's window.
     pub fn set_timeout(&mut self, timeout: Duration) {
-        self.side.waiter.timeout = timeout;
+        self.side.waiter.set_timeout(timeout);
     }
 
     /// Waits for the next chunk, or returns the unread part of the current one; `None` at the end.
@@ -194,7 +194,7 @@ impl io::Read for ShmTransfer<Receiver, Receiving> {
     /// Blocks until there are bytes. Returns `Ok(0)` only at the true end. A transfer that ends
     /// early is an error, whose source is an [`Error`].
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if into.is_empty() || !self.open_chunk(Deadline::after(self.side.waiter.timeout))? {
+        if into.is_empty() || !self.open_chunk(Deadline::after(self.side.waiter.timeout()))? {
             return Ok(0);
         }
         let read = self.consume(into);

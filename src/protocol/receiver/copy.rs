@@ -32,7 +32,7 @@ impl ShmTransfer<Receiver, Receiving> {
     ) -> Result<(u64, bool)> {
         let mut copied = 0;
         // A chunk that the sink took only in part stays open: a second call continues there.
-        while self.open_chunk(Deadline::after(self.side.waiter.timeout))? {
+        while self.open_chunk(Deadline::after(self.side.waiter.timeout()))? {
             let before = self.unread();
             let is_written = self.write_open(sink, wait, &is_ended)?;
             copied += (before - self.unread()) as u64;
@@ -72,7 +72,8 @@ impl ShmTransfer<Receiver, Receiving> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let side = &*side;
-                    let wait = wait.get_or_insert_with(|| SinkWait::new(sink, side.waiter.timeout));
+                    let wait =
+                        wait.get_or_insert_with(|| SinkWait::new(sink, side.waiter.timeout()));
                     if !wait.go_on(sink, || side.tell_progress(), || is_ended(side))? {
                         return Ok(false);
                     }

@@ -18,7 +18,7 @@ impl ShmTransfer<Sender, Sending> {
     /// [`Error::SizeMismatch`] when the file ends before the announced size, [`Error::Source`]
     /// when it cannot be read, and those of [`next_slot`](Self::next_slot). All of them abort.
     pub fn send_file(self, file: impl AsFd) -> Result<u64> {
-        let len = self.state.size.known().map(|_| self.room() - self.state.pending as u64);
+        let len = self.size().known().map(|_| self.unwritten());
         self.send_from(file, 0, len)
     }
 
@@ -28,8 +28,8 @@ impl ShmTransfer<Sender, Sending> {
     /// Also [`Error::Misuse`] when the range is not as long as what is left of the announced size.
     pub fn send_file_range(self, file: impl AsFd, range: Range<u64>) -> Result<u64> {
         let len = range.end.saturating_sub(range.start);
-        let room = self.room() - self.state.pending as u64;
-        if self.state.size != Size::Unknown && room != len {
+        let room = self.unwritten();
+        if self.size() != Size::Unknown && room != len {
             return Err(Misuse::RangeLength { range: len, expected: room }.into());
         }
         self.send_from(file, range.start, Some(len))
@@ -44,7 +44,7 @@ impl ShmTransfer<Sender, Sending> {
             let filled =
                 slot.fill_from(&file, start + done, usize::try_from(left).unwrap_or(usize::MAX))?;
             done += match (filled, len) {
-                (0, Some(_)) if self.state.size != Size::Unknown => {
+                (0, Some(_)) if self.size() != Size::Unknown => {
                     return Err(self.mismatch(self.state.sent));
                 }
                 (0, Some(announced)) => return Err(Error::SizeMismatch { announced, found: done }),

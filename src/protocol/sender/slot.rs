@@ -15,7 +15,8 @@ use super::{Sender, Stand};
 /// The request was accepted; its bytes are being written.
 #[derive(Debug)]
 pub struct Sending {
-    pub(super) size: Size,
+    /// The announced size, as it stands in the announcement.
+    size: u64,
     pub(super) sent: u64,
     /// The slot that the next chunk goes to. Private to this side: the peer never says which (rule
     /// P3).
@@ -23,7 +24,7 @@ pub struct Sending {
     /// The permit for the slot at the cursor, if we have taken it.
     permit: Option<Permit>,
     /// Bytes that `io::Write` has already put into that slot.
-    pub(super) pending: usize,
+    pending: u32,
     /// Whether the next chunk follows at once, unless its source is slow.
     pub(super) in_batches: bool,
 }
@@ -31,6 +32,7 @@ pub struct Sending {
 impl Sending {
     #[inline]
     pub(super) fn new(size: Size) -> Sending {
+        let size = size.to_word();
         Sending { size, sent: 0, cursor: 0, permit: None, pending: 0, in_batches: false }
     }
 }
@@ -38,7 +40,7 @@ impl Sending {
 impl ShmTransfer<Sender, Sending> {
     /// How many bytes were announced.
     pub fn size(&self) -> Size {
-        self.state.size
+        Size::from_word(self.state.size)
     }
 
     /// Bytes handed to the receiver so far.
@@ -49,7 +51,7 @@ impl ShmTransfer<Sender, Sending> {
     /// How long `send_file`, `finish` and `io::Write` wait without the receiver's taking a single
     /// byte. A receiver that is slow but steady is not cut off.
     pub fn set_timeout(&mut self, timeout: Duration) {
-        self.side.waiter.timeout = timeout;
+        self.side.waiter.set_timeout(timeout);
     }
 
     /// Waits for a free slot. Sends what `io::Write` has buffered in the current slot first.
@@ -68,13 +70,13 @@ impl ShmTransfer<Sender, Sending> {
     /// [`Error::SizeMismatch`] when fewer bytes were sent than announced, which aborts.
     pub fn finish(mut self) -> Result<u64> {
         self.side.segment.origin().check()?;
-        let found = self.state.sent + self.state.pending as u64;
-        if self.state.size.known().is_some_and(|announced| announced != found) {
+        let found = self.state.sent + u64::from(self.state.pending);
+        if self.size().known().is_some_and(|announced| announced != found) {
             return Err(self.mismatch(found));
         }
         if !matches!(self.side.stand, Stand::Off(Phase::Finished)) {
             self.take_slot(None)?;
-            self.publish(self.state.pending, true)?;
+            self.publish(self.state.pending as usize, true)?;
         }
         Ok(self.state.sent)
     }
@@ -86,13 +88,18 @@ impl ShmTransfer<Sender, Sending> {
         Ok(Slot { transfer: self })
     }
 
-    /// Bytes that may still be sent.
+    /// Bytes that may still be sent, those included that `io::Write` has buffered.
     pub(super) fn room(&self) -> u64 {
-        self.state.size.known().map_or(u64::MAX, |size| size - self.state.sent)
+        self.size().known().map_or(u64::MAX, |size| size - self.state.sent)
+    }
+
+    /// Bytes that may still be written.
+    pub(super) fn unwritten(&self) -> u64 {
+        self.room() - u64::from(self.state.pending)
     }
 
     pub(super) fn mismatch(&self, found: u64) -> Error {
-        Error::SizeMismatch { announced: self.state.size.to_word(), found }
+        Error::SizeMismatch { announced: self.state.size, found }
     }
 
     fn slot_len(&self) -> usize {
@@ -114,7 +121,10 @@ impl ShmTransfer<Sender, Sending> {
 
     /// Hands over what `io::Write` has put into the slot at the cursor.
     fn publish_pending(&mut self) -> Result<()> {
-        if self.state.pending > 0 { self.publish(self.state.pending, false) } else { Ok(()) }
+        match self.state.pending {
+            0 => Ok(()),
+            pending => self.publish(pending as usize, false),
+        }
     }
 
     /// Hands the slot at the cursor over, with `len` bytes in it. The chunk that completes a known
@@ -125,7 +135,7 @@ impl ShmTransfer<Sender, Sending> {
             return Err(Misuse::TransferOver.into());
         };
         let sent = self.state.sent + len as u64;
-        let last = is_end || self.state.size == Size::Known(sent);
+        let last = is_end || self.size() == Size::Known(sent);
         let chunk = ChunkLen { len: len as u32, last };
         let header = self.side.segment.header();
         header.chunks[self.state.cursor as usize].store(chunk);
@@ -150,18 +160,19 @@ impl io::Write for ShmTransfer<Sender, Sending> {
             return Ok(0);
         }
         self.side.segment.origin().check().map_err(Error::from)?;
-        let room = self.room() - self.state.pending as u64;
+        let room = self.unwritten();
         if bytes.len() as u64 > room {
-            let found = self.state.sent + (self.state.pending + bytes.len()) as u64;
+            let found = self.state.sent + u64::from(self.state.pending) + bytes.len() as u64;
             self.side.abort();
             return Err(self.mismatch(found).into());
         }
         self.take_slot(None)?;
-        let space = self.slot_len() - self.state.pending;
+        let pending = self.state.pending as usize;
+        let space = self.slot_len() - pending;
         let len = bytes.len().min(space);
         let ShmTransfer { side, state } = self;
-        side.writer()?.slots().write_slot(state.cursor, state.pending, &bytes[..len]);
-        state.pending += len;
+        side.writer()?.slots().write_slot(state.cursor, pending, &bytes[..len]);
+        state.pending += len as u32; // at most a slot's length
         if len == space || len as u64 == room {
             self.publish_pending()?;
         }
