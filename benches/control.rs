@@ -159,7 +159,7 @@ fn ask<B: Backing>(pool: SegmentPool<B>, requester: impl Requester<B> + 'static)
         requester.send(request, Deadline::NEVER).map_err(shmferry::Error::from)?;
         match transfer.reply(Deadline::NEVER)? {
             Reply::Refused(_) => Ok(()),
-            Reply::Found(_) => panic!("found what is not there"),
+            other => panic!("{other:?}"),
         }
     })
 }

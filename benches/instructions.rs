@@ -189,7 +189,7 @@ mod steps {
     pub fn reply(transfer: ShmTransfer<Receiver, Offered>) -> ShmTransfer<Receiver, Receiving> {
         match transfer.reply(DEADLINE).expect("a reply") {
             Reply::Found(body) => body,
-            Reply::Refused(why) => panic!("{why:?}"),
+            other => panic!("{other:?}"),
         }
     }
 

@@ -265,7 +265,7 @@ fn ask<B: Backing>(
     requester.send(request, soon()).expect("a server");
     match transfer.reply(soon()).expect("a living server") {
         Reply::Found(body) => body,
-        Reply::Refused(why) => panic!("refused: {why:?}"),
+        other => panic!("{other:?}"),
     }
 }
 

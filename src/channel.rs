@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+#[cfg(target_os = "linux")]
+use crate::error::PeerFault;
 use crate::error::{Error, Misuse, Result};
 use crate::peer::Link;
 use crate::protocol::{
-    Answer, Keep, Offer, Offered, Receiver, Refusal, Reply, Sender, ShmTransfer, Starting,
+    Answer, Keep, Loans, Offer, Offered, Receiver, Refusal, Reply, Sender, ShmTransfer, Starting,
 };
 use crate::segment::{Backing, Lease, PooledSegment, SegmentId};
 use crate::sync::Deadline;
@@ -56,7 +58,8 @@ pub trait Requester<B: Backing>: Send + Sync {
 
     /// Asks for `key` through a leased segment: sends the request, and waits for the reply until
     /// the deadline. A request that its server did not take before it ended goes to the successor.
-    /// It is withdrawn first, so no two servers answer it.
+    /// It is withdrawn first, so no two servers answer it. A request that was answered from a loan
+    /// which this side had just returned is sent once more, and answered through the segment.
     ///
     /// # Errors
     /// Those of [`send`](Self::send) and of [`reply`](ShmTransfer::reply). [`Error::Disconnected`]
@@ -64,15 +67,28 @@ pub trait Requester<B: Backing>: Send + Sync {
     /// successor could be asked.
     fn ask(&self, lease: Lease<B>, key: &[u8], deadline: Deadline) -> Result<Reply> {
         let mut lease = lease;
+        let mut takes_loans = true;
         for attempt in 0.. {
             let again = lease.again();
-            let (request, mut transfer) = lease.request(key)?;
+            let (mut request, mut transfer) = lease.request(key)?;
+            request.takes_loans = takes_loans;
             self.send(request, deadline)?;
             match transfer.read_reply(deadline) {
                 Ok(Answer::Found(state)) => return Ok(Reply::Found(transfer.receiving(state))),
                 Ok(Answer::Refused(Refusal::Leaving))
                     if transfer.may_have_successor() && !deadline.has_passed() => {}
                 Ok(Answer::Refused(why)) => return Ok(Reply::Refused(why)),
+                #[cfg(target_os = "linux")]
+                Ok(Answer::Lent(body)) => return Ok(Reply::Lent(body)),
+                #[cfg(target_os = "linux")]
+                Ok(Answer::Returned(id)) => {
+                    if !takes_loans {
+                        return Err(PeerFault::UnknownLoan(id).into());
+                    }
+                    takes_loans = false;
+                    lease = again(transfer.give_up())?;
+                    continue;
+                }
                 // Withdrawn: no sender has accepted it, and none can any more (P1).
                 Err(Error::Disconnected) if !deadline.has_passed() && transfer.withdraw() => {}
                 Err(error) => return Err(error),
@@ -124,6 +140,8 @@ pub struct Request<B: Backing> {
     generation: u64,
     key: Arc<[u8]>,
     offer: Arc<Offer>,
+    /// Whether the answer may be lent.
+    pub(crate) takes_loans: bool,
 }
 
 impl<B: Backing> Lease<B> {
@@ -143,7 +161,8 @@ impl<B: Backing> Lease<B> {
         }
         let (pooled, guard) = self.into_parts();
         let (transfer, offer, generation) = ShmTransfer::offer(guard)?;
-        Ok((Request { pooled, generation, key: key.into(), offer }, transfer))
+        let key = key.into();
+        Ok((Request { pooled, generation, key, offer, takes_loans: true }, transfer))
     }
 }
 
@@ -166,7 +185,11 @@ impl<B: Backing> Request<B> {
     /// The request as a sender in this same process receives it.
     pub(crate) fn begin_here(&self, link: &Arc<Link>) -> Result<ShmTransfer<Sender, Starting>> {
         let segment = self.pooled.writable()?;
-        Ok(ShmTransfer::begin(segment, self.generation, Arc::clone(&self.key), link))
+        let loans = match self.takes_loans {
+            true => Loans::Within(Arc::clone(&self.offer)),
+            false => Loans::None,
+        };
+        Ok(ShmTransfer::begin(segment, self.generation, Arc::clone(&self.key), link, loans))
     }
 
     /// Consumes the request once it was sent over `link`; keeps `connection` open as long as the

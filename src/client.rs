@@ -18,6 +18,8 @@ use crate::channel::Seqpacket;
 use crate::channel::{Named, PosixMq};
 use crate::error::{Error, Result};
 #[cfg(target_os = "linux")]
+use crate::loan::{Lent, LentBody, LoanLimits};
+#[cfg(target_os = "linux")]
 use crate::protocol::Spool;
 use crate::protocol::{
     Chunk, DEFAULT_TIMEOUT, Metadata, Receiver, Receiving, Reply, ShmTransfer, Size,
@@ -110,6 +112,8 @@ impl Client {
             connect_timeout: None,
             connect_timeout_after_loss: None,
             users: Vec::new(),
+            #[cfg(target_os = "linux")]
+            keep: LoanLimits { bytes: 512 << 20, count: 256 },
         }
     }
 
@@ -226,7 +230,12 @@ impl Client {
         match self.route.ask(key, lease, &|| reply.unwrap_or(Deadline::after(self.timeout)))? {
             Reply::Found(mut transfer) => {
                 transfer.set_timeout(self.timeout);
-                Ok(Body { transfer })
+                Ok(Body { source: Source::Streamed(transfer) })
+            }
+            #[cfg(target_os = "linux")]
+            Reply::Lent(mut body) => {
+                body.set_timeout(self.timeout);
+                Ok(Body { source: Source::Lent(body) })
             }
             Reply::Refused(why) => Err(Error::Refused(why)),
         }
@@ -251,6 +260,8 @@ pub struct ClientBuilder {
     connect_timeout: Option<Duration>,
     connect_timeout_after_loss: Option<Duration>,
     users: Vec<u32>,
+    #[cfg(target_os = "linux")]
+    keep: LoanLimits,
 }
 
 impl ClientBuilder {
@@ -303,6 +314,16 @@ impl ClientBuilder {
         self
     }
 
+    /// How much of what the server [lends](crate::loan) is kept, so that the next answer from it
+    /// needs neither a copy nor a descriptor: bytes of sealed memory (the server's memory, mapped
+    /// here), and loans; 512 MiB and 256 by default. Each loan costs one descriptor. With no loans,
+    /// everything comes through segments. Sockets only; within a process, nothing has to be kept.
+    #[cfg(target_os = "linux")]
+    pub fn keep_loans(mut self, bytes: u64, loans: u32) -> Self {
+        self.keep = LoanLimits { bytes, count: loans };
+        self
+    }
+
     /// Trusts a server of this user, too, besides one of ours. Sockets only.
     pub fn allow_user(mut self, uid: u32) -> Self {
         self.users.push(uid);
@@ -324,7 +345,7 @@ impl ClientBuilder {
         match address.try_into()? {
             Address::Unix(path) => {
                 let pool = self.pool::<Memfd>()?;
-                let mut socket = Seqpacket::new(path);
+                let mut socket = Seqpacket::new(path).keep_loans(self.keep.bytes, self.keep.count);
                 for uid in &self.users {
                     socket = socket.allow_user(*uid);
                 }
@@ -409,7 +430,15 @@ impl<B: Backing, Q: Requester<B>> Route for (SegmentPool<B>, Q) {
 #[derive(Debug)]
 #[must_use = "a body that is dropped is not read"]
 pub struct Body {
-    transfer: ShmTransfer<Receiver, Receiving>,
+    source: Source,
+}
+
+/// How the bytes come.
+#[derive(Debug)]
+enum Source {
+    Streamed(ShmTransfer<Receiver, Receiving>),
+    #[cfg(target_os = "linux")]
+    Lent(LentBody),
 }
 
 impl Body {
@@ -425,7 +454,11 @@ impl Body {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn size(&self) -> Size {
-        self.transfer.size()
+        match &self.source {
+            Source::Streamed(transfer) => transfer.size(),
+            #[cfg(target_os = "linux")]
+            Source::Lent(body) => Size::Known(body.size()),
+        }
     }
 
     /// What the server attached.
@@ -445,7 +478,11 @@ impl Body {
     /// # Errors
     /// [`Error::Peer`] when it does not read as an `M`.
     pub fn metadata<M: Metadata>(&self) -> Result<M> {
-        self.transfer.metadata()
+        match &self.source {
+            Source::Streamed(transfer) => transfer.metadata(),
+            #[cfg(target_os = "linux")]
+            Source::Lent(body) => body.metadata(),
+        }
     }
 
     /// How long this body waits without progress, instead of the client's timeout.
@@ -461,7 +498,11 @@ impl Body {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn set_timeout(&mut self, timeout: Duration) {
-        self.transfer.set_timeout(timeout);
+        match &mut self.source {
+            Source::Streamed(transfer) => transfer.set_timeout(timeout),
+            #[cfg(target_os = "linux")]
+            Source::Lent(body) => body.set_timeout(timeout),
+        }
     }
 
     /// Reads everything that is still to come into memory.
@@ -506,7 +547,11 @@ impl Body {
     /// it takes nothing, after each of which the call may be made again, and goes on.
     #[cfg(unix)]
     pub fn copy_to(&mut self, sink: impl AsFd) -> Result<u64> {
-        self.transfer.copy_to(sink)
+        match &mut self.source {
+            Source::Streamed(transfer) => transfer.copy_to(sink),
+            #[cfg(target_os = "linux")]
+            Source::Lent(body) => body.copy_to(sink),
+        }
     }
 
     /// As [`copy_to`](Self::copy_to), to a socket; but while others wait for a segment and the
@@ -531,7 +576,10 @@ impl Body {
     /// Those of [`copy_to`](Self::copy_to).
     #[cfg(target_os = "linux")]
     pub fn copy_to_or_spool(self, socket: impl AsFd, spool: &Spool) -> Result<u64> {
-        self.transfer.copy_to_or_spool(socket, spool)
+        match self.source {
+            Source::Streamed(transfer) => transfer.copy_to_or_spool(socket, spool),
+            Source::Lent(mut body) => body.copy_to(socket), // holds no segment
+        }
     }
 
     /// Waits for the next chunk, or what is unread of the current one; `None` at the end.
@@ -552,17 +600,60 @@ impl Body {
     /// [`Error::Timeout`], after which the call may be made again; or, for good, what ended the
     /// transfer.
     pub fn next_chunk(&mut self, deadline: Deadline) -> Result<Option<Chunk<'_>>> {
-        self.transfer.next_chunk(deadline)
+        match &mut self.source {
+            Source::Streamed(transfer) => transfer.next_chunk(deadline),
+            #[cfg(target_os = "linux")]
+            Source::Lent(body) => body.next_chunk(),
+        }
     }
 
-    /// The transfer beneath.
-    pub fn into_transfer(self) -> ShmTransfer<Receiver, Receiving> {
-        self.transfer
+    /// Everything that is still to come, as bytes that can be kept as long as one likes, shared
+    /// between threads, and handed on. Without a copy, if the server has [lent](crate::loan) sealed
+    /// memory; otherwise gathered into memory.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, loan::Loan, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let loan = Loan::from_bytes(b"hello")?;
+    /// # let _server = Server::with(queue.clone()).serve(2, move |asked| asked.lend(&loan))?;
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let bytes = client.get("key")?.into_bytes()?;
+    /// assert_eq!(&bytes[..], b"hello");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`read_all`](Self::read_all).
+    #[cfg(target_os = "linux")]
+    pub fn into_bytes(self) -> Result<Lent> {
+        match self.source {
+            Source::Lent(body) => body.into_bytes(),
+            Source::Streamed(_) => Ok(self.read_all()?.into()),
+        }
+    }
+
+    /// Whether the server has lent the bytes: then no segment is in use for them.
+    #[cfg(target_os = "linux")]
+    pub fn is_lent(&self) -> bool {
+        matches!(self.source, Source::Lent(_))
+    }
+
+    /// The typed part beneath: a transfer, or what was lent.
+    pub fn into_reply(self) -> Reply {
+        match self.source {
+            Source::Streamed(transfer) => Reply::Found(transfer),
+            #[cfg(target_os = "linux")]
+            Source::Lent(body) => Reply::Lent(body),
+        }
     }
 }
 
 impl io::Read for Body {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.transfer.read(into)
+        match &mut self.source {
+            Source::Streamed(transfer) => transfer.read(into),
+            #[cfg(target_os = "linux")]
+            Source::Lent(body) => body.read(into),
+        }
     }
 }

@@ -46,6 +46,12 @@ pub enum Error {
     #[error("the request is out of date: its receiver has withdrawn it")]
     Stale,
 
+    /// The answer was lent, and this side had returned that loan a moment before. Only
+    /// [`ShmTransfer::reply`](crate::protocol::ShmTransfer::reply) says so: a client asks again by
+    /// itself.
+    #[error("the loan that answers was just returned: ask again")]
+    LoanReturned,
+
     /// This side closed the queue, or dropped the other end of it.
     #[error("the request queue is closed")]
     Closed,
@@ -170,7 +176,9 @@ impl Error {
             | Error::Peer(_)
             | Error::Layout(_)
             | Error::Rejected(_) => Fault::Peer,
-            Error::Closed | Error::Misuse(_) | Error::AddressInUse { .. } => Fault::Ours,
+            Error::Closed | Error::LoanReturned | Error::Misuse(_) | Error::AddressInUse { .. } => {
+                Fault::Ours
+            }
             Error::SizeMismatch { .. }
             | Error::Sink(_)
             | Error::Source(_)
@@ -197,6 +205,7 @@ impl Error {
             Error::Timeout(_)
                 | Error::Disconnected
                 | Error::Aborted
+                | Error::LoanReturned
                 | Error::Refused(Refusal::Leaving)
                 | Error::Rejected(Rejection::TooManyClients(_) | Rejection::Resources)
         )
@@ -217,7 +226,9 @@ impl From<Error> for io::Error {
         let kind = match &error {
             Error::Timeout(_) => io::ErrorKind::TimedOut,
             Error::Disconnected => io::ErrorKind::ConnectionReset,
-            Error::Aborted | Error::Cancelled | Error::Stale => io::ErrorKind::ConnectionAborted,
+            Error::Aborted | Error::Cancelled | Error::Stale | Error::LoanReturned => {
+                io::ErrorKind::ConnectionAborted
+            }
             Error::Peer(_) | Error::Layout(_) => io::ErrorKind::InvalidData,
             Error::Misuse(_) => io::ErrorKind::InvalidInput,
             Error::Refused(Refusal::NotFound) => io::ErrorKind::NotFound,
@@ -379,6 +390,19 @@ pub enum Misuse {
         /// What is still to come, in bytes.
         expected: u64,
     },
+    /// A part of a loan that the loan does not have.
+    #[error("bytes {start} to {end} of a loan of {len}")]
+    LoanRange {
+        /// The first byte.
+        start: u64,
+        /// The byte behind the last.
+        end: u64,
+        /// The loan's length, in bytes.
+        len: u64,
+    },
+    /// A descriptor that cannot be lent as a file: what it is.
+    #[error("a file to lend must be a regular one, open for reading only; this is {0}")]
+    NotLendable(&'static str),
     /// The largest `u64` stands for "unknown" and cannot be a size.
     #[error("no transfer can be u64::MAX bytes long")]
     SizeReserved,

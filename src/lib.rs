@@ -172,6 +172,8 @@ pub mod files;
 pub mod fuzzing;
 mod id;
 #[cfg(target_os = "linux")]
+pub mod loan;
+#[cfg(target_os = "linux")]
 mod own_file;
 mod peer;
 mod process;

@@ -27,7 +27,12 @@ pub use metadata::Metadata;
 pub(crate) use offer::{Keep, Offer};
 pub(crate) use receiver::Answer;
 pub use receiver::{Chunk, Offered, Receiver, Receiving, Reply};
+#[cfg(target_os = "linux")]
+pub(crate) use sender::Lending;
+pub(crate) use sender::Loans;
 pub use sender::{Sender, Sending, Slot, Starting};
+#[cfg(target_os = "linux")]
+pub(crate) use sink::{SinkWait, write_some};
 #[cfg(target_os = "linux")]
 pub use {sink::send_all, spool::Spool};
 
@@ -249,9 +254,12 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// The status word of an announcement that is followed by bytes. Any other nonzero one is a
-/// [`Refusal`]'s. Zero means that there is no announcement yet.
+/// The status word of an announcement that is followed by bytes. Others are [`LENT`], and those of a
+/// [`Refusal`]. Zero means that there is no announcement yet.
 const FOUND: u32 = 1;
+/// The status word of an answer that was lent: the announcement says which part of which loan.
+#[cfg(target_os = "linux")]
+const LENT: u32 = 6;
 
 impl Refusal {
     fn from_word(word: u32) -> Option<Refusal> {

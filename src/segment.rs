@@ -38,7 +38,10 @@ pub use memfd::Memfd;
 pub(crate) use {
     header::LAYOUT_VERSION,
     mapping::Words,
-    memfd::{attach as attach_memfd, attach_words, create_words},
+    memfd::{
+        allocate_blocks, attach as attach_memfd, attach_words, check as check_memfd, create_words,
+        empty_memfd,
+    },
 };
 
 /// A view on slots that can only read them: the receiver's (rule L4).

@@ -23,7 +23,11 @@ use crate::channel::RequestQueue;
 #[cfg(target_os = "linux")]
 use crate::channel::Seqpacket;
 use crate::error::{Error, Fault, Result};
+#[cfg(target_os = "linux")]
+use crate::loan::{Loan, LoanLimits};
 use crate::peer::Peer;
+#[cfg(target_os = "linux")]
+use crate::protocol::Lending;
 use crate::protocol::{
     DEFAULT_TIMEOUT, Metadata, Refusal, Sender, Sending, ShmTransfer, Size, Slot, Starting,
 };
@@ -253,6 +257,7 @@ pub struct ServerBuilder {
     max_clients: Option<u32>,
     max_segments: Option<u32>,
     max_bytes: Option<u64>,
+    loans: Option<LoanLimits>,
     users: Vec<u32>,
 }
 
@@ -273,6 +278,13 @@ impl ServerBuilder {
     /// The most bytes of segments that one client may bring; 4 GiB by default. Sockets only.
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = Some(bytes);
+        self
+    }
+
+    /// The most that is lent to one client at a time: bytes of sealed memory, and loans; 1 GiB and
+    /// 1,024 by default. Beyond it, answers go through the segment. Sockets only.
+    pub fn lend_at_most(mut self, bytes: u64, loans: u32) -> Self {
+        self.loans = Some(LoanLimits { bytes, count: loans });
         self
     }
 
@@ -313,6 +325,9 @@ impl ServerBuilder {
                 }
                 if let Some(bytes) = self.max_bytes {
                     socket = socket.max_bytes(bytes);
+                }
+                if let Some(LoanLimits { bytes, count }) = self.loans {
+                    socket = socket.lend_at_most(bytes, count);
                 }
                 Arc::new(socket.bind()?)
             }
@@ -606,6 +621,59 @@ impl Incoming {
     pub fn send_file(self, file: &File) -> Result<()> {
         let size = Size::of_file(file).map_err(Error::Source)?;
         self.accept(size)?.send_file(file).map(drop)
+    }
+
+    /// Answers with a [loan](crate::loan), or a part of one: no byte is copied, if the client takes
+    /// loans. Otherwise its bytes are sent.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, loan::Loan, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let loan = Loan::from_bytes(b"hello, world")?;
+    /// let _serving = Server::with(queue).serve(2, move |request| match request.key() {
+    ///     b"all" => request.lend(&loan),
+    ///     _ => request.lend(&loan.slice(..5)?),
+    /// })?;
+    /// assert_eq!(client.get("part")?.read_all()?, b"hello");
+    /// assert!(client.get("all")?.is_lent());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`accept`](Self::accept); if the bytes are sent, those of
+    /// [`send_file`](Self::send_file).
+    #[cfg(target_os = "linux")]
+    pub fn lend(self, loan: &Loan) -> Result<()> {
+        self.lend_with(loan, &())
+    }
+
+    /// As [`lend`](Self::lend), with metadata.
+    ///
+    /// ```
+    /// # use shmferry::{channel::InProcess, loan::Loan, *};
+    /// # let queue = InProcess::bounded(8);
+    /// # let client = Client::builder().segments(2).in_process(&queue)?;
+    /// let loan = Loan::from_bytes(b"hello")?;
+    /// let _serving = Server::with(queue).serve(2, move |request| {
+    ///     request.lend_with(&loan, &String::from("text/plain"))
+    /// })?;
+    /// assert_eq!(client.get("key")?.metadata::<String>()?, "text/plain");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Also [`Error::Misuse`] for metadata that does not fit.
+    #[cfg(target_os = "linux")]
+    pub fn lend_with(self, loan: &Loan, metadata: &impl Metadata) -> Result<()> {
+        let timeout = self.timeout;
+        match self.answered().try_lend(loan, metadata)? {
+            Lending::Lent => Ok(()),
+            Lending::Send(mut sending) => {
+                sending.set_timeout(timeout);
+                sending.send_loan(loan)
+            }
+        }
     }
 
     /// Answers with these bytes.

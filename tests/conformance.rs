@@ -104,7 +104,7 @@ fn body_of(reply: Reply) -> Vec<u8> {
             body.read_to_end(&mut bytes).unwrap();
             bytes
         }
-        Reply::Refused(why) => panic!("refused: {why:?}"),
+        other => panic!("{other:?}"),
     }
 }
 

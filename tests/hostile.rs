@@ -402,7 +402,7 @@ impl Memory {
     fn entry(&self, number: u64) -> (u32, u64, Vec<u8>) {
         let entry = ENTRY + (number % ENTRIES) as usize * 256;
         let word = self.long(entry + 8).load(SeqCst);
-        let key = (0..word as usize >> 32)
+        let key = (0..(word as usize >> 32) & !(1 << 31))
             .map(|i| self.long(entry + 16 + i / 8 * 8).load(SeqCst).to_ne_bytes()[i % 8]);
         (word as u32, self.long(entry).load(SeqCst), key.collect())
     }
@@ -536,10 +536,11 @@ const POOL: u64 = 77;
 
 fn hello(slots: u32, slot_len: u32) -> Vec<u8> {
     let numbers = [
-        &1u32.to_le_bytes()[..],
+        &2u32.to_le_bytes()[..],
         &POOL.to_le_bytes(),
         &slots.to_le_bytes(),
         &slot_len.to_le_bytes(),
+        &[0; 4 + 8 + 4], // it takes no loans
     ];
     [&[1][..], b"shmferry", &numbers.concat()].concat()
 }
@@ -553,7 +554,7 @@ fn retire(index: u32) -> Vec<u8> {
 }
 
 fn request(index: u32, generation: u64, key: &str) -> Vec<u8> {
-    [&[4][..], &index.to_le_bytes(), &generation.to_le_bytes(), key.as_bytes()].concat()
+    [&[4][..], &index.to_le_bytes(), &generation.to_le_bytes(), &[0], key.as_bytes()].concat()
 }
 
 /// Hands a ring over; knocks.
@@ -577,7 +578,7 @@ fn memfd(len: u64, flags: MemfdFlags) -> OwnedFd {
 fn unsealed(index: u32) -> OwnedFd {
     let fd = memfd(LEN as u64, MemfdFlags::empty());
     rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, LEN as u64).unwrap();
-    let numbers = [1, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
+    let numbers = [2, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
     let header = [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &index.to_ne_bytes()].concat();
     rustix::io::pwrite(&fd, &header, 0).unwrap();
     fd
@@ -1217,7 +1218,7 @@ fn memory_that_only_looks_allocated_costs_a_server_no_more_than_its_limit() {
                 let fd = memfd(LEN as u64, MemfdFlags::empty());
                 let beyond = FallocateFlags::KEEP_SIZE;
                 rustix::fs::fallocate(&fd, beyond, LEN as u64, LEN as u64).unwrap();
-                let numbers = [1, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
+                let numbers = [2, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
                 let header =
                     [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &index.to_ne_bytes()]
                         .concat();
@@ -1386,7 +1387,7 @@ fn hostile_server(path: &Path) {
                 3 => drop(known.remove(&u32_at(&message, 1)).unwrap()),
                 4 => {
                     let generation = u64::from_le_bytes(message[5..13].try_into().unwrap());
-                    asked.push((u32_at(&message, 1), generation, message[13..].to_vec()));
+                    asked.push((u32_at(&message, 1), generation, message[14..].to_vec()));
                 }
                 kind => panic!("a message of kind {kind}"),
             }
@@ -1493,7 +1494,7 @@ fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> 
         }
         "words of the announcement rewritten" => {
             deal.announce(FOUND, 50_000, 5);
-            deal.memory.write(280, b"right");
+            deal.memory.write(296, b"right");
             let over = AtomicBool::new(false);
             thread::scope(|scope| {
                 let mut begun = 0;
@@ -1509,7 +1510,7 @@ fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> 
                                 memory.long(SIZE).store(random.next(), SeqCst);
                                 memory.word(METADATA_LEN).store(random.word(), SeqCst);
                                 memory.word(SENDER_CPU).store(random.word(), SeqCst);
-                                memory.write(280, b"wrong");
+                                memory.write(296, b"wrong");
                             }
                         });
                     }

@@ -402,7 +402,7 @@ fn ask<C: Carrier>(requester: &C::Requester, pool: &Pool<C>, len: usize) -> Resu
     requester.send(request, soon())?;
     match transfer.reply(Deadline::NEVER)? {
         Reply::Found(body) => Ok(body),
-        Reply::Refused(why) => panic!("refused: {why:?}"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -864,7 +864,7 @@ impl Stranger {
 }
 
 /// Of the layout.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 fn hello(version: u32, slots: u32, slot_len: u32) -> Vec<u8> {
     let mut bytes = vec![1];
@@ -873,6 +873,7 @@ fn hello(version: u32, slots: u32, slot_len: u32) -> Vec<u8> {
     bytes.extend(77u64.to_le_bytes());
     bytes.extend(slots.to_le_bytes());
     bytes.extend(slot_len.to_le_bytes());
+    bytes.extend([0; 4 + 8 + 4]); // it takes no loans
     bytes
 }
 

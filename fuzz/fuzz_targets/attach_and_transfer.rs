@@ -107,7 +107,7 @@ fn receive(script: &mut Script<'_>) {
                 body.set_timeout(Duration::ZERO);
                 take(script, &mut body, memory, slot_len);
             }
-            Ok(Reply::Refused(_)) => {}
+            Ok(Reply::Refused(_) | Reply::Lent(_)) => {}
             Err(error) => expected(&error),
         }
     }

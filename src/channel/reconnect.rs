@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Misuse, Result};
+use crate::loan::Borrower;
 use crate::peer::{Link, Peer};
 use crate::process::Origin;
 use crate::segment::{Backing, PoolId};
@@ -31,7 +32,7 @@ pub(super) trait Connect {
 }
 
 /// A connection to one server process. It stays open while [`Reconnecting`] or a transfer uses it.
-pub(super) trait Connection: Send + Sync + 'static {
+pub(super) trait Connection: Borrower + 'static {
     fn link(&self) -> &Arc<Link>;
 }
 

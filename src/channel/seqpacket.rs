@@ -15,13 +15,16 @@ use rustix::process::getuid;
 use crate::channel::pause;
 use crate::channel::reconnect::ConnectTimeout;
 use crate::error::{Awaited, Error, Misuse, Result};
+use crate::loan::LoanLimits;
 use crate::peer::{Peer, Socket};
 use crate::segment::{Memfd, SegmentPool};
 use crate::sync::{Deadline, wait_ready};
 use crate::workers;
 
 mod address;
+mod borrower;
 mod client;
+mod lender;
 #[cfg(all(test, loom))]
 mod model;
 mod queue;
@@ -83,6 +86,10 @@ struct Policy {
     max_clients: u32,
     max_segments: u32,
     max_bytes: u64,
+    /// Lent to one client, by a server.
+    loans: LoanLimits,
+    /// Kept by a client.
+    keep: LoanLimits,
     connect_timeout: ConnectTimeout,
     on_rejected: Option<Arc<OnRejected>>,
 }
@@ -98,6 +105,8 @@ impl Seqpacket {
             max_clients: 256,
             max_segments: 1024,
             max_bytes: 4 << 30,
+            loans: LoanLimits { bytes: 1 << 30, count: 1024 },
+            keep: LoanLimits::NONE,
             connect_timeout: ConnectTimeout::default(),
             on_rejected: None,
         };
@@ -152,6 +161,20 @@ impl Seqpacket {
     /// writes to.
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.policy.max_bytes = bytes;
+        self
+    }
+
+    /// The most that a server lends to one client: bytes of sealed memory, and loans; 1 GiB and 1024
+    /// by default. Beyond it, answers go through the segment until the client has returned some.
+    pub fn lend_at_most(mut self, bytes: u64, loans: u32) -> Self {
+        self.policy.loans = LoanLimits { bytes, count: loans };
+        self
+    }
+
+    /// The most that a client keeps of what is lent to it: bytes of sealed memory, and loans, each
+    /// of which costs a descriptor. None by default: it then gets everything through the segment.
+    pub fn keep_loans(mut self, bytes: u64, loans: u32) -> Self {
+        self.policy.keep = LoanLimits { bytes, count: loans };
         self
     }
 

@@ -72,6 +72,39 @@ pub(crate) enum PeerFault {
     /// A segment that was handed over twice.
     #[error("segment {0} handed over twice")]
     RepeatedSegment(u32),
+    /// Memory that was lent, and is not sealed memory as rule N2 asks.
+    #[cfg(target_os = "linux")]
+    #[error("lent memory that cannot be trusted: {0}")]
+    UnusableMemory(LayoutMismatch),
+    /// A file that was lent, and is not one as rule N8 asks.
+    #[cfg(target_os = "linux")]
+    #[error("a lent file that cannot be used: it is {0}")]
+    UnusableFile(&'static str),
+    /// A loan of a kind that this side has not asked for.
+    #[error("a loan of unknown kind {0}")]
+    UnknownLoanKind(u32),
+    /// A loan that was introduced twice.
+    #[error("loan {0} introduced twice")]
+    RepeatedLoan(u64),
+    /// An answer from a loan that was never introduced, to a request that takes none.
+    #[error("an answer from loan {0}, which was not introduced")]
+    UnknownLoan(u64),
+    /// An answer from bytes that the loan does not have.
+    #[error("an answer of {len} bytes from {start} on, from a loan of {whole} bytes")]
+    BeyondLoan {
+        /// Where the answer begins.
+        start: u64,
+        /// The answer's bytes.
+        len: u64,
+        /// The loan's bytes.
+        whole: u64,
+    },
+    /// A lent answer of unknown size.
+    #[error("a lent answer of unknown size")]
+    LoanWithoutSize,
+    /// A loan returned that the client does not have.
+    #[error("loan {0} returned, which the client did not have")]
+    ReturnedUnlent(u64),
 }
 
 /// Why a segment cannot be used (rules L1 and L2).
@@ -113,7 +146,7 @@ pub(crate) enum LayoutMismatch {
         expected: SegmentId,
     },
     /// The descriptor could still be shrunk, so that touching it could kill us (SIGBUS).
-    #[error("its descriptor is not sealed against resizing")]
+    #[error("its descriptor is not sealed as it must be")]
     Unsealed,
     /// The descriptor is not one of ordinary shared memory.
     #[error("its descriptor is not ordinary shared memory")]

@@ -2,8 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+#[cfg(target_os = "linux")]
+use std::sync::OnceLock;
 
 use crate::error::{Error, Rejection};
+#[cfg(target_os = "linux")]
+use crate::loan::Lender;
 use crate::process::Origin;
 use crate::sync::Deadline;
 use crate::sync::modelled::{Mutex, lock};
@@ -25,6 +29,9 @@ pub(crate) struct Link {
     /// A child of `fork` leaves the link alone.
     origin: Origin,
     state: Mutex<LinkState>,
+    /// Lends to the receiver, if it takes loans.
+    #[cfg(target_os = "linux")]
+    lender: OnceLock<Arc<dyn Lender>>,
 }
 
 #[derive(Default)]
@@ -62,7 +69,20 @@ impl Link {
             process: PeerProcess::default(),
             origin: Origin::here(),
             state: Mutex::default(),
+            #[cfg(target_os = "linux")]
+            lender: OnceLock::new(),
         }
+    }
+
+    /// Has the answers to this receiver lent by `lender`, where they can be. Only the first counts.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn lend_by(&self, lender: Arc<dyn Lender>) {
+        let _ = self.lender.set(lender);
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn lender(&self) -> Option<&dyn Lender> {
+        self.lender.get().map(|lender| &**lender)
     }
 
     pub(crate) fn peer(&self) -> Option<Peer> {

@@ -1,11 +1,15 @@
 //! What a request and its transfer share: whether the request was sent, and over which link.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use crate::peer::{Link, Registration};
 use crate::segment::{Phase, ReadSlots, Segment};
 use crate::sync::modelled::{Mutex, lock};
+#[cfg(target_os = "linux")]
+use crate::{
+    error::{PeerFault, Result},
+    loan::Content,
+};
 
 /// Shared by a request and its transfer, within the receiver's process. Says over which link the
 /// answer will come.
@@ -13,13 +17,16 @@ pub(crate) struct Offer {
     segment: Arc<Segment<ReadSlots>>,
     generation: u64,
     state: Mutex<OfferState>,
+    /// Within a process: what the sender lends.
+    #[cfg(target_os = "linux")]
+    given: Mutex<Option<Content>>,
 }
 
 enum OfferState {
     /// The request has not been sent yet.
     Unsent,
     /// It went over a connection. The connection's end poisons the segment, and this keeps it open.
-    Sent { registration: Registration, _connection: Option<Keep> },
+    Sent { registration: Registration, connection: Option<Keep> },
     /// The transfer is over, and another transfer may have the segment.
     Over,
 }
@@ -33,12 +40,21 @@ impl OfferState {
     }
 }
 
-/// Keeps a connection open.
-pub(crate) type Keep = Arc<dyn Any + Send + Sync>;
+/// Keeps a connection open, over which a server may have lent something.
+#[cfg(target_os = "linux")]
+pub(crate) type Keep = Arc<dyn crate::loan::Borrower>;
+#[cfg(not(target_os = "linux"))]
+pub(crate) type Keep = Arc<dyn std::any::Any + Send + Sync>;
 
 impl Offer {
     pub(super) fn new(segment: Arc<Segment<ReadSlots>>, generation: u64) -> Offer {
-        Offer { segment, generation, state: Mutex::new(OfferState::Unsent) }
+        Offer {
+            segment,
+            generation,
+            state: Mutex::new(OfferState::Unsent),
+            #[cfg(target_os = "linux")]
+            given: Mutex::new(None),
+        }
     }
 
     /// Records that the request was sent: from now on the link's end ends the transfer's waits. The
@@ -47,7 +63,7 @@ impl Offer {
         let mut state = lock(&self.state);
         if !matches!(*state, OfferState::Over) {
             let registration = link.register(Arc::clone(&self.segment) as _);
-            *state = OfferState::Sent { registration, _connection: connection };
+            *state = OfferState::Sent { registration, connection };
         }
     }
 
@@ -67,6 +83,39 @@ impl Offer {
     /// unmapped.
     pub(crate) fn is_over(&self) -> bool {
         matches!(*lock(&self.state), OfferState::Over)
+    }
+
+    /// Gives the receiver, in this same process, what its sender lends.
+    #[cfg(target_os = "linux")]
+    pub(super) fn give(&self, content: Content) {
+        *lock(&self.given) = Some(content);
+    }
+
+    /// The loan of this number, as far as this side has it.
+    #[cfg(target_os = "linux")]
+    pub(super) fn borrow(&self, id: u64) -> Result<Option<Content>> {
+        let given = lock(&self.given).take();
+        match (given, self.connection()) {
+            (Some(content), _) => Ok(Some(content)),
+            (None, Some(connection)) => connection.borrow(id),
+            (None, None) => Err(PeerFault::UnknownLoan(id).into()),
+        }
+    }
+
+    /// Returns loans of so many bytes, so that the server can lend more.
+    #[cfg(target_os = "linux")]
+    pub(super) fn make_room(&self, bytes: u64) {
+        if let Some(connection) = self.connection() {
+            connection.make_room(bytes);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn connection(&self) -> Option<Keep> {
+        match &*lock(&self.state) {
+            OfferState::Sent { connection, .. } => connection.clone(),
+            OfferState::Unsent | OfferState::Over => None,
+        }
     }
 
     pub(super) fn is_severed(&self) -> bool {

@@ -9,8 +9,12 @@ use crate::segment::{Ended, Header, MAX_METADATA, Phase, ReadSlots, Segment, Seg
 use crate::sync::atomic::Relaxed;
 use crate::sync::{Deadline, Permit};
 
+#[cfg(target_os = "linux")]
+use super::LENT;
 use super::wait::{Wait, Waiter, publish_cpu, why_interrupted};
 use super::{FOUND, Offer, Refusal, ShmTransfer, Size};
+#[cfg(target_os = "linux")]
+use crate::loan::LentBody;
 
 mod chunk;
 #[cfg(unix)]
@@ -46,12 +50,20 @@ pub enum Reply {
     Found(ShmTransfer<Receiver, Receiving>),
     /// The sender refused, and says why. The segment goes back to the pool.
     Refused(Refusal),
+    /// The sender has lent what was asked for. The segment goes back to the pool.
+    #[cfg(target_os = "linux")]
+    Lent(LentBody),
 }
 
 /// What a sender answered, without consuming the transfer.
 pub(crate) enum Answer {
     Found(Receiving),
     Refused(Refusal),
+    #[cfg(target_os = "linux")]
+    Lent(LentBody),
+    /// It was lent, and this side has returned that loan.
+    #[cfg(target_os = "linux")]
+    Returned(u64),
 }
 
 impl ShmTransfer<Receiver, Offered> {
@@ -91,12 +103,16 @@ impl ShmTransfer<Receiver, Offered> {
     /// [`Error::Timeout`] when none came in time, which withdraws the request: to go on waiting
     /// instead, [`wait`](Self::wait) first;
     /// [`Error::Disconnected`] or [`Error::Rejected`] when the queue's connection broke;
-    /// [`Error::Aborted`] when the sender gave up, and [`Error::Peer`] when its answer breaks the
-    /// protocol.
+    /// [`Error::Aborted`] when the sender gave up, [`Error::LoanReturned`] when it lent what this
+    /// side has just returned, and [`Error::Peer`] when its answer breaks the protocol.
     pub fn reply(mut self, deadline: Deadline) -> Result<Reply> {
         Ok(match self.read_reply(deadline)? {
             Answer::Found(state) => Reply::Found(self.receiving(state)),
             Answer::Refused(why) => Reply::Refused(why),
+            #[cfg(target_os = "linux")]
+            Answer::Lent(body) => Reply::Lent(body),
+            #[cfg(target_os = "linux")]
+            Answer::Returned(_) => return Err(Error::LoanReturned),
         })
     }
 
@@ -113,8 +129,17 @@ impl ShmTransfer<Receiver, Offered> {
         let status = announcement.status.load(Relaxed);
         let size = Size::from_word(announcement.size.load(Relaxed));
         let len = announcement.metadata_len.load(Relaxed);
+        #[cfg(target_os = "linux")]
+        if status == LENT {
+            return self.side.lent(size, len);
+        }
         if status != FOUND {
             return self.side.refused(status, len).map(Answer::Refused);
+        }
+        #[cfg(target_os = "linux")]
+        match announcement.loan.load(Relaxed) {
+            0 => {}
+            wanted => self.side.offer.make_room(wanted),
         }
         let metadata = if len == 0 { Box::default() } else { self.side.metadata(len)? };
         Ok(Answer::Found(Receiving::new(size, metadata, permit)))
@@ -194,6 +219,21 @@ impl Receiver {
                 Refusal::Other { code, metadata: self.metadata(metadata_len)? }
             }
             standard => standard,
+        })
+    }
+
+    /// The part of a loan that the announcement names.
+    #[cfg(target_os = "linux")]
+    #[inline(never)]
+    fn lent(&self, size: Size, metadata_len: u32) -> Result<Answer> {
+        let announcement = &self.header().announcement;
+        let id = announcement.loan.load(Relaxed);
+        let start = announcement.loan_start.load(Relaxed);
+        let Size::Known(len) = size else { return Err(PeerFault::LoanWithoutSize.into()) };
+        let metadata = self.metadata(metadata_len)?;
+        Ok(match self.offer.borrow(id)? {
+            Some(content) => Answer::Lent(LentBody::new(content, start, len, metadata)?),
+            None => Answer::Returned(id),
         })
     }
 

@@ -13,16 +13,20 @@ use crate::sync::atomic::Relaxed;
 use crate::sync::{BUDGET, Deadline, Permit};
 
 use super::wait::{Idle, Wait, Waiter, publish_cpu, why_interrupted};
-use super::{FOUND, METADATA_LIMIT, Metadata, Refusal, ShmTransfer, Size};
+use super::{FOUND, METADATA_LIMIT, Metadata, Offer, Refusal, ShmTransfer, Size};
 
 #[cfg(unix)]
 mod file;
+#[cfg(target_os = "linux")]
+mod lend;
 #[cfg(all(test, loom))]
 mod model;
 mod slot;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+#[cfg(target_os = "linux")]
+pub(crate) use lend::Lending;
 pub use slot::{Sending, Slot};
 
 /// The side that answers a request and writes the bytes.
@@ -50,9 +54,20 @@ enum Stand {
 static SENDERS: AtomicUsize = AtomicUsize::new(0);
 
 /// A request has come in; nothing has been answered yet.
-#[derive(Debug)]
 pub struct Starting {
     key: Arc<[u8]>,
+    loans: Loans,
+}
+
+/// How an answer to this request can be lent.
+#[derive(Clone)]
+pub(crate) enum Loans {
+    /// Not at all: the receiver asked for the bytes themselves, or the queue cannot.
+    None,
+    /// By introducing the loan over the connection.
+    ByLink,
+    /// By giving it to the receiver, who is in this process.
+    Within(Arc<Offer>),
 }
 
 impl ShmTransfer<Sender, Starting> {
@@ -61,6 +76,7 @@ impl ShmTransfer<Sender, Starting> {
         generation: u64,
         key: Arc<[u8]>,
         link: &Arc<Link>,
+        loans: Loans,
     ) -> ShmTransfer<Sender, Starting> {
         let side = Sender {
             segment,
@@ -68,7 +84,7 @@ impl ShmTransfer<Sender, Starting> {
             waiter: Waiter::among(&SENDERS),
             posted: None,
         };
-        ShmTransfer { side, state: Starting { key } }
+        ShmTransfer { side, state: Starting { key, loans } }
     }
 
     /// Disarms `Drop`: the request was never delivered, and is handed back.
@@ -112,7 +128,7 @@ impl ShmTransfer<Sender, Starting> {
         metadata: &impl Metadata,
     ) -> Result<ShmTransfer<Sender, Sending>> {
         let size = size.into();
-        self.side.accept(size, &metadata.encode())?;
+        self.side.accept(size, &metadata.encode(), 0)?;
         Ok(ShmTransfer { side: self.side, state: Sending::new(size) })
     }
 
@@ -126,11 +142,8 @@ impl ShmTransfer<Sender, Starting> {
             Refusal::Other { metadata, .. } => &metadata[..],
             _ => &[],
         };
-        self.side.announce(why.to_word(), 0, metadata)?;
-        let header = self.side.header();
-        // Nothing has been sent yet, so all slots are free.
-        let permit = header.free.try_wait().map_err(|_| PeerFault::BaselessPoison)?;
-        self.side.end(Phase::Refused, permit)
+        self.side.announce(why.to_word(), 0, metadata, (0, 0))?;
+        self.side.end_without_bytes(Phase::Refused)
     }
 }
 
@@ -163,15 +176,21 @@ impl Sender {
 
     /// Accepts the request, with bytes to follow.
     #[inline(always)]
-    fn accept(&mut self, size: Size, metadata: &[u8]) -> Result<()> {
+    fn accept(&mut self, size: Size, metadata: &[u8], wanted: u64) -> Result<()> {
         if size == Size::Known(Size::UNKNOWN) {
             return Err(Misuse::SizeReserved.into());
         }
-        self.announce(FOUND, size.to_word(), metadata)
+        self.announce(FOUND, size.to_word(), metadata, (wanted, 0))
     }
 
     /// Accepts the request, and writes the announcement.
-    fn announce(&mut self, status: u32, size: u64, metadata: &[u8]) -> Result<()> {
+    fn announce(
+        &mut self,
+        status: u32,
+        size: u64,
+        metadata: &[u8],
+        (loan, loan_start): (u64, u64),
+    ) -> Result<()> {
         let (len, limit) = (metadata.len(), METADATA_LIMIT);
         if len > limit {
             return Err(Misuse::MetadataTooLong { len, limit }.into());
@@ -180,6 +199,8 @@ impl Sender {
         let announcement = &self.header().announcement;
         announcement.status.store(status, Relaxed);
         announcement.size.store(size, Relaxed);
+        announcement.loan.store(loan, Relaxed);
+        announcement.loan_start.store(loan_start, Relaxed);
         announcement.metadata_len.store(len as u32, Relaxed);
         for (to, byte) in announcement.metadata.iter().zip(metadata) {
             to.store(*byte, Relaxed);
@@ -276,6 +297,14 @@ impl Sender {
             && self.waiter.can_put_off(&self.header().free, slots)
     }
 
+    /// Hands over the announcement, which no bytes follow, and leaves the segment.
+    fn end_without_bytes(&mut self, phase: Phase) -> Result<()> {
+        let header = self.header();
+        // Nothing has been sent yet, so all slots are free.
+        let permit = header.free.try_wait().map_err(|_| PeerFault::BaselessPoison)?;
+        self.end(phase, permit)
+    }
+
     /// Hands over the last permit and leaves the segment.
     fn end(&mut self, phase: Phase, permit: Permit) -> Result<()> {
         let Some(writer) = self.stand.leave(phase) else { return Err(Misuse::TransferOver.into()) };
@@ -306,6 +335,12 @@ impl Sender {
 impl Drop for Sender {
     fn drop(&mut self) {
         self.abort();
+    }
+}
+
+impl fmt::Debug for Starting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Starting").field("key", &self.key.escape_ascii().to_string()).finish()
     }
 }
 

@@ -63,18 +63,38 @@ pub(super) fn send_all_telling(
     Ok(())
 }
 
+/// Writes to a socket or pipe without blocking, or to another kind of descriptor. Returns how many
+/// bytes were written.
+#[cfg(target_os = "linux")]
+pub(crate) fn write_some(sink: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    use rustix::fs::{FileType, fstat};
+    match rustix::net::send(sink, bytes, FLAGS) {
+        Err(Errno::NOTSOCK) => {}
+        sent => return Ok(sent?),
+    }
+    let mut len = bytes.len();
+    if FileType::from_raw_mode(fstat(sink)?.st_mode) == FileType::Fifo {
+        // A pipe that polls as writable takes `PIPE_BUF` bytes.
+        len = len.min(libc::PIPE_BUF);
+        if !wait_ready(sink, PollFlags::OUT, Deadline::after(Duration::ZERO))? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+    }
+    Ok(rustix::io::write(sink, &bytes[..len])?)
+}
+
 /// A wait for a sink that takes nothing, over all its interruptions.
-pub(super) struct SinkWait(Idle<Option<u64>>);
+pub(crate) struct SinkWait(Idle<Option<u64>>);
 
 impl SinkWait {
-    pub(super) fn new(sink: BorrowedFd<'_>, timeout: Duration) -> SinkWait {
+    pub(crate) fn new(sink: BorrowedFd<'_>, timeout: Duration) -> SinkWait {
         SinkWait(Idle::new(timeout, untaken(sink)))
     }
 
     /// Waits until the sink takes bytes again; `false` if `is_ended` ends the wait before, after
     /// which it can be resumed. Calls `moved` whenever the other end has taken bytes, even if it
     /// has no room for more yet.
-    pub(super) fn go_on(
+    pub(crate) fn go_on(
         &mut self,
         sink: BorrowedFd<'_>,
         moved: impl Fn(),

@@ -134,11 +134,25 @@ fn no_end_where_the_size_is_reached() {
 
 #[test]
 fn statuses_that_no_sender_gives() {
-    for status in [0, 6, 0x0002_0000, u32::MAX] {
+    for status in [0, 7, 0x0002_0000, u32::MAX] {
         let stage = stage();
         stage.announce(status, 0, 0, last(0));
         assert_eq!(stage.fault(), PeerFault::UnknownStatus(status));
     }
+}
+
+#[test]
+fn an_answer_from_a_loan_that_nobody_introduced() {
+    let stage = stage();
+    stage.announce(LENT, 0, 0, last(0));
+    assert_eq!(stage.fault(), PeerFault::UnknownLoan(0));
+}
+
+#[test]
+fn a_lent_answer_of_unknown_size() {
+    let stage = stage();
+    stage.announce(LENT, u64::MAX, 0, last(0));
+    assert_eq!(stage.fault(), PeerFault::LoanWithoutSize);
 }
 
 #[test]

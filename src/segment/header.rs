@@ -15,7 +15,7 @@ use super::geometry::{Geometry, HEADER_LEN, MAX_SLOTS};
 pub(crate) const MAX_METADATA: usize = if cfg!(loom) { 4 } else { 1024 };
 /// Version of this layout and its rules. It includes the kind of parker: processes with different
 /// parkers cannot wake each other.
-pub(crate) const LAYOUT_VERSION: u32 = 1 | Parker::KIND << 16;
+pub(crate) const LAYOUT_VERSION: u32 = 2 | Parker::KIND << 16;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"shmferry");
 
@@ -52,7 +52,8 @@ struct GeometryGroup {
 #[cfg_attr(loom, derive(Default))]
 #[repr(C, align(128))]
 pub(crate) struct Announcement {
-    /// Zero until the sender announces: `protocol::FOUND`, or the number of a refusal.
+    /// Zero until the sender announces: `protocol::FOUND`, `protocol::LENT`, or the number of a
+    /// refusal.
     pub(crate) status: AtomicU32,
     pub(crate) metadata_len: AtomicU32,
     /// Bytes to come, or [`u64::MAX`] for an unknown size (rule P4).
@@ -61,6 +62,11 @@ pub(crate) struct Announcement {
     pub(crate) pid: AtomicU32,
     /// The processor that the sender last ran on (rule P8).
     pub(crate) cpu: AtomicU32,
+    /// Of a lent answer, the loan's number. Of a streamed one, the bytes of loans that the receiver
+    /// would have to return for this answer to be lent next time; zero if it is none of those.
+    pub(crate) loan: AtomicU64,
+    /// Of a lent answer, where in the loan it begins, in bytes.
+    pub(crate) loan_start: AtomicU64,
     pub(crate) metadata: [AtomicU8; MAX_METADATA],
 }
 
@@ -84,7 +90,7 @@ pub(crate) struct ReceiverGroup {
 const _: () = {
     use std::mem::{offset_of, size_of};
     assert!(size_of::<Header>() <= HEADER_LEN as usize);
-    assert!(LAYOUT_VERSION == if Parker::KIND == 0 { 1 } else { 65_537 });
+    assert!(LAYOUT_VERSION == if Parker::KIND == 0 { 2 } else { 65_538 });
     assert!(offset_of!(Header, geometry) == 0);
     assert!(offset_of!(Header, turn) == 128);
     assert!(offset_of!(Header, announcement) == 256);
@@ -97,7 +103,8 @@ const _: () = {
     assert!(offset_of!(Header, free) == free);
     assert!(offset_of!(Header, receiver) == receiver);
     assert!(offset_of!(Header, chunks) == chunks);
-    assert!(offset_of!(Announcement, metadata) == 24);
+    assert!(offset_of!(Announcement, loan) == 24);
+    assert!(offset_of!(Announcement, metadata) == 40);
     assert!(offset_of!(ReceiverGroup, progress) == 12);
 };
 

@@ -37,6 +37,14 @@ impl SharedByte {
     pub fn read(&self) -> u8 {
         self.0.load(Relaxed)
     }
+
+    /// Bytes that do not change, in the type of those that may.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn of_constant(bytes: &[u8]) -> &[SharedByte] {
+        // SAFETY: the same memory, size and alignment, for as long. Nothing but relaxed loads of a
+        // byte can be done with it, which are allowed in memory that is mapped read-only.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast::<SharedByte>(), bytes.len()) }
+    }
 }
 
 impl fmt::Debug for SharedByte {

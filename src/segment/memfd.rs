@@ -68,7 +68,7 @@ pub(crate) fn create_words(name: &str, len: usize) -> Result<(Words, OwnedFd)> {
 
 /// Maps words from a peer's descriptor.
 pub(crate) fn attach_words(fd: impl AsFd, len: usize) -> Result<Words> {
-    check(&fd, len as u64)?;
+    check(&fd, len as u64, SEALS)?;
     Words::sealed(&fd, len).map_err(Error::os("mmap"))
 }
 
@@ -79,34 +79,45 @@ pub(crate) fn attach(
     id: SegmentId,
     geometry: Geometry,
 ) -> Result<Segment<WriteSlots>> {
-    check(&fd, geometry.mapped_len() as u64)?;
+    check(&fd, geometry.mapped_len() as u64, SEALS)?;
     let mapping = Mapping::sealed(&fd, geometry, true).map_err(Error::os("mmap"))?;
     mapping.header().verify(id, geometry)?;
     Ok(Segment::new(id, mapping))
 }
 
-/// Makes a memfd with all its blocks allocated, sealed against resizing.
-fn allocate(name: &str, len: u64) -> Result<OwnedFd> {
+/// Makes an empty memfd, without seals yet.
+pub(crate) fn empty_memfd(name: &str) -> Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     // Kernels before 6.3 do not know the flag that forbids executing it.
-    let fd = memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL)
+    memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL)
         .or_else(|errno| if errno == Errno::INVAL { memfd_create(name, flags) } else { Err(errno) })
-        .map_err(Error::os("memfd_create"))?;
-    // Allocated now, so that a lack of memory is an error here and not a SIGBUS later (L2).
+        .map_err(Error::os("memfd_create"))
+}
+
+/// Allocates all blocks of a memfd, so that a lack of memory is an error here and not a SIGBUS
+/// later (L2).
+pub(crate) fn allocate_blocks(fd: impl AsFd, len: u64) -> Result<()> {
     retry_on_intr(|| fallocate(&fd, FallocateFlags::empty(), 0, len))
-        .map_err(Error::os("fallocate"))?;
+        .map_err(Error::os("fallocate"))
+}
+
+/// Makes a memfd with all its blocks allocated, sealed against resizing.
+fn allocate(name: &str, len: u64) -> Result<OwnedFd> {
+    let fd = empty_memfd(name)?;
+    allocate_blocks(&fd, len)?;
     fcntl_add_seals(&fd, SEALS).map_err(Error::os("sealing a memfd"))?;
     Ok(fd)
 }
 
-/// Checks that a descriptor is sealed memory of this length, with its blocks allocated (rule L2).
-fn check(fd: impl AsFd, expected: u64) -> Result<()> {
+/// Checks that a descriptor is memory of this length with these seals, and its blocks allocated
+/// (rules L2 and N2).
+pub(crate) fn check(fd: impl AsFd, expected: u64, required: SealFlags) -> Result<()> {
     let seals = match fcntl_get_seals(&fd) {
         Ok(seals) => seals,
         Err(Errno::INVAL) => SealFlags::empty(), // not a memfd
         Err(errno) => return Err(Error::os("reading a descriptor's seals")(errno)),
     };
-    if !seals.contains(SEALS) {
+    if !seals.contains(required) {
         return Err(LayoutMismatch::Unsealed.into());
     }
     // Refuses hugetlbfs: its pages can run out after the mapping, and the access ends in SIGBUS.

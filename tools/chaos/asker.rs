@@ -171,6 +171,10 @@ impl Answer {
         let mut body = match reply {
             Reply::Refused(why) => return Ok(Answer::Refused(why)),
             Reply::Found(body) => body,
+            Reply::Lent(body) => {
+                let bytes = body.into_bytes()?;
+                return Ok(Answer::File(Size::Known(bytes.len() as u64), bytes.to_vec()));
+            }
         };
         let mut bytes = Vec::new();
         while let Some(mut chunk) = body.next_chunk(deadline)? {

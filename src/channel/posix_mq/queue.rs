@@ -16,7 +16,7 @@ use crate::channel::poller::Poller;
 use crate::error::{Awaited, Error, Result};
 use crate::peer::{Link, Peer, Watch, on_hang_up};
 use crate::process::Origin;
-use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
+use crate::protocol::{Loans, Refusal, Sender, ShmTransfer, Starting};
 use crate::segment::{Geometry, PoolId, Segment, SegmentId, WriteSlots};
 use crate::sync::{Deadline, lock};
 
@@ -201,8 +201,13 @@ impl Shared {
             }
             attached => attached?,
         };
-        let transfer =
-            ShmTransfer::begin(segment, message.generation, message.key.into(), &client.link);
+        let transfer = ShmTransfer::begin(
+            segment,
+            message.generation,
+            message.key.into(),
+            &client.link,
+            Loans::None,
+        );
         Ok((!client.link.is_severed()).then_some(transfer))
     }
 

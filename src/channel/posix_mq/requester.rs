@@ -12,6 +12,7 @@ use crate::channel::lock_file::holder;
 use crate::channel::reconnect::{self, Connect, ConnectTimeout, Reconnecting};
 use crate::channel::{Request, Requester, SendError};
 use crate::error::{Awaited, Error, Misuse, Result};
+use crate::loan::Borrower;
 use crate::peer::{Link, Peer, Watch, on_hang_up};
 use crate::segment::SegmentPool;
 use crate::sync::Deadline;
@@ -164,6 +165,9 @@ impl Connection {
         }
     }
 }
+
+/// Carries no descriptors, and so no loans.
+impl Borrower for Connection {}
 
 impl reconnect::Connection for Connection {
     fn link(&self) -> &Arc<Link> {

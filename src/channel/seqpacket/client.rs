@@ -11,13 +11,14 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags};
 
 use crate::error::{Error, PeerFault, Rejection, Result};
 use crate::peer::{Link, MOST_DESCRIPTORS, Peer, ReceivedFds, Socket, Watch};
-use crate::protocol::{Sender, ShmTransfer, Starting};
+use crate::protocol::{Loans, Sender, ShmTransfer, Starting};
 use crate::segment::{
     Geometry, PoolId, Segment, SegmentId, WriteSlots, attach_memfd, attach_words,
 };
 use crate::sync::lock;
 
 use super::Policy;
+use super::lender::SocketLender;
 use super::ring::{RING_LEN, Taker};
 use super::wake_policy::Watched;
 use super::wire::{MAX_MESSAGE, Message, VERSION};
@@ -46,6 +47,8 @@ pub(super) struct ClientState {
     pub(super) segments: BTreeMap<u32, Arc<Segment<WriteSlots>>>,
     /// Retired by the client; transfers under way may keep them mapped.
     retired: Vec<Weak<Segment<WriteSlots>>>,
+    /// Lends to this client, if it takes loans.
+    lender: Option<Arc<SocketLender>>,
 }
 
 /// The result of one message.
@@ -82,17 +85,26 @@ impl Client {
     /// Reads one message, and handles it.
     pub(super) fn hear(&self, state: &mut ClientState, policy: &Policy) -> Result<Heard> {
         let mut buffer = [0; MAX_MESSAGE + 1];
-        let Some((len, mut fds)) = receive(&self.socket, &mut buffer)? else {
+        let Some(Received { len, mut fds, lost }) = receive(&self.socket, &mut buffer)? else {
             return Ok(Heard::Nothing);
         };
+        if lost {
+            return Err(Error::os("receiving a descriptor")(Errno::MFILE));
+        }
         let message = Message::decode(&buffer[..len])?;
         let malformed = PeerFault::MalformedMessage { len };
         match (message, state.pool, &*fds.0) {
             (Message::Hello { version, .. }, None, _) if version != VERSION => {
                 return Err(Rejection::Version { theirs: version, ours: VERSION }.into());
             }
-            (Message::Hello { pool, slot_count, slot_len, .. }, None, _) => {
+            (Message::Hello { pool, slot_count, slot_len, loans, limits, .. }, None, _) => {
                 state.pool = Some((PoolId(pool), Geometry::new(slot_count, slot_len)?));
+                let limits = limits.and(policy.loans);
+                if loans != 0 && limits.count > 0 {
+                    let lender = Arc::new(SocketLender::new(&self.socket, loans, limits));
+                    state.lender = Some(Arc::clone(&lender));
+                    self.link.lend_by(lender);
+                }
                 self.greeted.store(true, Ordering::Relaxed);
             }
             (Message::Segment { index }, Some((pool, geometry)), [fd]) => {
@@ -124,11 +136,18 @@ impl Client {
                 fds.0.clear();
             }
             (Message::Wakeup, Some(_), _) if self.ring.get().is_some() => {}
-            (Message::Request { index, generation, key }, Some(_), _) => {
+            (Message::Returned { ids }, Some(_), _) => {
+                let lender = state.lender.as_ref().ok_or(malformed)?;
+                ids.chunks_exact(size_of::<u64>()).try_for_each(|id| {
+                    lender.returned(u64::from_le_bytes(std::array::from_fn(|i| id[i])))
+                })?;
+            }
+            (Message::Request { index, generation, takes_loans, key }, Some(_), _) => {
                 // Unknown if the request was withdrawn and its segment retired while it was being
                 // sent.
                 if let Some(segment) = state.segments.get(&index).cloned() {
-                    let transfer = ShmTransfer::begin(segment, generation, key.into(), &self.link);
+                    let (key, loans) = (key.into(), loans(takes_loans));
+                    let transfer = ShmTransfer::begin(segment, generation, key, &self.link, loans);
                     return Ok(Heard::Request(transfer));
                 }
             }
@@ -194,8 +213,21 @@ impl Watched for Client {
     }
 }
 
+/// How the answer to a request can be lent.
+pub(super) fn loans(takes_loans: bool) -> Loans {
+    if takes_loans { Loans::ByLink } else { Loans::None }
+}
+
+/// A message and its descriptors.
+pub(super) struct Received {
+    pub(super) len: usize,
+    pub(super) fds: ReceivedFds,
+    /// True if a descriptor came that this process had no number left for.
+    pub(super) lost: bool,
+}
+
 /// Takes one message and its descriptors, if there is one.
-fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, ReceivedFds)>> {
+pub(super) fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<Received>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -210,15 +242,11 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> Result<Option<(usize, Received
     };
     // From here on, all received descriptors are owned, and so will be closed.
     let fds = ReceivedFds::of(&mut control);
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        // A descriptor came, but this process is at its limit of descriptors.
-        return Err(Error::os("receiving a descriptor")(Errno::MFILE));
-    }
     if received.flags.contains(ReturnFlags::TRUNC) {
         return Err(PeerFault::MalformedMessage { len: received.bytes }.into());
     }
     match received.bytes {
         0 => Err(Error::Disconnected), // its end; the protocol has no empty messages
-        len => Ok(Some((len, fds))),
+        len => Ok(Some(Received { len, fds, lost: received.flags.contains(ReturnFlags::CTRUNC) })),
     }
 }

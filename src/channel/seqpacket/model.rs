@@ -182,7 +182,7 @@ impl Shared {
     fn post(&self, ring: usize, generation: u64) {
         let ring = &self.rings[ring];
         let number = loop {
-            match ring.poster.post(0, generation, &generation.to_ne_bytes()) {
+            match ring.poster.post(0, generation, true, &generation.to_ne_bytes()) {
                 Some(number) => break number,
                 None => thread::yield_now(),
             }
@@ -196,7 +196,7 @@ impl Shared {
     /// Posts a request, and fails to send the wakeup.
     fn post_in_vain(&self, generation: u64) {
         let ring = &self.rings[0];
-        let number = ring.poster.post(0, generation, &generation.to_ne_bytes()).unwrap();
+        let number = ring.poster.post(0, generation, true, &generation.to_ne_bytes()).unwrap();
         let _ = ring.poster.follow(number, true);
     }
 
@@ -400,7 +400,7 @@ fn what_was_not_taken_when_the_server_hung_up_never_is() {
                 is_closed.store(true, Release); // the state of the socket, as the client sees it
             })
         };
-        let number = ring.poster.post(0, 1, &1u64.to_ne_bytes()).unwrap();
+        let number = ring.poster.post(0, 1, true, &1u64.to_ne_bytes()).unwrap();
         while !is_closed.load(Acquire) {
             thread::yield_now();
         }

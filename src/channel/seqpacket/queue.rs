@@ -25,7 +25,7 @@ use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
 use crate::sync::{Deadline, lock};
 
 use super::address::Address;
-use super::client::{Client, Heard};
+use super::client::{Client, Heard, loans};
 use super::ring::Taker;
 use super::wake_policy::{Attended, WakePolicy, WorkSource, next_entry, rest_at_limit};
 use super::wire::Message;
@@ -388,7 +388,8 @@ impl Shared {
                 Some(segment) => {
                     ring.advance();
                     let key = entry.key().into();
-                    Some(ShmTransfer::begin(segment, entry.generation, key, &client.link))
+                    let (generation, loans) = (entry.generation, loans(entry.takes_loans));
+                    Some(ShmTransfer::begin(segment, generation, key, &client.link, loans))
                 }
                 // Its segment was sent on the connection before; the request stays in the ring for
                 // now.

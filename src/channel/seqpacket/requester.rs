@@ -2,8 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -11,20 +9,22 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, SocketAddrUnix};
+use rustix::net::SocketAddrUnix;
 
 use crate::channel::reconnect::{self, Connect, Reconnecting};
 use crate::channel::{Request, Requester, SendError, pause};
 use crate::error::{Awaited, Error, Rejection, Result};
-use crate::peer::{Link, MOST_DESCRIPTORS, Peer, ReceivedFds, Socket, Watch, on_hang_up};
+use crate::loan::{Borrower, Content, FILE, LoanLimits, SEALED};
+use crate::peer::{Link, Peer, Socket, Watch, on_hang_up};
 use crate::process::Origin;
 use crate::segment::{Memfd, SegmentPool, create_words};
 use crate::sync::atomic::{Acquire, AtomicU64, Release};
 use crate::sync::{Deadline, FairSemaphore, lock, wait_ready};
 use crate::workers;
 
+use super::borrower::SocketBorrower;
 use super::ring::{Posted, Poster, RING_LEN};
-use super::wire::{MAX_MESSAGE, Message, VERSION};
+use super::wire::{Message, VERSION};
 use super::{Policy, send, socket, socket_address};
 
 /// Sends requests with segments of one pool to the server at one path. Used by many threads.
@@ -114,6 +114,8 @@ struct Connection {
     known: Mutex<BTreeSet<u32>>,
     /// Lets one thread at a time pass segments.
     updating: FairSemaphore,
+    /// What the server lends.
+    loans: Arc<SocketBorrower>,
     /// The ring; `None` if there was no memory for it.
     ring: Option<Poster>,
     origin: Origin,
@@ -151,9 +153,10 @@ impl Connection {
         }
         let socket = Arc::new(socket);
         let link = Arc::new(Link::to_sender(server));
+        let loans = Arc::new(SocketBorrower::new(&socket, policy.keep));
         let watch = on_hang_up(Arc::clone(&socket), {
-            let (socket, link) = (Arc::clone(&socket), Arc::clone(&link));
-            move || link.sever(|| last_words(&socket))
+            let (loans, link) = (Arc::clone(&loans), Arc::clone(&link));
+            move || link.sever(|| loans.last_words())
         })?;
         let (version, known, updating) =
             (AtomicU64::new(NONE), Mutex::default(), FairSemaphore::new(1));
@@ -162,9 +165,18 @@ impl Connection {
             create_words(&format!("shmferry.ring-{}", pool.id()), RING_LEN).ok().unzip();
         let ring = ring.map(Poster::new);
         let origin = Origin::here();
-        let connection =
-            Connection { socket, link, version, known, updating, ring, origin, _watch: watch };
-        match connection.introduce(pool, memory, deadline) {
+        let connection = Connection {
+            socket,
+            link,
+            version,
+            known,
+            updating,
+            loans,
+            ring,
+            origin,
+            _watch: watch,
+        };
+        match connection.introduce(policy.keep, pool, memory, deadline) {
             Ok(()) => Ok(Some(connection)),
             Err(Error::Disconnected) => Ok(None), // it died, or rejected us, meanwhile
             Err(error) => Err(error),
@@ -173,6 +185,7 @@ impl Connection {
 
     fn introduce(
         &self,
+        limits: LoanLimits,
         pool: &SegmentPool<Memfd>,
         ring: Option<OwnedFd>,
         deadline: Deadline,
@@ -183,6 +196,8 @@ impl Connection {
             pool: pool.id().0,
             slot_count: geometry.slot_count(),
             slot_len: geometry.slot_len(),
+            loans: if limits.count > 0 { SEALED | FILE } else { 0 },
+            limits,
         };
         self.say(hello, None, deadline)?;
         if let Some(ring) = ring {
@@ -200,8 +215,10 @@ impl Connection {
         self.update(pool, deadline)?;
         let (index, generation, key) =
             (request.segment().index(), request.generation, &*request.key);
-        let Some((ring, number)) = self.post(index, generation, key) else {
-            return self.say(Message::Request { index, generation, key }, None, deadline);
+        let takes_loans = request.takes_loans;
+        let Some((ring, number)) = self.post(index, generation, takes_loans, key) else {
+            let message = Message::Request { index, generation, takes_loans, key };
+            return self.say(message, None, deadline);
         };
         let heard = match ring.follow(number, self.link.is_below(1)) {
             Posted::Taken => Ok(()),
@@ -227,7 +244,7 @@ impl Connection {
         match wait_ready(&*self.socket, PollFlags::empty(), Deadline::after(Duration::ZERO)) {
             Ok(false) => Ok(()),
             Ok(true) => {
-                self.link.sever(|| last_words(&self.socket));
+                self.link.sever(|| self.loans.last_words());
                 Err(self.link.disconnect_reason())
             }
             Err(errno) => Err(Error::os("poll")(errno)),
@@ -235,9 +252,15 @@ impl Connection {
     }
 
     /// Posts a request to the ring, if it fits.
-    fn post(&self, index: u32, generation: u64, key: &[u8]) -> Option<(&Poster, u64)> {
+    fn post(
+        &self,
+        index: u32,
+        generation: u64,
+        takes_loans: bool,
+        key: &[u8],
+    ) -> Option<(&Poster, u64)> {
         let ring = self.ring.as_ref()?;
-        Some((ring, ring.post(index, generation, key)?))
+        Some((ring, ring.post(index, generation, takes_loans, key)?))
     }
 
     /// Brings the server up to date with the pool's segments.
@@ -281,10 +304,20 @@ impl Connection {
     ) -> Result<()> {
         let sent = send(&self.socket, &message.encode(), memory, deadline);
         if let Err(Error::Disconnected) = sent {
-            self.link.sever(|| last_words(&self.socket));
+            self.link.sever(|| self.loans.last_words());
             return Err(self.link.disconnect_reason());
         }
         sent
+    }
+}
+
+impl Borrower for Connection {
+    fn borrow(&self, id: u64) -> Result<Option<Content>> {
+        self.loans.borrow(id)
+    }
+
+    fn make_room(&self, bytes: u64) {
+        self.loans.make_room(bytes);
     }
 }
 
@@ -304,24 +337,4 @@ impl Drop for Connection {
         // only if the server has hung up already.
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
     }
-}
-
-/// Why the server hung up, if it sent a farewell.
-fn last_words(socket: &Socket) -> Option<Rejection> {
-    let mut buffer = [0; MAX_MESSAGE];
-    let mut listen = || {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut into = [IoSliceMut::new(&mut buffer)];
-        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let heard = rustix::net::recvmsg(socket, &mut into, &mut control, flags);
-        drop(ReceivedFds::of(&mut control)); // a farewell has none
-        heard
-    };
-    // If the server hung up with messages unread, the first read fails, and the next one has the
-    // farewell.
-    let heard =
-        listen().or_else(|errno| if errno == Errno::CONNRESET { listen() } else { Err(errno) });
-    let len = heard.ok()?.bytes;
-    Message::decode(buffer.get(..len)?).ok()?.rejection()
 }

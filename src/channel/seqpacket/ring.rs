@@ -51,8 +51,12 @@ const SERVER_CPU: usize = GROUP + 1;
 /// to a new number each time; the client lowers only that number, never a later one.
 pub(crate) const NEED_WAKEUP: usize = 2 * GROUP;
 pub(crate) const FIRST_ENTRY: usize = 3 * GROUP;
-/// An entry: the generation, the segment's index below the key's length, and the key.
+/// An entry: the generation; the segment's index below the key's length, with [`TAKES_LOANS`] in it;
+/// and the key.
 pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
+
+/// In the key's length: the answer may be lent.
+const TAKES_LOANS: u64 = 1 << 31;
 
 // As specified in docs/protocol.md (rule L1).
 #[cfg(not(loom))]
@@ -92,7 +96,13 @@ impl Poster {
     }
 
     /// Posts a request, and returns its number; `None` if it does not fit.
-    pub(super) fn post(&self, index: u32, generation: u64, key: &[u8]) -> Option<u64> {
+    pub(super) fn post(
+        &self,
+        index: u32,
+        generation: u64,
+        takes_loans: bool,
+        key: &[u8],
+    ) -> Option<u64> {
         if key.len() > KEY_ROOM {
             return None;
         }
@@ -104,7 +114,8 @@ impl Poster {
         }
         let entry = entry(&self.ring, *posted);
         entry[0].store(generation, Relaxed);
-        entry[1].store(u64::from(index) | (key.len() as u64) << 32, Relaxed);
+        let len = key.len() as u64 | if takes_loans { TAKES_LOANS } else { 0 };
+        entry[1].store(u64::from(index) | len << 32, Relaxed);
         for (word, bytes) in entry[2..].iter().zip(key.chunks(8)) {
             let mut eight = [0; 8];
             eight[..bytes.len()].copy_from_slice(bytes);
@@ -173,6 +184,7 @@ pub(super) struct Taker {
 pub(super) struct Entry {
     pub(super) index: u32,
     pub(super) generation: u64,
+    pub(super) takes_loans: bool,
     key: [u8; KEY_ROOM],
     key_len: usize,
 }
@@ -207,7 +219,9 @@ impl Taker {
         // Each word is read once, checked, and only then used (rule P3).
         let generation = entry[0].load(Relaxed);
         let word = entry[1].load(Relaxed);
-        let (index, key_len) = (word as u32, (word >> 32) as usize);
+        let (index, len) = (word as u32, word >> 32);
+        let takes_loans = len & TAKES_LOANS != 0;
+        let key_len = (len & !TAKES_LOANS) as usize;
         if key_len > KEY_ROOM {
             return Err(PeerFault::MalformedMessage { len: key_len });
         }
@@ -215,7 +229,7 @@ impl Taker {
         for (bytes, word) in key[..key_len].chunks_mut(8).zip(&entry[2..]) {
             bytes.copy_from_slice(&word.load(Relaxed).to_ne_bytes()[..bytes.len()]);
         }
-        Ok(Some(Entry { index, generation, key, key_len }))
+        Ok(Some(Entry { index, generation, takes_loans, key, key_len }))
     }
 
     /// Takes the request that [`peek`](Self::peek) returned.
@@ -265,9 +279,12 @@ pub(crate) fn fuzz(script: &[u8]) -> crate::error::Result<()> {
         match step[0] % 6 {
             0 | 1 => corrupted[at % RING_WORDS].store(value, Relaxed),
             2 => {
-                let Some(number) =
-                    poster.post(at as u32, value, &[step[0]; KEY_ROOM + 8][..at % (KEY_ROOM + 9)])
-                else {
+                let Some(number) = poster.post(
+                    at as u32,
+                    value,
+                    at % 3 == 0,
+                    &[step[0]; KEY_ROOM + 8][..at % (KEY_ROOM + 9)],
+                ) else {
                     continue;
                 };
                 assert_eq!(number, accepted);

@@ -6,6 +6,8 @@ use std::io;
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
+#[cfg(target_os = "linux")]
+use crate::loan::LentBody;
 use crate::protocol::wait::publish_cpu;
 use crate::protocol::{Metadata, ShmTransfer, Size};
 use crate::segment::ChunkLen;
@@ -84,7 +86,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// [`Error::Timeout`], after which it may be called again; or, for good, what ended the
     /// transfer, once everything filled before that has been read (rule P7).
     pub fn next_chunk(&mut self, deadline: Deadline) -> Result<Option<Chunk<'_>>> {
-        Ok(self.open_chunk(deadline)?.then_some(Chunk { transfer: self }))
+        Ok(self.open_chunk(deadline)?.then_some(Chunk { source: ChunkSource::Slot(self) }))
     }
 
     /// Opens a chunk if none is open; `false` at the end. An empty last chunk is the end.
@@ -205,18 +207,37 @@ impl io::Read for ShmTransfer<Receiver, Receiving> {
     }
 }
 
-/// Bytes in a slot, lent to the receiver; the slot goes back to the sender on drop.
+/// Bytes in a slot; the slot goes back to the sender on drop. Or bytes of a loan.
 ///
-/// They are never exposed as `&[u8]`, because the sender could change them at any time (rule S1).
-/// They are copied out, written to a descriptor by the kernel, or read one by one.
+/// They are never exposed as `&[u8]`, because the sender could change those in a slot at any time
+/// (rule S1). They are copied out, written to a descriptor by the kernel, or read one by one.
 pub struct Chunk<'t> {
-    pub(super) transfer: &'t mut ShmTransfer<Receiver, Receiving>,
+    pub(super) source: ChunkSource<'t>,
+}
+
+pub(super) enum ChunkSource<'t> {
+    Slot(&'t mut ShmTransfer<Receiver, Receiving>),
+    #[cfg(target_os = "linux")]
+    Lent(&'t mut LentBody),
+}
+
+#[cfg(target_os = "linux")]
+impl LentBody {
+    /// The bytes at hand: all that is to come of sealed memory, some of a file; `None` at the end.
+    pub(crate) fn next_chunk(&mut self) -> Result<Option<Chunk<'_>>> {
+        self.read_ahead()?;
+        Ok((self.left() > 0).then_some(Chunk { source: ChunkSource::Lent(self) }))
+    }
 }
 
 impl Chunk<'_> {
     /// Bytes not yet consumed.
     pub fn len(&self) -> usize {
-        self.transfer.unread()
+        match &self.source {
+            ChunkSource::Slot(transfer) => transfer.unread(),
+            #[cfg(target_os = "linux")]
+            ChunkSource::Lent(body) => body.seen().len(),
+        }
     }
 
     /// Whether everything has been consumed.
@@ -230,20 +251,34 @@ impl Chunk<'_> {
     /// differ. Copy bytes before you check them.
     #[cfg(not(loom))]
     pub fn bytes(&self) -> &[SharedByte] {
-        let ShmTransfer { side, state } = &*self.transfer;
-        let read = state.open.as_ref().map_or(0, |open| open.read);
-        side.guard.segment.readable().slot_bytes(state.cursor, read, self.len())
+        match &self.source {
+            ChunkSource::Slot(transfer) => {
+                let ShmTransfer { side, state } = &**transfer;
+                let read = state.open.as_ref().map_or(0, |open| open.read);
+                side.guard.segment.readable().slot_bytes(state.cursor, read, self.len())
+            }
+            #[cfg(target_os = "linux")]
+            ChunkSource::Lent(body) => body.seen_shared(),
+        }
     }
 
     /// Consumes as many bytes as fit into `into`; returns how many.
     pub fn copy_to(&mut self, into: &mut [u8]) -> usize {
-        self.transfer.consume(into)
+        match &mut self.source {
+            ChunkSource::Slot(transfer) => transfer.consume(into),
+            #[cfg(target_os = "linux")]
+            ChunkSource::Lent(body) => body.consume(into),
+        }
     }
 }
 
 impl Drop for Chunk<'_> {
     fn drop(&mut self) {
-        self.transfer.close_chunk();
+        match &mut self.source {
+            ChunkSource::Slot(transfer) => transfer.close_chunk(),
+            #[cfg(target_os = "linux")]
+            ChunkSource::Lent(body) => body.advance(body.seen().len()),
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::protocol::ShmTransfer;
 use crate::protocol::sink::SinkWait;
 use crate::sync::Deadline;
 
+use super::chunk::ChunkSource;
 use super::{Chunk, Receiver, Receiving};
 
 impl ShmTransfer<Receiver, Receiving> {
@@ -95,6 +96,12 @@ impl Chunk<'_> {
     /// [`Error::Timeout`] when the sink takes nothing for the transfer's
     /// [timeout](ShmTransfer::set_timeout); [`Error::Sink`] when it fails.
     pub fn write_to(&mut self, sink: impl AsFd) -> Result<()> {
-        self.transfer.write_open(sink.as_fd(), &mut None, |_| false).map(drop)
+        match &mut self.source {
+            ChunkSource::Slot(transfer) => {
+                transfer.write_open(sink.as_fd(), &mut None, |_| false).map(drop)
+            }
+            #[cfg(target_os = "linux")]
+            ChunkSource::Lent(body) => body.write_seen(sink),
+        }
     }
 }

@@ -22,34 +22,34 @@ fn requests_come_out_as_they_went_in() {
     let long = vec![b'k'; KEY_ROOM];
     for round in 0..3 * ENTRIES {
         let key = &long[..(round as usize * 7) % (KEY_ROOM + 1)];
-        assert_eq!(poster.post(round as u32, 1 << 50 | round, key), Some(round));
+        assert_eq!(poster.post(round as u32, 1 << 50 | round, true, key), Some(round));
         assert!(!poster.was_taken(round));
         assert!(taker.has_entries());
         assert_eq!(take(&taker), Some((round as u32, 1 << 50 | round, key.to_vec())));
         assert!(poster.was_taken(round) && !taker.has_entries());
     }
-    assert_eq!(poster.post(u32::MAX, u64::MAX, &long), Some(3 * ENTRIES));
+    assert_eq!(poster.post(u32::MAX, u64::MAX, true, &long), Some(3 * ENTRIES));
     assert_eq!(take(&taker), Some((u32::MAX, u64::MAX, long)));
 }
 
 #[test]
 fn what_does_not_fit_is_not_posted() {
     let (poster, taker) = ring();
-    assert_eq!(poster.post(0, 1, &[b'k'; KEY_ROOM + 1]), None);
+    assert_eq!(poster.post(0, 1, true, &[b'k'; KEY_ROOM + 1]), None);
     assert!(!taker.has_entries());
     for number in 0..ENTRIES {
-        assert_eq!(poster.post(0, 1, b"key"), Some(number));
+        assert_eq!(poster.post(0, 1, true, b"key"), Some(number));
     }
-    assert_eq!(poster.post(0, 1, b"key"), None, "full");
+    assert_eq!(poster.post(0, 1, true, b"key"), None, "full");
     assert!(take(&taker).is_some());
-    assert_eq!(poster.post(0, 1, b"key"), Some(ENTRIES));
-    assert_eq!(poster.post(0, 1, b"key"), None, "full again");
+    assert_eq!(poster.post(0, 1, true, b"key"), Some(ENTRIES));
+    assert_eq!(poster.post(0, 1, true, b"key"), None, "full again");
 }
 
 #[test]
 fn one_knock_until_the_bell_is_raised_again() {
     let (poster, taker) = ring();
-    let need_wakeup = || match poster.follow(poster.post(0, 1, b"").unwrap(), true) {
+    let need_wakeup = || match poster.follow(poster.post(0, 1, true, b"").unwrap(), true) {
         Posted::MustWake(need_wakeup) => Some(need_wakeup),
         posted => {
             assert_eq!(posted, Posted::Awaiting);
@@ -87,7 +87,7 @@ fn a_ring_that_lies_is_told() {
     assert_eq!(taker.peek(), Err(PeerFault::ImpossibleRing { posted: 0, taken: 1 }));
     // The same of a server.
     poster.ring[TAKEN].store(u64::MAX, Relaxed);
-    assert_eq!(poster.post(0, 1, b""), Some(0), "one too many taken: room for one");
+    assert_eq!(poster.post(0, 1, true, b""), Some(0), "one too many taken: room for one");
     poster.ring[TAKEN].store(u64::MAX / 2, Relaxed);
-    assert_eq!(poster.post(0, 1, b""), None);
+    assert_eq!(poster.post(0, 1, true, b""), None);
 }

@@ -4,13 +4,22 @@ use super::*;
 
 fn samples() -> Vec<Message<'static>> {
     vec![
-        Message::Hello { version: VERSION, pool: 7, slot_count: 4, slot_len: 128 << 10 },
+        Message::Hello {
+            version: VERSION,
+            pool: 7,
+            slot_count: 4,
+            slot_len: 128 << 10,
+            loans: 3,
+            limits: LoanLimits { bytes: 1 << 40, count: 256 },
+        },
+        Message::Returned { ids: &[7; 8] },
+        Message::Loan { id: 1 << 60, kind: 1, len: 1 << 33 },
         Message::Segment { index: 3 },
         Message::Retire { index: u32::MAX },
         Message::Ring,
         Message::Wakeup,
-        Message::Request { index: 1, generation: 1 << 40, key: b"/a.jpg" },
-        Message::Request { index: 1, generation: 2, key: b"" },
+        Message::Request { index: 1, generation: 1 << 40, takes_loans: true, key: b"/a.jpg" },
+        Message::Request { index: 1, generation: 2, takes_loans: false, key: b"" },
         Message::Farewell { code: 3, detail: 1024 },
     ]
 }
@@ -28,7 +37,7 @@ fn no_prefix_and_no_extension_passes() {
         let bytes = message.encode();
         let is_request = matches!(message, Message::Request { .. });
         for len in 0..bytes.len() {
-            let whole = is_request && len >= 13; // a request with a shorter key is a request
+            let whole = is_request && len >= 14; // a request with a shorter key is a request
             assert_eq!(Message::decode(&bytes[..len]).is_ok(), whole, "{len} of {message:?}");
         }
         let longer = [&bytes[..], b"x"].concat();
@@ -39,7 +48,7 @@ fn no_prefix_and_no_extension_passes() {
 #[test]
 fn a_key_beyond_the_limit_is_malformed() {
     let key = vec![b'k'; KEY_LIMIT + 1];
-    let bytes = Message::Request { index: 0, generation: 1, key: &key }.encode();
+    let bytes = Message::Request { index: 0, generation: 1, takes_loans: true, key: &key }.encode();
     assert_eq!(Message::decode(&bytes), Err(PeerFault::MalformedMessage { len: bytes.len() }));
     assert!(Message::decode(&bytes[..bytes.len() - 1]).is_ok());
     assert_eq!(bytes.len() - 1, MAX_MESSAGE);
@@ -117,18 +126,21 @@ proptest! {
 
     #[test]
     fn any_message_survives_the_trip(
-        kind in 0..7,
+        kind in 0..9,
         (index, small) in any::<(u32, u32)>(),
         large in any::<u64>(),
         key in vec(any::<u8>(), 0..=KEY_LIMIT),
     ) {
+        let ids = [large.to_le_bytes(), large.to_be_bytes()].concat();
         let message = match kind {
-            0 => Message::Hello { version: VERSION, pool: large, slot_count: index, slot_len: small },
+            0 => Message::Hello { version: VERSION, pool: large, slot_count: index, slot_len: small, loans: small, limits: LoanLimits { bytes: large, count: index } },
             1 => Message::Segment { index },
             2 => Message::Retire { index },
-            3 => Message::Request { index, generation: large, key: &key },
+            3 => Message::Request { index, generation: large, takes_loans: small % 2 == 0, key: &key },
             4 => Message::Ring,
             5 => Message::Wakeup,
+            6 => Message::Returned { ids: &ids },
+            7 => Message::Loan { id: large, kind: index, len: large ^ u64::from(small) },
             _ => Message::Farewell { code: small, detail: large },
         };
         let bytes = message.encode();

@@ -1,0 +1,84 @@
+//! Maps sealed memory for reading: the only memory of another process that becomes `&[u8]`.
+//!
+//! Rule N2 makes that sound. The descriptor is memory of tmpfs (a memfd: nothing else there takes
+//! these seals), whose seals say that no one can write to it (`WRITE`), resize it (`SHRINK`,
+//! `GROW`), or lift a seal (`SEAL`). The kernel refuses the seal `WRITE` while any writable mapping
+//! or pinned page of it exists, and any later one; a `PROT_READ` mapping that was shared and
+//! writable before is among those refused. So its bytes are constant from the check on, in every
+//! process. Its blocks are allocated, so that no access can fail for lack of memory, and since it
+//! cannot shrink, none lies beyond its end.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::ops::Deref;
+use std::os::fd::AsFd;
+use std::ptr::{self, NonNull};
+use std::slice;
+
+use rustix::fs::SealFlags;
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::error::{Error, Result};
+use crate::segment::check_memfd;
+
+/// The seals after which no byte of it can change. `FUTURE_WRITE` is not enough: mappings made
+/// before it can still write.
+pub(super) const SEALS: SealFlags =
+    SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// Sealed memory as this process has it mapped. Invariant: `base` begins a readable mapping of
+/// `len` bytes that satisfies rule N2 and lives as long as this, or `len` is zero.
+pub(super) struct SealedMemory {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and nothing writes to it (N2).
+unsafe impl Send for SealedMemory {}
+// SAFETY: as above.
+unsafe impl Sync for SealedMemory {}
+
+impl SealedMemory {
+    /// Checks a descriptor by rule N2, and maps all `len` bytes of it.
+    ///
+    /// The mapping is private: some kernels refuse a shared one of a write-sealed memfd (before
+    /// 6.7, and early 6.12). It is never written to, so that it shows the memory itself.
+    pub(super) fn map(fd: impl AsFd, len: u64) -> Result<SealedMemory> {
+        check_memfd(&fd, len, SEALS)?;
+        let len = usize::try_from(len).map_err(|_| Error::os("mmap")(Errno::NOMEM))?;
+        if len == 0 {
+            return Ok(SealedMemory { base: NonNull::dangling(), len });
+        }
+        // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit.
+        let base = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::PRIVATE, fd, 0) };
+        let base = base.map_err(Error::os("mmap"))?;
+        match NonNull::new(base.cast::<u8>()) {
+            Some(base) => Ok(SealedMemory { base, len }),
+            None => Err(Error::os("mmap")(Errno::NOMEM)),
+        }
+    }
+}
+
+impl Deref for SealedMemory {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `base` is valid for `len` reads as long as `self` lives, or dangling for none. No
+        // byte changes meanwhile, in this process or another (N2): this file maps it for reading
+        // only, and the seals bind all others.
+        unsafe { slice::from_raw_parts(self.base.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for SealedMemory {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: this is the whole mapping of `map`; `deref` borrows from `self`, so that no
+            // reference into it is left.
+            let unmapped = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.len) };
+            debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
+        }
+    }
+}
