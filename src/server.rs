@@ -669,6 +669,12 @@ impl Incoming {
         self.lend_or_send(loan, metadata).map(drop)
     }
 
+    /// Whether the client takes loans of some kind.
+    #[cfg(all(target_os = "linux", feature = "loan-store"))]
+    pub(crate) fn takes_loans(&self) -> bool {
+        self.transfer.takes_loans()
+    }
+
     /// As [`lend_with`](Self::lend_with); whether it was lent, or its bytes were sent.
     #[cfg(target_os = "linux")]
     pub(crate) fn lend_or_send(self, loan: &Loan, metadata: &impl Metadata) -> Result<bool> {

@@ -19,6 +19,7 @@ use rustix::process::{Resource, getrlimit};
 use crate::error::{Error, Result};
 use crate::process::Own;
 use crate::protocol::{Metadata, Size};
+use crate::segment::available_memory;
 use crate::server::Incoming;
 use crate::sync::lock;
 
@@ -44,7 +45,8 @@ const REMEMBERED: usize = 1 << 14;
 /// The first answer from a file goes through the segment. When it is asked for again, a thread
 /// copies it into sealed memory, while answers still go through the segment; from then on they are
 /// [lent](crate::loan). The copies are kept under a budget; the ones that are used least go first.
-/// Cheap to clone: the clones share all of it. Feature `loan-store`.
+/// Clients that take no loans get everything through the segment, and cause no copies. Cheap to
+/// clone: the clones share all of it. Feature `loan-store`.
 ///
 /// ```
 /// use shmferry::loan::LoanStore;
@@ -174,7 +176,8 @@ impl LoanStore {
         let found = file.metadata().map_err(Error::Source)?;
         // Others, those of procfs among them, can be longer than they say.
         let is_plain = found.is_file() && found.blocks() > 0;
-        let loan = if is_plain { self.find(file, &found) } else { None };
+        let can_lend = is_plain && request.takes_loans();
+        let loan = if can_lend { self.find(file, &found) } else { None };
         if let Some(loan) = loan {
             let was_lent = request.lend_or_send(&loan, metadata)?;
             self.kept.tally.count(was_lent, loan.len());
@@ -220,6 +223,15 @@ impl LoanStore {
             Kept::fill(kept, file, id, version);
         }
         if self.lend_files { kept.lend_file(file, id, version.len) } else { None }
+    }
+}
+
+impl Default for LoanStore {
+    /// A store of 256 MiB, or of an eighth of the memory that the system has available now, if that
+    /// is less.
+    fn default() -> LoanStore {
+        let most = available_memory().map_or(u64::MAX, |available| available / 8);
+        LoanStore::new(most.min(256 << 20))
     }
 }
 
