@@ -45,8 +45,7 @@ pub struct Proxy {
 pub struct Tally {
     requests: AtomicU64,
     hits: AtomicU64,
-    /// Of these.
-    lent: AtomicU64,
+    lent: AtomicU64, // of the hits
     misses: AtomicU64,
     from_origin: AtomicU64,
     invalid: AtomicU64,
@@ -137,8 +136,9 @@ impl Proxy {
             &self.tally;
         let retired = self.cache.as_ref().map_or(0, |cache| cache.stats().retired);
         format!(
-            "requests={requests:?} hits={hits:?} lent={lent:?} streamed={} misses={misses:?} from_origin={from_origin:?} \
-             invalid={invalid:?} errors={errors:?} bytes={bytes:?} retired={retired} set_aside={}",
+            "requests={requests:?} hits={hits:?} misses={misses:?} from_origin={from_origin:?} \
+             invalid={invalid:?} errors={errors:?} lent={lent:?} streamed={} bytes={bytes:?} \
+             retired={retired} set_aside={}",
             hits.load(Relaxed).saturating_sub(lent.load(Relaxed)),
             self.aside.bodies(),
         )
