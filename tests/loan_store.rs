@@ -312,13 +312,7 @@ fn what_cannot_be_copied_is_streamed_or_lent_as_a_file() {
         fs::write(dir.join("short"), noise(1, 4095)).unwrap();
         fs::write(dir.join("empty"), "").unwrap();
         fs::write(dir.join("file"), noise(2, 50_000)).unwrap();
-        OpenOptions::new()
-            .create(true)
-            .write(true)
-            .open(dir.join("hollow"))
-            .unwrap()
-            .set_len(9000)
-            .unwrap();
+        File::create(dir.join("hollow")).unwrap().set_len(9000).unwrap();
         let handed = store.clone();
         let serving =
             Server::with(queue.clone()).serve(2, move |request| -> shmferry::Result<()> {
