@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Measures everything that the documents give figures of, and writes them: docs/benchmarks.md, concurrency.md,
 # control.md, calls.md (with strace), programs.md and their plots. Some minutes, on a machine that does nothing else.
+# The tables of loans alone, printed and not written (add `--rounds 1` for a look):
+#     cargo bench --bench transfer -- --only lent --only kept --only streamed                    # half a minute
+#     cargo bench --bench concurrency -- --only lent --only kept --only "shmferry, socket"       # two minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The transfer bench with other crates beside; without them, `cargo bench --bench transfer`.
+# The transfer bench with other crates beside, a minute; without them, `cargo bench --bench transfer`.
 cargo bench --locked --manifest-path benches/peers/Cargo.toml -- --write ../../docs
-cargo bench --locked --bench concurrency -- --write docs
+cargo bench --locked --bench concurrency -- --write docs # three minutes
 cargo bench --locked --bench control -- --write docs
 cargo bench --locked --bench calls -- --write docs
 
