@@ -23,6 +23,8 @@ const MOST_READ: usize = 4096;
 pub(super) struct SocketBorrower {
     socket: Arc<Socket>,
     kept: KeptLoans,
+    /// How many loans an honest server has introduced at most.
+    most: usize,
     /// Locked while the connection is read: who comes second finds what the first has read.
     inbox: Mutex<Inbox>,
     /// Let go of, and the server not told yet.
@@ -49,8 +51,13 @@ struct NewLoan {
 
 impl SocketBorrower {
     pub(super) fn new(socket: &Arc<Socket>, limits: LoanLimits) -> SocketBorrower {
-        let (kept, inbox, returned) = (KeptLoans::new(limits), Mutex::default(), Mutex::default());
-        SocketBorrower { socket: Arc::clone(socket), kept, inbox, returned }
+        SocketBorrower {
+            socket: Arc::clone(socket),
+            kept: KeptLoans::new(limits),
+            most: limits.count as usize,
+            inbox: Mutex::default(),
+            returned: Mutex::default(),
+        }
     }
 
     /// Why the server hung up, if it sent a farewell. Sets loans that come first aside, and leaves
@@ -63,7 +70,8 @@ impl SocketBorrower {
                 break;
             }
             match self.read_one(&mut inbox) {
-                Ok(Some(loan)) => inbox.loans.push_back(loan),
+                Ok(Some(loan)) if inbox.loans.len() < self.most => inbox.loans.push_back(loan),
+                Ok(Some(_too_many)) => {}
                 Ok(None) | Err(_) => break,
             }
         }
@@ -191,3 +199,6 @@ impl Borrower for SocketBorrower {
         self.give_back(ids);
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;
