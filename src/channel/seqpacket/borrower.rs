@@ -114,18 +114,15 @@ impl SocketBorrower {
         }
     }
 
-    /// Takes in all loans that have come; whether there were any.
-    fn take_in_all(&self) -> bool {
+    /// Takes in all loans that have come.
+    fn take_in_all(&self) {
         let mut inbox = lock(&self.inbox);
-        let mut any = false;
         for _ in 0..MOST_READ {
             match self.next_loan(&mut inbox) {
                 Ok(Some(loan)) => self.examine(loan),
-                Ok(None) | Err(_) => break, // the connection's end is noticed by others
+                Ok(None) | Err(_) => return, // the connection's end is noticed by others
             }
-            any = true;
         }
-        any
     }
 
     /// Examines a loan, and keeps it.
@@ -190,13 +187,11 @@ impl Borrower for SocketBorrower {
         Ok(None)
     }
 
+    /// Takes in first what has come: loans whose answers were withdrawn, or dropped unread, are in
+    /// the server's account as well, and fill the connection.
     fn make_room(&self, bytes: u64) {
-        let mut ids = self.kept.make_room(bytes);
-        // Loans whose answers were withdrawn, or dropped unread, are in the server's account too.
-        if ids.is_empty() && self.take_in_all() {
-            ids = self.kept.make_room(bytes);
-        }
-        self.give_back(ids);
+        self.take_in_all();
+        self.give_back(self.kept.make_room(bytes));
     }
 }
 
