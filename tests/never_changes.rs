@@ -503,8 +503,10 @@ fn memfd() -> OwnedFd {
 fn memory_that_someone_can_still_write_to_cannot_be_sealed() {
     let _watchdog = watchdog();
     let seal = |memory: &OwnedFd| rustix::fs::fcntl_add_seals(memory, SEALS);
-    // SAFETY (of each): the mapping is ours, and no reference into it exists.
-    let unmap = |at| unsafe { rustix::mm::munmap(at, LEN) }.unwrap();
+    let unmap = |at| {
+        // SAFETY: the mapping is ours, and no reference into it exists.
+        unsafe { rustix::mm::munmap(at, LEN) }.unwrap();
+    };
     let reseal = |memory: &OwnedFd| {
         let limit = shmferry::Deadline::after(std::time::Duration::from_secs(60));
         while seal(memory).is_err() {

@@ -66,9 +66,6 @@ impl SocketBorrower {
     pub(super) fn last_words(&self) -> Option<Rejection> {
         let mut inbox = lock(&self.inbox);
         for _ in 0..MOST_READ {
-            if inbox.farewell.is_some() {
-                break;
-            }
             match self.read_one(&mut inbox) {
                 Ok(Some(loan)) if inbox.loans.len() < self.most => inbox.loans.push_back(loan),
                 Ok(Some(_too_many)) => {}
@@ -86,8 +83,12 @@ impl SocketBorrower {
         }
     }
 
-    /// Reads one message, if one has come: a loan, or a farewell, which the inbox keeps.
+    /// Reads one message, if one has come: a loan, or a farewell, which the inbox keeps. Nothing
+    /// counts after a farewell.
     fn read_one(&self, inbox: &mut Inbox) -> Result<Option<NewLoan>> {
+        if inbox.farewell.is_some() {
+            return Ok(None);
+        }
         let mut buffer = [0; MAX_MESSAGE + 1];
         let received = match receive(&self.socket, &mut buffer) {
             // If the server hung up with messages unread, the first read fails, and the next one

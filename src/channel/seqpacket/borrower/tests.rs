@@ -76,6 +76,7 @@ fn a_farewell_found_in_search_of_a_loan_is_not_lost() {
     assert!(borrower.borrow(2).unwrap().is_none());
     assert_eq!(borrower.last_words(), Some(Rejection::TooManyBytes(5)));
     assert!(borrower.borrow(1).unwrap().is_some());
+    assert!(borrower.borrow(3).unwrap().is_none(), "nothing counts after a farewell");
 }
 
 #[test]
