@@ -1,5 +1,5 @@
-//! Hostile peers where something is lent: other processes that break rules N in every way, beside an
-//! honest one that is served all the while; and honest ones that are killed, or run out of
+//! Hostile peers where something is lent: other processes that break rules N in every way, beside
+//! an honest one that is served all the while; and honest ones that are killed, or run out of
 //! descriptors or memory.
 //!
 //! The other processes are this test's own executable, run again with a role in its environment.
@@ -1319,8 +1319,8 @@ fn a_server_restarted_uses_numbers_anew_and_nothing_is_mixed_up() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
     let mut client = Other::start("client 100", &path);
-    let mut held = 0;
-    for seed in [0, 50, 100, 150, 200] {
+    for round in 0..5 {
+        let seed = round * 50;
         // The numbers of its loans begin at one, as those of the one before.
         let server = Other::start(&format!("server {seed}"), &path);
         for key in [0, 2, 3, 0, 2, 3] {
@@ -1328,9 +1328,8 @@ fn a_server_restarted_uses_numbers_anew_and_nothing_is_mixed_up() {
             assert_eq!(client.order(&format!("get {key}")), expected);
         }
         assert_eq!(client.order("hold 4"), lent(LENS[4], seed + 4));
-        held += 1;
         server.kill();
-        for number in 0..held {
+        for number in 0..=round {
             let expected = hash(&pattern(LENS[4], number * 50 + 4));
             let order = format!("check {number}");
             assert_eq!(client.order(&order), format!("{expected:016x}"), "readable as ever");
@@ -1403,9 +1402,9 @@ fn one_that_never_returns_is_streamed_to_beyond_its_budget() {
     let (_dir, path) = place();
     let _server = Other::start("server 0", &path);
     let mut client = Other::start("client 100", &path); // more than the server lends at most
-    for key in 3..LENS.len() {
+    for (key, len) in LENS.into_iter().enumerate().skip(3) {
         let expected = if key < 3 + MOST as usize { lent } else { streamed };
-        assert_eq!(client.order(&format!("hold {key}")), expected(LENS[key], key as u8));
+        assert_eq!(client.order(&format!("hold {key}")), expected(len, key as u8));
     }
     let descriptors = client.descriptors();
     for _ in 0..100 {

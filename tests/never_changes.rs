@@ -1,5 +1,5 @@
-//! Lent memory never changes: every way to alter or shrink it from the server's side is tried, after
-//! sealing and before, and what the client holds is compared after each.
+//! Lent memory never changes: every way to alter or shrink it from the server's side is tried,
+//! after sealing and before, and what the client holds is compared after each.
 //!
 //! The server is this test's own executable, run again, of the same user. What is left is a
 //! debugger, which the last test shows: see *Trust* in the crate's documentation.

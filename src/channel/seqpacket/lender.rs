@@ -54,8 +54,8 @@ impl Lender for SocketLender {
                 let at_once = Deadline::after(Duration::ZERO);
                 let Ok(reopened) = reopened(content) else { return NO };
                 let fd = reopened.as_ref().map_or(content.as_fd(), AsFd::as_fd);
-                // The connection is full, or gone; or too many descriptors are on their way. A client
-                // that makes room reads the connection, too.
+                // The connection is full, or gone; or too many descriptors are on their way. A
+                // client that makes room reads the connection, too.
                 if send(&self.socket, &message, Some(fd), at_once).is_err() {
                     return Introduced::No { wanted: bytes.max(1) };
                 }
