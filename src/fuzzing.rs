@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::channel::{Message, QueueMessage, VERSION};
 use crate::peer::Link;
-use crate::protocol::{Offered, Receiver, Sender, ShmTransfer, Starting};
+use crate::protocol::{Loans, Offered, Receiver, Sender, ShmTransfer, Starting};
 use crate::segment::sealed::Backing;
 use crate::segment::{Geometry, Memfd, PoolId, SegmentId, SegmentPool};
 use crate::{Deadline, Error, Result};
@@ -64,6 +64,7 @@ pub fn starting(
         generation,
         b"key"[..].into(),
         &Arc::new(Link::within()),
+        Loans::None,
     );
     Ok((transfer, memory.as_fd().try_clone_to_owned().map_err(Error::os("dup"))?))
 }

@@ -146,6 +146,14 @@ impl Loan {
         Ok(Loan::new(Content::of_file(file)?))
     }
 
+    /// Lends on what was lent, without a copy, under a number of one's own: so that a relay can hand
+    /// its server's loans to its own clients. `None` for bytes that were gathered into memory.
+    pub fn from_lent(lent: &Lent) -> Option<Loan> {
+        let (content, range) = lent.content()?;
+        let (start, len) = (range.start as u64, range.len() as u64);
+        Some(Loan { start, len, ..Loan::new(content) })
+    }
+
     fn new(content: Content) -> Loan {
         let len = content.len();
         Loan { id: NEXT.fetch_add(1, Relaxed), content, start: 0, len }
@@ -201,16 +209,6 @@ impl AsFd for Loan {
     /// The descriptor of the whole loan, of which this may be a part.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.content.as_fd()
-    }
-}
-
-impl From<&Lent> for Option<Loan> {
-    /// Lends on what was lent, under a number of one's own: `None` for bytes that were gathered
-    /// into memory.
-    fn from(lent: &Lent) -> Option<Loan> {
-        let (content, range) = lent.content()?;
-        let loan = Loan::new(content);
-        loan.slice(range.start as u64..range.end as u64).ok()
     }
 }
 

@@ -86,6 +86,9 @@ pub(crate) enum PeerFault {
     /// A loan that was introduced twice.
     #[error("loan {0} introduced twice")]
     RepeatedLoan(u64),
+    /// A loan beyond the limits that this side has set.
+    #[error("loan {0} beyond the limits of what may be lent")]
+    LentTooMuch(u64),
     /// An answer from a loan that was never introduced, to a request that takes none.
     #[error("an answer from loan {0}, which was not introduced")]
     UnknownLoan(u64),

@@ -56,21 +56,22 @@ impl Content {
     }
 
     /// What a server has introduced as a loan of this kind and length. Everything that it claims is
-    /// checked (rules N2 and N8).
-    pub(crate) fn of_peer(fd: OwnedFd, kind: u32, len: u64) -> Result<Content> {
+    /// checked (rules N2 and N8). Hands the descriptor back on failure: closing it can block.
+    pub(crate) fn of_peer(fd: OwnedFd, kind: u32, len: u64) -> Result<Content, (OwnedFd, Error)> {
         match kind {
-            SEALED => Content::of_sealed(fd, len).map_err(|error| match error {
-                Error::Layout(UnusableSegment(why)) => PeerFault::UnusableMemory(why).into(),
-                error => error,
-            }),
-            FILE => {
-                let file = File::from(fd);
-                match check_file(&file).map_err(Error::os("examining a lent file"))? {
-                    Some(why) => Err(PeerFault::UnusableFile(why).into()),
-                    None => Ok(Content::File(Arc::new(LentFile { file, len }))),
+            SEALED => match SealedMemory::map(&fd, len) {
+                Ok(memory) => Ok(Content::Sealed(Arc::new(Sealed { fd, memory }))),
+                Err(Error::Layout(UnusableSegment(why))) => {
+                    Err((fd, PeerFault::UnusableMemory(why).into()))
                 }
-            }
-            kind => Err(PeerFault::UnknownLoanKind(kind).into()),
+                Err(error) => Err((fd, error)),
+            },
+            FILE => match check_file(&fd) {
+                Ok(None) => Ok(Content::File(Arc::new(LentFile { file: fd.into(), len }))),
+                Ok(Some(why)) => Err((fd, PeerFault::UnusableFile(why).into())),
+                Err(errno) => Err((fd, Error::os("examining a lent file")(errno))),
+            },
+            kind => Err((fd, PeerFault::UnknownLoanKind(kind).into())),
         }
     }
 
@@ -137,15 +138,15 @@ impl LentFile {
 }
 
 /// Why a descriptor cannot be lent as a file, if it cannot.
-fn check_file(file: &File) -> rustix::io::Result<Option<&'static str>> {
-    let flags = fcntl_getfl(file)?;
+fn check_file(file: impl AsFd) -> rustix::io::Result<Option<&'static str>> {
+    let flags = fcntl_getfl(&file)?;
     if flags.contains(OFlags::PATH) || flags & OFlags::ACCMODE != OFlags::RDONLY {
         return Ok(Some("a descriptor that is not for reading only"));
     }
-    if FileType::from_raw_mode(fstat(file)?.st_mode) != FileType::RegularFile {
+    if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
         return Ok(Some("a descriptor of something else than a regular file"));
     }
-    if fstatfs(file)?.f_type == FUSE_MAGIC {
+    if fstatfs(&file)?.f_type == FUSE_MAGIC {
         return Ok(Some("a file of a FUSE file system, whose reads can block for ever"));
     }
     Ok(None)

@@ -61,12 +61,14 @@ impl KeptLoans {
     }
 
     /// Keeps a loan that the server has just introduced, or what was wrong with it. Returns the
-    /// numbers of those that are let go of for it: the server is to be told.
+    /// numbers of those that are let go of for it: the server is to be told. One that is beyond the
+    /// limits even then, because users hold the others, is not kept.
     pub(crate) fn keep(&self, id: u64, content: Result<Content, PeerFault>) -> Vec<u64> {
         let mut table = lock(&self.table);
         table.clock += 1;
         let mut entry = Entry { content, used: table.clock };
-        if let Some(before) = table.loans.remove(&id) {
+        let before = table.loans.remove(&id);
+        if let Some(before) = &before {
             table.bytes -= before.memory_len();
             entry.content = Err(PeerFault::RepeatedLoan(id));
         }
@@ -74,8 +76,14 @@ impl KeptLoans {
         table.loans.insert(id, entry);
         table.freed = None;
         // The server knows these limits, and does not go beyond them if it is honest.
-        let evicted = table.evict(self.limits.bytes, self.limits.count as usize, Some(id));
+        let LoanLimits { bytes, count } = self.limits;
+        let evicted = table.evict(bytes, count as usize, Some(id));
+        let mut refused = None;
+        if table.bytes > bytes || table.loans.len() > count as usize {
+            refused = table.refuse(id);
+        }
         drop(table);
+        drop((before, refused)); // unmapped: not under the lock
         numbers(evicted)
     }
 
@@ -101,6 +109,13 @@ impl KeptLoans {
 }
 
 impl Table {
+    /// Lets go of a loan's content; whoever is answered from it is told that it was too much.
+    fn refuse(&mut self, id: u64) -> Option<Result<Content, PeerFault>> {
+        let entry = self.loans.get_mut(&id).filter(|entry| entry.content.is_ok())?;
+        self.bytes -= entry.memory_len();
+        Some(std::mem::replace(&mut entry.content, Err(PeerFault::LentTooMuch(id))))
+    }
+
     /// Takes out loans that nobody else holds, those unused for longest, until no more than this is
     /// left. Spares one.
     fn evict(&mut self, bytes: u64, loans: usize, spared: Option<u64>) -> Vec<(u64, Entry)> {

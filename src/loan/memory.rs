@@ -5,8 +5,8 @@
 //! `GROW`), or lift a seal (`SEAL`). The kernel refuses the seal `WRITE` while any writable mapping
 //! or pinned page of it exists, and any later one; a `PROT_READ` mapping that was shared and
 //! writable before is among those refused. So its bytes are constant from the check on, in every
-//! process. Its blocks are allocated, so that no access can fail for lack of memory, and since it
-//! cannot shrink, none lies beyond its end.
+//! process. It has no holes, so that no access can fail for lack of memory, and since it cannot
+//! shrink, none lies beyond its end.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -15,11 +15,11 @@ use std::os::fd::AsFd;
 use std::ptr::{self, NonNull};
 use std::slice;
 
-use rustix::fs::SealFlags;
+use rustix::fs::{SealFlags, SeekFrom, seek};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, LayoutMismatch, Result};
 use crate::segment::check_memfd;
 
 /// The seals after which no byte of it can change. `FUTURE_WRITE` is not enough: mappings made
@@ -50,6 +50,7 @@ impl SealedMemory {
         if len == 0 {
             return Ok(SealedMemory { base: NonNull::dangling(), len });
         }
+        check_filled(&fd, len as u64)?;
         // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit.
         let base = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::PRIVATE, fd, 0) };
         let base = base.map_err(Error::os("mmap"))?;
@@ -57,6 +58,16 @@ impl SealedMemory {
             Some(base) => Ok(SealedMemory { base, len }),
             None => Err(Error::os("mmap")(Errno::NOMEM)),
         }
+    }
+}
+
+/// Checks that memory has no holes within its size. Its number of blocks does not tell: blocks can
+/// be allocated beyond the end instead.
+fn check_filled(fd: impl AsFd, len: u64) -> Result<()> {
+    match seek(&fd, SeekFrom::Hole(0)).map_err(Error::os("lseek"))? {
+        // The end counts as a hole.
+        hole if hole < len => Err(LayoutMismatch::Sparse { present: hole, expected: len }.into()),
+        _ => Ok(()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The client's side of loans over one connection: takes in what the server introduces.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, PeerFault, ProtocolError, Rejection, Result};
 use crate::loan::{Borrower, Content, KeptLoans, LoanLimits};
-use crate::peer::Socket;
+use crate::peer::{ReceivedFds, Socket};
 use crate::sync::{Deadline, lock};
 
 use super::client::{Received, receive};
@@ -22,56 +23,122 @@ const MOST_READ: usize = 4096;
 pub(super) struct SocketBorrower {
     socket: Arc<Socket>,
     kept: KeptLoans,
+    /// How many loans an honest server has introduced at most.
+    most: usize,
     /// Locked while the connection is read: who comes second finds what the first has read.
-    reading: Mutex<()>,
+    inbox: Mutex<Inbox>,
     /// Let go of, and the server not told yet.
     returned: Mutex<Vec<u64>>,
 }
 
+/// What has been read from the connection, and not been used yet.
+#[derive(Default)]
+struct Inbox {
+    /// Read after the server hung up: an announcement that it left behind can name them.
+    loans: VecDeque<NewLoan>,
+    /// The server's farewell has been read, with its reason.
+    farewell: Option<Option<Rejection>>,
+}
+
+/// A loan as the server has introduced it, not examined yet.
+struct NewLoan {
+    id: u64,
+    kind: u32,
+    len: u64,
+    /// Its descriptor, or why there is none.
+    fd: Result<ReceivedFds>,
+}
+
 impl SocketBorrower {
     pub(super) fn new(socket: &Arc<Socket>, limits: LoanLimits) -> SocketBorrower {
-        let (kept, reading, returned) =
-            (KeptLoans::new(limits), Mutex::default(), Mutex::default());
-        SocketBorrower { socket: Arc::clone(socket), kept, reading, returned }
+        SocketBorrower {
+            socket: Arc::clone(socket),
+            kept: KeptLoans::new(limits),
+            most: limits.count as usize,
+            inbox: Mutex::default(),
+            returned: Mutex::default(),
+        }
     }
 
-    /// Why the server hung up, if it sent a farewell.
+    /// Why the server hung up, if it sent a farewell. Sets loans that come first aside, and leaves
+    /// it to `borrow` to examine them: that can take its time, and this is called by the thread
+    /// that watches all connections.
     pub(super) fn last_words(&self) -> Option<Rejection> {
-        let _reading = lock(&self.reading);
-        // If the server hung up with messages unread, the first read fails, and the next one has
-        // what it sent.
-        let first = self.read_one();
-        let first = if first.is_err() { self.read_one() } else { first };
-        let mut read = first;
+        let mut inbox = lock(&self.inbox);
         for _ in 0..MOST_READ {
-            match read {
-                Ok(Read::Farewell(why)) => return why,
-                Ok(Read::Loan) => read = self.read_one(),
-                Ok(Read::Nothing) | Err(_) => return None,
+            match self.read_one(&mut inbox) {
+                Ok(Some(loan)) if inbox.loans.len() < self.most => inbox.loans.push_back(loan),
+                Ok(Some(_too_many)) => {}
+                Ok(None) | Err(_) => break,
             }
         }
-        None
+        inbox.farewell.flatten()
     }
 
-    /// Reads one message, if one has come.
-    fn read_one(&self) -> Result<Read> {
-        let mut buffer = [0; MAX_MESSAGE + 1];
-        let Some(Received { len, mut fds, lost }) = receive(&self.socket, &mut buffer)? else {
-            return Ok(Read::Nothing);
-        };
-        match Message::decode(&buffer[..len])? {
-            Message::Loan { id, kind, len: loan_len } => {
-                let content = match (fds.0.pop(), fds.0.is_empty(), lost) {
-                    (_, _, true) => Err(Error::os("receiving a descriptor")(Errno::MFILE)),
-                    (Some(fd), true, _) => Content::of_peer(fd, kind, loan_len),
-                    _ => Err(PeerFault::MalformedMessage { len }.into()),
-                };
-                self.take_in(id, content);
-                Ok(Read::Loan)
-            }
-            farewell @ Message::Farewell { .. } => Ok(Read::Farewell(farewell.rejection())),
-            _ => Err(PeerFault::MalformedMessage { len }.into()),
+    /// The next loan that was introduced, if one has come.
+    fn next_loan(&self, inbox: &mut Inbox) -> Result<Option<NewLoan>> {
+        match inbox.loans.pop_front() {
+            Some(loan) => Ok(Some(loan)),
+            None => self.read_one(inbox),
         }
+    }
+
+    /// Reads one message, if one has come: a loan, or a farewell, which the inbox keeps. Nothing
+    /// counts after a farewell.
+    fn read_one(&self, inbox: &mut Inbox) -> Result<Option<NewLoan>> {
+        if inbox.farewell.is_some() {
+            return Ok(None);
+        }
+        let mut buffer = [0; MAX_MESSAGE + 1];
+        let received = match receive(&self.socket, &mut buffer) {
+            // If the server hung up with messages unread, the first read fails, and the next one
+            // has what it sent.
+            Err(Error::Disconnected) => receive(&self.socket, &mut buffer)?,
+            received => received?,
+        };
+        let Some(Received { len, fds, lost }) = received else { return Ok(None) };
+        let malformed = || PeerFault::MalformedMessage { len };
+        match Message::decode(&buffer[..len])? {
+            Message::Loan { id, kind, len } => {
+                let fd = match fds.0.len() {
+                    _ if lost => Err(Error::os("receiving a descriptor")(Errno::MFILE)),
+                    1 => Ok(fds),
+                    _ => Err(malformed().into()),
+                };
+                Ok(Some(NewLoan { id, kind, len, fd }))
+            }
+            farewell @ Message::Farewell { .. } => {
+                inbox.farewell = Some(farewell.rejection());
+                Ok(None)
+            }
+            _ => Err(malformed().into()),
+        }
+    }
+
+    /// Takes in all loans that have come.
+    fn take_in_all(&self) {
+        let mut inbox = lock(&self.inbox);
+        for _ in 0..MOST_READ {
+            match self.next_loan(&mut inbox) {
+                Ok(Some(loan)) => self.examine(loan),
+                Ok(None) | Err(_) => return, // the connection's end is noticed by others
+            }
+        }
+    }
+
+    /// Examines a loan, and keeps it.
+    fn examine(&self, loan: NewLoan) {
+        let NewLoan { id, kind, len, fd } = loan;
+        self.take_in(
+            id,
+            fd.and_then(|mut fds| {
+                let Some(fd) = fds.0.pop() else { unreachable!("one descriptor came with it") };
+                Content::of_peer(fd, kind, len).map_err(|(fd, error)| {
+                    fds.0.push(fd); // closed in the background: it can be of any kind
+                    error
+                })
+            }),
+        );
     }
 
     /// Keeps a loan, or what was wrong with it. One that could not be taken for want of memory or
@@ -85,12 +152,9 @@ impl SocketBorrower {
         self.give_back(self.kept.keep(id, content));
     }
 
-    /// Tells the server which loans were let go of. While the connection is full, that waits for
-    /// the next time.
+    /// Tells the server which loans were let go of, and those that it could not be told of before.
+    /// While the connection is full, that waits for the next time.
     fn give_back(&self, ids: Vec<u64>) {
-        if ids.is_empty() {
-            return;
-        }
         let mut returned = lock(&self.returned);
         returned.extend(ids);
         while !returned.is_empty() {
@@ -105,33 +169,32 @@ impl SocketBorrower {
     }
 }
 
-/// What a message was.
-enum Read {
-    Nothing,
-    Loan,
-    Farewell(Option<Rejection>),
-}
-
 impl Borrower for SocketBorrower {
     fn borrow(&self, id: u64) -> Result<Option<Content>> {
         if let Some(content) = self.kept.find(id)? {
             return Ok(Some(content));
         }
-        let _reading = lock(&self.reading);
+        let mut inbox = lock(&self.inbox);
         for _ in 0..MOST_READ {
             if let Some(content) = self.kept.find(id)? {
                 return Ok(Some(content));
             }
-            match self.read_one() {
-                Ok(Read::Loan) => {}
+            match self.next_loan(&mut inbox) {
+                Ok(Some(loan)) => self.examine(loan),
                 Err(error @ Error::Peer(_)) => return Err(error),
-                _ => break,
+                Ok(None) | Err(_) => break,
             }
         }
         Ok(None)
     }
 
+    /// Takes in first what has come: loans whose answers were withdrawn, or dropped unread, are in
+    /// the server's account as well, and fill the connection.
     fn make_room(&self, bytes: u64) {
+        self.take_in_all();
         self.give_back(self.kept.make_room(bytes));
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -1,11 +1,13 @@
 //! The server's side of loans to one client: introduces them, within the client's account.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
+
 use crate::error::PeerFault;
-use crate::loan::{Account, Introduced, Lender, Loan, LoanLimits, Standing};
+use crate::loan::{Account, Content, Introduced, Lender, Loan, LoanLimits, Standing};
 use crate::peer::Socket;
 use crate::sync::{Deadline, lock};
 
@@ -50,13 +52,25 @@ impl Lender for SocketLender {
             Standing::Fits => {
                 let message = Message::Loan { id, kind, len }.encode();
                 let at_once = Deadline::after(Duration::ZERO);
-                // The connection is full, or gone; or too many descriptors are on their way.
-                if send(&self.socket, &message, Some(content.as_fd()), at_once).is_err() {
-                    return NO;
+                let Ok(reopened) = reopened(content) else { return NO };
+                let fd = reopened.as_ref().map_or(content.as_fd(), AsFd::as_fd);
+                // The connection is full, or gone; or too many descriptors are on their way. A
+                // client that makes room reads the connection, too.
+                if send(&self.socket, &message, Some(fd), at_once).is_err() {
+                    return Introduced::No { wanted: bytes.max(1) };
                 }
                 account.enter(id, bytes);
                 Introduced::Yes
             }
         }
     }
+}
+
+/// A lent file, opened anew for this client: a client could set flags of a descriptor that it
+/// shares with others (`O_DIRECT`, say), and so fail their reads. Sealed memory is not read by
+/// descriptors' flags, and needs none of that.
+fn reopened(content: &Content) -> rustix::io::Result<Option<OwnedFd>> {
+    let Content::File(_) = content else { return Ok(None) };
+    let path = format!("/proc/self/fd/{}", content.as_fd().as_raw_fd());
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map(Some)
 }
