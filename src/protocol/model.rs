@@ -122,7 +122,7 @@ fn send(asking: Asking, bytes: &[u8]) -> Result<u64> {
 fn found(asked: Asked) -> Result<ShmTransfer<Receiver, Receiving>> {
     match asked.reply(Deadline::NEVER)? {
         Reply::Found(body) => Ok(body),
-        Reply::Refused(why) => panic!("{why:?}"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -270,8 +270,13 @@ fn a_sender_that_acts_on_the_turn_word_alone_sees_the_offer() {
         // It knows the first generation before it is opened, and tries until it is.
         let sender = thread::spawn(move || {
             loop {
-                let asking =
-                    ShmTransfer::begin(Arc::clone(&segment), 1, b"key"[..].into(), &link());
+                let asking = ShmTransfer::begin(
+                    Arc::clone(&segment),
+                    1,
+                    b"key"[..].into(),
+                    &link(),
+                    Loans::None,
+                );
                 match send(asking, &[1]) {
                     Err(Error::Stale) => thread::yield_now(),
                     sent => return assert_eq!(sent.unwrap(), 1),
