@@ -22,7 +22,7 @@ use crate::segment::{
 use crate::sync::Deadline;
 
 /// A backing of ordinary memory, whose accesses loom checks.
-struct Watched(Mapping);
+pub(crate) struct Watched(Mapping);
 
 thread_local! {
     /// Whether the making of segments fails. All threads of a model run in one real thread.
@@ -57,7 +57,7 @@ impl Rules for Watched {
     }
 }
 
-type Pool = SegmentPool<Watched>;
+pub(crate) type Pool = SegmentPool<Watched>;
 type Asked = ShmTransfer<Receiver, Offered>;
 type Asking = ShmTransfer<Sender, Starting>;
 
@@ -79,22 +79,22 @@ fn model_with_rechecks(body: impl Fn() + Sync + Send + 'static) {
 }
 
 /// Grace periods: as long as a late sender takes, or none.
-const LONG_GRACE: Duration = Duration::MAX;
+pub(crate) const LONG_GRACE: Duration = Duration::MAX;
 const NO_GRACE: Duration = Duration::ZERO;
 
 /// A pool of one segment, whose slots hold one byte each.
-fn pool(slots: u32, grace: Duration) -> Pool {
+pub(crate) fn pool(slots: u32, grace: Duration) -> Pool {
     let builder = SegmentPool::<Watched>::builder().segments(1).segment_len(slots.into());
     builder.slots(slots).grace(grace).create().unwrap()
 }
 
 /// A link to a sender with this process's pid, whose death may free a segment.
-fn link_to_sender() -> Arc<Link> {
+pub(crate) fn link_to_sender() -> Arc<Link> {
     let peer = crate::peer::Peer { pid: Some(std::process::id()), uid: 0 };
     Arc::new(Link::to_receiver(peer))
 }
 
-fn link() -> Arc<Link> {
+pub(crate) fn link() -> Arc<Link> {
     Arc::new(Link::within())
 }
 
@@ -127,7 +127,7 @@ fn found(asked: Asked) -> Result<ShmTransfer<Receiver, Receiving>> {
 }
 
 /// The next chunk's byte; `None` at the end.
-fn next(body: &mut ShmTransfer<Receiver, Receiving>) -> Result<Option<u8>> {
+pub(crate) fn next(body: &mut ShmTransfer<Receiver, Receiving>) -> Result<Option<u8>> {
     let Some(mut chunk) = body.next_chunk(Deadline::NEVER)? else { return Ok(None) };
     let mut byte = [0];
     assert_eq!(chunk.copy_to(&mut byte), 1);
@@ -145,7 +145,7 @@ fn receive(asked: Asked) -> Result<Vec<u8>> {
 }
 
 /// Runs `body` in every interleaving; says how many there were.
-fn model(body: impl Fn() + Sync + Send + 'static) {
+pub(crate) fn model(body: impl Fn() + Sync + Send + 'static) {
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     let runs = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&runs);

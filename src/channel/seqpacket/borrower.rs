@@ -1,26 +1,28 @@
 //! The client's side of loans over one connection: takes in what the server introduces.
 
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
 use crate::error::{Error, PeerFault, ProtocolError, Rejection, Result};
 use crate::loan::{Borrower, Content, KeptLoans, LoanLimits};
 use crate::peer::Socket;
-use crate::sync::{Deadline, lock};
+use crate::sync::modelled::{Mutex, lock};
 
-use super::client::{Received, receive};
-use super::send;
+use super::client::Received;
+use super::packets::Packets;
 use super::wire::{MAX_MESSAGE, MOST_RETURNED, Message};
+
+#[cfg(all(test, loom))]
+mod model;
 
 /// How many messages are read in search of one loan. An honest server has introduced it before: no
 /// more are on their way than the connection holds.
 const MOST_READ: usize = 4096;
 
 /// Reads what comes over one connection, and keeps what was lent.
-pub(super) struct SocketBorrower {
-    socket: Arc<Socket>,
+pub(super) struct SocketBorrower<P = Socket> {
+    socket: Arc<P>,
     kept: KeptLoans,
     /// Locked while the connection is read: who comes second finds what the first has read.
     reading: Mutex<()>,
@@ -28,11 +30,14 @@ pub(super) struct SocketBorrower {
     returned: Mutex<Vec<u64>>,
 }
 
-impl SocketBorrower {
-    pub(super) fn new(socket: &Arc<Socket>, limits: LoanLimits) -> SocketBorrower {
-        let (kept, reading, returned) =
-            (KeptLoans::new(limits), Mutex::default(), Mutex::default());
-        SocketBorrower { socket: Arc::clone(socket), kept, reading, returned }
+impl<P: Packets> SocketBorrower<P> {
+    pub(super) fn new(socket: &Arc<P>, limits: LoanLimits) -> SocketBorrower<P> {
+        SocketBorrower {
+            socket: Arc::clone(socket),
+            kept: KeptLoans::new(limits),
+            reading: Mutex::new(()),
+            returned: Mutex::new(Vec::new()),
+        }
     }
 
     /// Why the server hung up, if it sent a farewell.
@@ -56,7 +61,7 @@ impl SocketBorrower {
     /// Reads one message, if one has come.
     fn read_one(&self) -> Result<Read> {
         let mut buffer = [0; MAX_MESSAGE + 1];
-        let Some(Received { len, mut fds, lost }) = receive(&self.socket, &mut buffer)? else {
+        let Some(Received { len, mut fds, lost }) = self.socket.receive(&mut buffer)? else {
             return Ok(Read::Nothing);
         };
         match Message::decode(&buffer[..len])? {
@@ -97,7 +102,7 @@ impl SocketBorrower {
             let count = returned.len().min(MOST_RETURNED);
             let ids: Vec<u8> = returned[..count].iter().flat_map(|id| id.to_le_bytes()).collect();
             let message = Message::Returned { ids: &ids }.encode();
-            if send(&self.socket, &message, None, Deadline::after(Duration::ZERO)).is_err() {
+            if self.socket.send_now(&message, None).is_err() {
                 return; // full; or gone, and then nobody has to know
             }
             returned.drain(..count);
@@ -112,7 +117,7 @@ enum Read {
     Farewell(Option<Rejection>),
 }
 
-impl Borrower for SocketBorrower {
+impl<P: Packets> Borrower for SocketBorrower<P> {
     fn borrow(&self, id: u64) -> Result<Option<Content>> {
         if let Some(content) = self.kept.find(id)? {
             return Ok(Some(content));
