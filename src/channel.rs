@@ -79,16 +79,15 @@ pub trait Requester<B: Backing>: Send + Sync {
                     if transfer.may_have_successor() && !deadline.has_passed() => {}
                 Ok(Answer::Refused(why)) => return Ok(Reply::Refused(why)),
                 #[cfg(target_os = "linux")]
-                Ok(Answer::Lent(body)) => return Ok(Reply::Lent(body)),
-                #[cfg(target_os = "linux")]
-                Ok(Answer::Returned(id)) => {
-                    if !takes_loans {
-                        return Err(PeerFault::UnknownLoan(id).into());
+                Ok(Answer::Lent(lent)) => match transfer.body_of(lent)? {
+                    Some(body) => return Ok(Reply::Lent(body)),
+                    None if takes_loans => {
+                        takes_loans = false;
+                        lease = again(transfer.give_up())?;
+                        continue;
                     }
-                    takes_loans = false;
-                    lease = again(transfer.give_up())?;
-                    continue;
-                }
+                    None => return Err(PeerFault::UnknownLoan(lent.id).into()),
+                },
                 // Withdrawn: no sender has accepted it, and none can any more (P1).
                 Err(Error::Disconnected) if !deadline.has_passed() && transfer.withdraw() => {}
                 Err(error) => return Err(error),

@@ -28,6 +28,7 @@
 //! | ask for bytes and read them | [`Client`], [`Body`] |
 //! | serve files, buffers or streams | [`Server`], [`Incoming`], [`Outgoing`] |
 //! | serve the files beneath a directory | [`files::Directory`] |
+//! | hand the same bytes out again without a copy | [`loan`], [`Incoming::lend`], [`Body::into_bytes`] |
 //! | refuse with a reason | [`Incoming::refuse`], [`Refusal`] |
 //! | attach more than a size | [`Incoming::accept_with`], [`Metadata`] |
 //! | learn of errors within a server | [`Server::on_error`], [`ServeError`] |
@@ -89,6 +90,10 @@
 //! That is the socket, `unix:PATH`. The message queue, `mq:/NAME`, is for processes of one user
 //! that trust each other not to shrink a segment under the other's feet.
 //!
+//! What a server lends is memory that nobody can change or shrink any more, its maker included:
+//! sealed, and checked for its seals before it is mapped. That alone becomes a `&[u8]`. A file that
+//! is lent is read, never mapped; its changes are seen.
+//!
 //! A server is given all segments of a pool: have one pool for each server that you would not trust
 //! with another's bytes. What a client hands over is checked to be really allocated, but that
 //! guards against accidents only: a client can feign it, or give the memory back to the system
@@ -126,8 +131,9 @@
 //!   been run there.
 //! - A segment has 1 to 512 slots of up to 1 GiB; a key up to 4,096 bytes, metadata up to 1,024.
 //! - Each segment costs its owner one file descriptor.
-//! - Bytes are copied twice: by the kernel into the slot (`pread`), and out of it, unless they are
-//!   read where they are ([`Chunk::bytes`](protocol::Chunk::bytes)). Nothing is lent beyond that.
+//! - Bytes that are sent are copied twice: by the kernel into the slot (`pread`), and out of it, unless
+//!   they are read where they are ([`Chunk::bytes`](protocol::Chunk::bytes)). Bytes that are
+//!   [lent](loan) are not copied.
 //! - A waiting side, or a server's worker, may spin for up to 50 µs at a time, while processors are
 //!   to spare.
 //! - Memory pages of 4 KiB.
@@ -139,6 +145,7 @@
 //! # Features
 //! - `posix-mq` (on): requests over POSIX message queues, `mq:/NAME`, and named segments. Without
 //!   it the crate needs 13 packages, itself included.
+//! - `bytes` (off): what was lent converts into `bytes::Bytes`, without a copy.
 //! - `tracing` (off): errors of servers as events of the crate `tracing`.
 //! - `raw-sync` (off): sleep by the crate `raw_sync`, as systems without a futex would have to. For
 //!   testing that; slower, and nothing is promised after a peer is killed. Both processes must be
@@ -147,7 +154,7 @@
 //! # When not to use it
 //! - If the client can open the file itself, or be handed its descriptor, let it.
 //! - If all you move is small messages, a Unix socket does it with far less machinery.
-//! - For one writer and many readers of the same data, use a shared ring or a memory map.
+//! - For one writer and many readers of a stream that both follow, use a shared ring.
 //!
 //! The byte layout and the rules that the comments cite (L, P, S) are in `docs/protocol.md`, the
 //! decisions in `docs/design.md`, and what used to break in `docs/failure-modes.md`.

@@ -48,11 +48,10 @@ enum Source {
 }
 
 impl LentBody {
-    /// The part of a loan that an announcement names; checked against the loan (rule P3).
+    /// Checks that the loan has the part that was announced (rule P3).
     pub(crate) fn new(
         content: Content,
-        start: u64,
-        len: u64,
+        (start, len): (u64, u64),
         metadata: Box<[u8]>,
     ) -> Result<LentBody, PeerFault> {
         let whole = content.len();

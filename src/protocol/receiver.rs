@@ -60,10 +60,17 @@ pub(crate) enum Answer {
     Found(Receiving),
     Refused(Refusal),
     #[cfg(target_os = "linux")]
-    Lent(LentBody),
-    /// It was lent, and this side has returned that loan.
-    #[cfg(target_os = "linux")]
-    Returned(u64),
+    Lent(LentPart),
+}
+
+/// The part of a loan that an announcement names: not checked yet.
+#[cfg(target_os = "linux")]
+#[derive(Clone, Copy)]
+pub(crate) struct LentPart {
+    pub(crate) id: u64,
+    start: u64,
+    size: Size,
+    metadata_len: u32,
 }
 
 impl ShmTransfer<Receiver, Offered> {
@@ -110,9 +117,10 @@ impl ShmTransfer<Receiver, Offered> {
             Answer::Found(state) => Reply::Found(self.receiving(state)),
             Answer::Refused(why) => Reply::Refused(why),
             #[cfg(target_os = "linux")]
-            Answer::Lent(body) => Reply::Lent(body),
-            #[cfg(target_os = "linux")]
-            Answer::Returned(_) => return Err(Error::LoanReturned),
+            Answer::Lent(part) => match self.body_of(part)? {
+                Some(body) => Reply::Lent(body),
+                None => return Err(Error::LoanReturned),
+            },
         })
     }
 
@@ -131,7 +139,9 @@ impl ShmTransfer<Receiver, Offered> {
         let len = announcement.metadata_len.load(Relaxed);
         #[cfg(target_os = "linux")]
         if status == LENT {
-            return self.side.lent(size, len);
+            let (id, start) =
+                (announcement.loan.load(Relaxed), announcement.loan_start.load(Relaxed));
+            return Ok(Answer::Lent(LentPart { id, start, size, metadata_len: len }));
         }
         if status != FOUND {
             return self.side.refused(status, len).map(Answer::Refused);
@@ -143,6 +153,17 @@ impl ShmTransfer<Receiver, Offered> {
         }
         let metadata = if len == 0 { Box::default() } else { self.side.metadata(len)? };
         Ok(Answer::Found(Receiving::new(size, metadata, permit)))
+    }
+
+    /// What was lent; `None` if this side has returned that loan.
+    #[cfg(target_os = "linux")]
+    #[inline(never)] // keeps what is not lent as short as it was
+    pub(crate) fn body_of(&self, lent: LentPart) -> Result<Option<LentBody>> {
+        let Size::Known(len) = lent.size else { return Err(PeerFault::LoanWithoutSize.into()) };
+        let metadata = self.side.metadata(lent.metadata_len)?;
+        let content = self.side.offer.borrow(lent.id)?;
+        let part = (lent.start, len);
+        Ok(content.map(|content| LentBody::new(content, part, metadata)).transpose()?)
     }
 
     /// Goes on with the bytes that were announced.
@@ -175,6 +196,7 @@ fn open(segment: &Segment<ReadSlots>) -> Result<u64, PeerFault> {
     // The segment is idle: no other thread or process writes to what is reset here (rule P6).
     header.announcement.status.store(0, Relaxed);
     header.announcement.metadata_len.store(0, Relaxed);
+    header.announcement.loan.store(0, Relaxed);
     header.announcement.pid.store(0, Relaxed); // until this generation's sender writes its own
     header.filled.reset(0);
     header.free.reset(segment.geometry().slot_count());
@@ -219,21 +241,6 @@ impl Receiver {
                 Refusal::Other { code, metadata: self.metadata(metadata_len)? }
             }
             standard => standard,
-        })
-    }
-
-    /// The part of a loan that the announcement names.
-    #[cfg(target_os = "linux")]
-    #[inline(never)]
-    fn lent(&self, size: Size, metadata_len: u32) -> Result<Answer> {
-        let announcement = &self.header().announcement;
-        let id = announcement.loan.load(Relaxed);
-        let start = announcement.loan_start.load(Relaxed);
-        let Size::Known(len) = size else { return Err(PeerFault::LoanWithoutSize.into()) };
-        let metadata = self.metadata(metadata_len)?;
-        Ok(match self.offer.borrow(id)? {
-            Some(content) => Answer::Lent(LentBody::new(content, start, len, metadata)?),
-            None => Answer::Returned(id),
         })
     }
 

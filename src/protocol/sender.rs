@@ -128,7 +128,7 @@ impl ShmTransfer<Sender, Starting> {
         metadata: &impl Metadata,
     ) -> Result<ShmTransfer<Sender, Sending>> {
         let size = size.into();
-        self.side.accept(size, &metadata.encode(), 0)?;
+        self.side.accept(size, &metadata.encode())?;
         Ok(ShmTransfer { side: self.side, state: Sending::new(size) })
     }
 
@@ -142,7 +142,7 @@ impl ShmTransfer<Sender, Starting> {
             Refusal::Other { metadata, .. } => &metadata[..],
             _ => &[],
         };
-        self.side.announce(why.to_word(), 0, metadata, (0, 0))?;
+        self.side.announce(why.to_word(), 0, metadata)?;
         self.side.end_without_bytes(Phase::Refused)
     }
 }
@@ -176,21 +176,15 @@ impl Sender {
 
     /// Accepts the request, with bytes to follow.
     #[inline(always)]
-    fn accept(&mut self, size: Size, metadata: &[u8], wanted: u64) -> Result<()> {
+    fn accept(&mut self, size: Size, metadata: &[u8]) -> Result<()> {
         if size == Size::Known(Size::UNKNOWN) {
             return Err(Misuse::SizeReserved.into());
         }
-        self.announce(FOUND, size.to_word(), metadata, (wanted, 0))
+        self.announce(FOUND, size.to_word(), metadata)
     }
 
     /// Accepts the request, and writes the announcement.
-    fn announce(
-        &mut self,
-        status: u32,
-        size: u64,
-        metadata: &[u8],
-        (loan, loan_start): (u64, u64),
-    ) -> Result<()> {
+    fn announce(&mut self, status: u32, size: u64, metadata: &[u8]) -> Result<()> {
         let (len, limit) = (metadata.len(), METADATA_LIMIT);
         if len > limit {
             return Err(Misuse::MetadataTooLong { len, limit }.into());
@@ -199,8 +193,6 @@ impl Sender {
         let announcement = &self.header().announcement;
         announcement.status.store(status, Relaxed);
         announcement.size.store(size, Relaxed);
-        announcement.loan.store(loan, Relaxed);
-        announcement.loan_start.store(loan_start, Relaxed);
         announcement.metadata_len.store(len as u32, Relaxed);
         for (to, byte) in announcement.metadata.iter().zip(metadata) {
             to.store(*byte, Relaxed);

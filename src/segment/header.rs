@@ -63,7 +63,7 @@ pub(crate) struct Announcement {
     /// The processor that the sender last ran on (rule P8).
     pub(crate) cpu: AtomicU32,
     /// Of a lent answer, the loan's number. Of a streamed one, the bytes of loans that the receiver
-    /// would have to return for this answer to be lent next time; zero if it is none of those.
+    /// would have to return for this answer to be lent next time. The receiver resets it to zero.
     pub(crate) loan: AtomicU64,
     /// Of a lent answer, where in the loan it begins, in bytes.
     pub(crate) loan_start: AtomicU64,

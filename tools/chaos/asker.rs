@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use shmferry::channel::{Named, PosixMq, Requester, Seqpacket};
 use shmferry::error::Awaited;
+use shmferry::loan::Lent;
 use shmferry::protocol::Reply;
 use shmferry::segment::{Backing, Memfd, SegmentPool};
 use shmferry::{Address, Deadline, Error, Refusal, Result, Size};
@@ -63,12 +64,14 @@ pub struct Asker {
     /// Requests so far, the one under way included.
     begun: Arc<AtomicU64>,
     way: Option<Box<dyn Way>>,
+    /// Lent bytes that are held across restarts and deaths of the cache, and what they were.
+    held: Option<(Lent, Vec<u8>)>,
 }
 
 impl Asker {
     /// Counts in `begun` what it asks, before it does.
     pub fn new(address: Address, seed: u64, number: u64, begun: Arc<AtomicU64>) -> Asker {
-        Asker { address, seed, number, begun, way: None }
+        Asker { address, seed, number, begun, way: None, held: None }
     }
 
     /// Asks for one file, and says for how long to think then. Nothing is asked where the system
@@ -97,7 +100,7 @@ impl Asker {
             None => format!("/absent/{}", dice.roll(1000)),
         };
         let outcome = match way.ask(&key, Deadline::after(timeout)) {
-            Ok(answer) => answer.judge(files, wanted, start),
+            Ok(answer) => self.hold(&answer).unwrap_or_else(|| answer.judge(files, wanted, start)),
             Err(error) => Outcome::Failed {
                 is_timeout: matches!(error, Error::Timeout(_)),
                 has_no_reply: matches!(error, Error::Timeout(Awaited::Reply)),
@@ -105,6 +108,14 @@ impl Asker {
             },
         };
         (Some(Asked { outcome, took: start.elapsed(), timeout }), pause)
+    }
+
+    /// Holds what was lent, in place of what was held before; wrong if that has changed.
+    fn hold(&mut self, answer: &Answer) -> Option<Outcome> {
+        let Answer::File(_, bytes, Some(lent)) = answer else { return None };
+        let before = self.held.replace((lent.clone(), bytes.clone()));
+        let is_changed = before.is_some_and(|(lent, bytes)| lent[..] != bytes[..]);
+        is_changed.then(|| Outcome::Wrong("lent bytes that changed while they were held".into()))
     }
 
     /// Some ask without a pause for a while; most think each time, unless all are in a rush.
@@ -120,6 +131,9 @@ impl Asker {
 
 /// Whose dice they are.
 const ASKER: u64 = 1_000_000;
+
+/// What each keeps of what is lent to it, in bytes and loans: little, so that much is returned.
+const KEPT: (u64, u32) = (128 << 10, 4);
 
 /// Requests that a pool lives for, on average.
 const LIFETIME: u64 = 300;
@@ -144,7 +158,7 @@ fn open(address: &Address) -> Result<Box<dyn Way>> {
     Ok(match address {
         Address::Unix(path) => {
             let pool = pool::<Memfd>()?;
-            let queue = Seqpacket::new(path).requester(&pool)?;
+            let queue = Seqpacket::new(path).keep_loans(KEPT.0, KEPT.1).requester(&pool)?;
             Box::new((pool, queue))
         }
         Address::Mq(name) => {
@@ -163,7 +177,7 @@ fn pool<B: Backing>() -> Result<SegmentPool<B>> {
 /// What the cache has sent.
 enum Answer {
     Refused(Refusal),
-    File(Size, Vec<u8>),
+    File(Size, Vec<u8>, Option<Lent>),
 }
 
 impl Answer {
@@ -173,7 +187,8 @@ impl Answer {
             Reply::Found(body) => body,
             Reply::Lent(body) => {
                 let bytes = body.into_bytes()?;
-                return Ok(Answer::File(Size::Known(bytes.len() as u64), bytes.to_vec()));
+                let size = Size::Known(bytes.len() as u64);
+                return Ok(Answer::File(size, bytes.to_vec(), Some(bytes)));
             }
         };
         let mut bytes = Vec::new();
@@ -182,7 +197,7 @@ impl Answer {
             bytes.resize(at + chunk.len(), 0);
             chunk.copy_to(&mut bytes[at..]);
         }
-        Ok(Answer::File(body.size(), bytes))
+        Ok(Answer::File(body.size(), bytes, None))
     }
 
     fn judge(self, files: &Files, wanted: Option<FileId>, start: Instant) -> Outcome {
@@ -200,7 +215,7 @@ impl Answer {
             }
             (Answer::Refused(why), _) => Outcome::Wrong(format!("refused: {why:?}")),
             (Answer::File(..), None) => Outcome::Wrong("a file that is not there".to_owned()),
-            (Answer::File(size, bytes), Some(file)) => {
+            (Answer::File(size, bytes, _), Some(file)) => {
                 let candidates = files.candidates(file, bytes.len() as u64, start);
                 let is_right = candidates.iter().any(|candidate| candidate.has(0, &bytes));
                 if is_right && size == Size::Known(bytes.len() as u64) {

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::loan::{Introduced, Loan};
 use crate::protocol::{LENT, Metadata, ShmTransfer, Size};
 use crate::segment::Phase;
+use crate::sync::atomic::Relaxed;
 
 use super::{Loans, Sender, Sending, Starting};
 
@@ -46,14 +47,17 @@ impl ShmTransfer<Sender, Starting> {
         };
         match introduced {
             Introduced::Yes => {
-                let loan_part = (loan.id(), loan.start());
-                self.side.announce(LENT, loan.len(), &metadata, loan_part)?;
+                self.side.announce(LENT, loan.len(), &metadata)?;
+                let announcement = &self.side.header().announcement;
+                announcement.loan.store(loan.id(), Relaxed);
+                announcement.loan_start.store(loan.start(), Relaxed);
                 self.side.end_without_bytes(Phase::Finished)?;
                 Ok(Lending::Lent)
             }
             Introduced::No { wanted } => {
                 let size = Size::Known(loan.len());
-                self.side.accept(size, &metadata, wanted)?;
+                self.side.accept(size, &metadata)?;
+                self.side.header().announcement.loan.store(wanted, Relaxed);
                 Ok(Lending::Send(ShmTransfer { side: self.side, state: Sending::new(size) }))
             }
         }
