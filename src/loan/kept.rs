@@ -93,7 +93,8 @@ impl KeptLoans {
         let most_loans = table.loans.len() - table.loans.len().div_ceil(8);
         let evicted = table.evict(most_bytes, most_loans, None);
         if !evicted.is_empty() {
-            table.freed = Some(table.freed.unwrap_or(0) + (before - table.bytes));
+            // At least one: a loan without bytes is asked for by that.
+            table.freed = Some(table.freed.unwrap_or(0) + (before - table.bytes).max(1));
         }
         drop(table);
         numbers(evicted)

@@ -102,7 +102,7 @@ pub(crate) fn link() -> Arc<Link> {
 fn ask_over(pool: &Pool, receivers: &Arc<Link>, senders: &Arc<Link>) -> (Asked, Asking) {
     let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
     let asking = request.begin_here(senders).unwrap();
-    request.sent_over(receivers, None);
+    request.sent_over(receivers);
     (asked, asking)
 }
 
@@ -474,7 +474,7 @@ fn a_severed_link_ends_the_wait_for_a_reply() {
             let ours = Arc::clone(&ours);
             thread::spawn(move || ours.sever(|| None))
         };
-        request.sent_over(&ours, None); // registered before, while, or after the link is severed
+        request.sent_over(&ours); // registered before, while, or after the link is severed
         let error = asked.reply(Deadline::NEVER).unwrap_err();
         assert!(matches!(error, Error::Disconnected), "{error:?}");
         watcher.join().unwrap();
@@ -618,7 +618,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
         let (request, mut asked) = lease.request("key").unwrap();
         let (ours, theirs) = (link(), link());
         let asking = request.begin_here(&theirs).unwrap();
-        request.sent_over(&ours, None);
+        request.sent_over(&ours);
         let server = thread::spawn(move || match asking.accept(1) {
             Ok(_) => true, // and dies
             Err(Error::Stale) => false,
@@ -636,7 +636,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
         // The segment can be offered to the successor in either case.
         let (request, asked) = lease.request("key").unwrap();
         let asking = request.begin_here(&link()).unwrap();
-        request.sent_over(&link(), None);
+        request.sent_over(&link());
         assert_eq!(send(asking, &[2]).unwrap(), 1);
         assert_eq!(receive(asked).unwrap(), [2]);
         watcher.join().unwrap();
@@ -776,7 +776,7 @@ fn a_request_sent_after_its_transfer_is_over_poisons_nothing_of_the_next_generat
         let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
         let sending = {
             let ours = Arc::clone(&ours);
-            thread::spawn(move || request.sent_over(&ours, None))
+            thread::spawn(move || request.sent_over(&ours))
         };
         let watcher = thread::spawn(move || ours.sever(|| None));
         drop(asked);
@@ -922,7 +922,7 @@ fn a_link_severed_while_its_receiver_goes_poisons_nothing_of_another_threads_tra
         };
         let (request, asked) = lease.request("key").unwrap();
         let asking = request.begin_here(&link()).unwrap();
-        request.sent_over(&link(), None);
+        request.sent_over(&link());
         going.join().unwrap();
         watcher.join().unwrap();
         // By two chunks: a wait that is ended by poison comes after what was filled.

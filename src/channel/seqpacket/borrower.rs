@@ -24,8 +24,9 @@ const MOST_READ: usize = 4096;
 pub(super) struct SocketBorrower<P = Socket> {
     socket: Arc<P>,
     kept: KeptLoans,
-    /// Locked while the connection is read: who comes second finds what the first has read.
-    reading: Mutex<()>,
+    /// Locked while the connection is read: who comes second finds what the first has read. Holds
+    /// the reason of a farewell, once one was read.
+    reading: Mutex<Option<Rejection>>,
     /// Let go of, and the server not told yet.
     returned: Mutex<Vec<u64>>,
 }
@@ -35,27 +36,36 @@ impl<P: Packets> SocketBorrower<P> {
         SocketBorrower {
             socket: Arc::clone(socket),
             kept: KeptLoans::new(limits),
-            reading: Mutex::new(()),
+            reading: Mutex::new(None),
             returned: Mutex::new(Vec::new()),
         }
     }
 
     /// Why the server hung up, if it sent a farewell.
     pub(super) fn last_words(&self) -> Option<Rejection> {
-        let _reading = lock(&self.reading);
-        // If the server hung up with messages unread, the first read fails, and the next one has
-        // what it sent.
-        let first = self.read_one();
-        let first = if first.is_err() { self.read_one() } else { first };
-        let mut read = first;
+        let mut farewell = lock(&self.reading);
+        let _ = self.read(&mut farewell, || false);
+        *farewell
+    }
+
+    /// Reads what has come, until that is enough.
+    fn read(&self, farewell: &mut Option<Rejection>, is_enough: impl Fn() -> bool) -> Result<()> {
+        let mut was_reset = false;
         for _ in 0..MOST_READ {
-            match read {
-                Ok(Read::Farewell(why)) => return why,
-                Ok(Read::Loan) => read = self.read_one(),
-                Ok(Read::Nothing) | Err(_) => return None,
+            if is_enough() {
+                break;
+            }
+            match self.read_one() {
+                Ok(Read::Loan) => {}
+                Ok(Read::Farewell(why)) => *farewell = why,
+                Ok(Read::Nothing) => break,
+                // If the server hung up with messages unread, the first read fails, and the next
+                // one has what it sent.
+                Err(Error::Disconnected) if !was_reset => was_reset = true,
+                Err(error) => return Err(error),
             }
         }
-        None
+        Ok(())
     }
 
     /// Reads one message, if one has come.
@@ -90,12 +100,9 @@ impl<P: Packets> SocketBorrower<P> {
         self.give_back(self.kept.keep(id, content));
     }
 
-    /// Tells the server which loans were let go of. While the connection is full, that waits for
-    /// the next time.
+    /// Tells the server which loans were let go of, and those that it could not be told before: the
+    /// connection was full.
     fn give_back(&self, ids: Vec<u64>) {
-        if ids.is_empty() {
-            return;
-        }
         let mut returned = lock(&self.returned);
         returned.extend(ids);
         while !returned.is_empty() {
@@ -122,21 +129,20 @@ impl<P: Packets> Borrower for SocketBorrower<P> {
         if let Some(content) = self.kept.find(id)? {
             return Ok(Some(content));
         }
-        let _reading = lock(&self.reading);
-        for _ in 0..MOST_READ {
-            if let Some(content) = self.kept.find(id)? {
-                return Ok(Some(content));
-            }
-            match self.read_one() {
-                Ok(Read::Loan) => {}
-                Err(error @ Error::Peer(_)) => return Err(error),
-                _ => break,
-            }
+        let read = self.read(&mut lock(&self.reading), || !matches!(self.kept.find(id), Ok(None)));
+        if let Some(content) = self.kept.find(id)? {
+            return Ok(Some(content));
         }
-        Ok(None)
+        self.give_back(Vec::new()); // the server may not have heard of it yet
+        match read {
+            Err(error @ Error::Peer(_)) => Err(error),
+            _ => Ok(None),
+        }
     }
 
     fn make_room(&self, bytes: u64) {
+        // First: what was introduced and not looked for takes room as well.
+        let _ = self.read(&mut lock(&self.reading), || false);
         self.give_back(self.kept.make_room(bytes));
     }
 }

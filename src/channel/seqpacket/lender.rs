@@ -11,6 +11,9 @@ use crate::sync::modelled::{Mutex, lock};
 use super::packets::Packets;
 use super::wire::Message;
 
+#[cfg(all(test, not(loom)))]
+mod tests;
+
 /// Lends over one connection.
 pub(super) struct SocketLender<P = Socket> {
     socket: Arc<P>,

@@ -149,13 +149,14 @@ impl Requester<Watched> for Pair {
         let segment = request.pooled.writable().unwrap();
         let (generation, key) = (request.generation, Arc::clone(&request.key));
         let loans = loans(request.takes_loans);
+        request.goes_over(Arc::clone(&self.borrower) as _);
         let asking = ShmTransfer::begin(segment, generation, key, &self.senders, loans);
         let mut requests = lock(&self.requests);
         requests.list.push_back(asking);
         requests.count += 1;
         drop(requests);
         self.comes.notify_one();
-        request.sent_over(&self.receivers, Some(Arc::clone(&self.borrower) as _));
+        request.sent_over(&self.receivers);
         Ok(())
     }
 }
@@ -431,5 +432,125 @@ fn a_segment_is_used_again_while_what_was_lent_is_read() {
         assert_eq!(&body.into_bytes().unwrap()[..], [0]);
         pair.close();
         worker.join().unwrap();
+    });
+}
+
+/// The connection has no room for a return: it goes later, and loans are lent again.
+#[test]
+fn a_return_that_finds_no_room_goes_later() {
+    let loans = lent(2);
+    model(move || {
+        let pair = pair(pool(1, LONG_GRACE), &loans, at_most(1, 1));
+        assert!(pair.fetch(0));
+        lock(&pair.to_server).is_full = true;
+        assert!(!pair.fetch(1), "the account is full");
+        assert!(!pair.fetch(1), "and nothing was heard");
+        lock(&pair.to_server).is_full = false;
+        assert!(!pair.fetch(1), "the return goes with this answer");
+        assert!(pair.fetch(1));
+        pair.check_account();
+    });
+}
+
+/// As before, and the loan that was let go of is asked for itself.
+#[test]
+fn a_loan_whose_return_found_no_room_is_lent_again() {
+    let loans = lent(1);
+    model(move || {
+        let pair = pair(pool(1, LONG_GRACE), &loans, at_most(1, 1));
+        assert!(pair.fetch(0));
+        lock(&pair.to_server).is_full = true;
+        pair.borrower.make_room(1);
+        lock(&pair.to_server).is_full = false;
+        let worker = spawn(&pair, Pair::serve);
+        assert!(!pair.ask_for(0), "the server takes it for lent");
+        assert!(pair.ask_for(0));
+        assert_eq!(pair.close(), 4);
+        worker.join().unwrap();
+        pair.check_account();
+    });
+}
+
+/// A receiver that goes while it is lent something leaves an introduction unread. It stands in
+/// nobody's way.
+#[test]
+fn an_introduction_that_was_never_looked_for_makes_room_like_any_other() {
+    let loans = lent(2);
+    model(move || {
+        let pair = pair(pool(1, LONG_GRACE), &loans, at_most(1, 1));
+        let asked = pair.request(0);
+        let worker = spawn(&pair, Pair::serve);
+        drop(asked);
+        pair.ask_for(1);
+        pair.ask_for(1);
+        assert!(pair.ask_for(1));
+        pair.close();
+        worker.join().unwrap();
+        pair.check_account();
+    });
+}
+
+/// A server is killed, with a message unread, right after it has named a loan: what was announced
+/// can be read (rule P7), whoever reads the connection first.
+#[test]
+fn a_loan_named_by_a_server_that_was_killed_is_there() {
+    let loans = lent(1);
+    model(move || {
+        let pair = pair(pool(1, LONG_GRACE), &loans, at_most(1, 1));
+        let asked = pair.request(0);
+        let server = spawn(&pair, |pair| {
+            pair.serve_one();
+            let mut to_client = lock(&pair.to_client);
+            to_client.is_over = true;
+            to_client.is_reset = true;
+            drop(to_client);
+            lock(&pair.to_server).is_over = true;
+            // The watcher in the client's process.
+            pair.receivers.sever(|| pair.borrower.last_words());
+        });
+        match asked.reply(Deadline::NEVER) {
+            Ok(reply) => assert!(pair.check(0, reply)),
+            Err(error) => panic!("{error:?}"),
+        }
+        server.join().unwrap();
+    });
+}
+
+/// One thread sends requests, another reads the replies: what was lent is found however soon.
+#[test]
+fn a_reply_that_is_read_before_its_sender_has_noted_the_request() {
+    let loans = lent(1);
+    model(move || {
+        let pair = pair(pool(1, LONG_GRACE), &loans, at_most(1, 1));
+        let lease = pair.pool.lease(Deadline::NEVER).unwrap();
+        let (request, asked) = lease.request([0]).unwrap();
+        let worker = spawn(&pair, |pair| assert!(pair.serve_one()));
+        let sender = spawn(&pair, move |pair| {
+            Requester::send(pair, request, Deadline::NEVER).unwrap();
+        });
+        assert!(pair.check(0, asked.reply(Deadline::NEVER).unwrap()));
+        sender.join().unwrap();
+        worker.join().unwrap();
+    });
+}
+
+/// Answers that crossed the return of one loan ask for room as well: nothing more is let go of.
+/// Loans without bytes count, too.
+#[test]
+fn answers_that_crossed_a_return_cost_nothing_more() {
+    let loans: Vec<Loan> = (0..2).map(|_| Loan::from_bytes(&[]).unwrap()).collect();
+    model(move || {
+        let pair = pair(pool(1, LONG_GRACE), &loans, at_most(1, 2));
+        for loan in &pair.loans {
+            assert!(matches!(pair.lender.introduce(loan), Introduced::Yes));
+            assert!(pair.borrower.borrow(loan.id()).unwrap().is_some());
+        }
+        let other = spawn(&pair, |pair| pair.borrower.make_room(1));
+        pair.borrower.make_room(1);
+        other.join().unwrap();
+        pair.hear();
+        let kept = |loan: &&Loan| pair.borrower.borrow(loan.id()).unwrap().is_some();
+        assert_eq!(pair.loans.iter().filter(kept).count(), 1);
+        pair.check_account();
     });
 }
