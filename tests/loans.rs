@@ -232,3 +232,36 @@ fn pinned_loans_are_kept_and_others_are_streamed() {
         assert!(bytes[..] == pattern(len, number as u8));
     }
 }
+
+#[test]
+#[cfg(feature = "posix-mq")]
+fn over_a_message_queue_what_is_lent_is_sent() {
+    let bytes = pattern(100_000, 5);
+    let loan = Loan::from_bytes(&bytes).unwrap();
+    let address = format!("mq:/shmferry-test-loans-{}", std::process::id());
+    let _serving =
+        Server::bind(address.as_str()).unwrap().serve(2, move |request| request.lend(&loan));
+    let client = Client::builder().segments(2).connect(address.as_str()).unwrap();
+    let body = client.get("0").unwrap();
+    assert!(!body.is_lent());
+    let held = body.into_bytes().unwrap();
+    assert!(held[..] == bytes && held.memory().is_none());
+}
+
+#[test]
+fn within_a_process_the_loan_itself_is_lent() {
+    let bytes = pattern(100_000, 6);
+    let loan = Loan::from_bytes(&bytes).unwrap();
+    let queue = shmferry::channel::InProcess::bounded(4);
+    let part = loan.slice(10..20).unwrap();
+    let _serving = Server::with(queue.clone()).serve(2, move |request| match request.key() {
+        b"all" => request.lend(&loan),
+        _ => request.lend(&part),
+    });
+    let client = Client::builder().segments(1).in_process(&queue).unwrap();
+    let (all, part) = (client.get("all").unwrap(), client.get("part").unwrap());
+    assert_eq!(client.stats().idle, 1, "neither holds a segment");
+    let (all, part) = (all.into_bytes().unwrap(), part.into_bytes().unwrap());
+    assert!(all[..] == bytes && part[..] == bytes[10..20]);
+    assert_eq!(part.as_ptr(), all[10..].as_ptr());
+}
