@@ -1,10 +1,9 @@
 //! The loans that a client keeps, so that the next answer from one needs no descriptor (rule N5).
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 
 use crate::error::PeerFault;
-use crate::sync::lock;
+use crate::sync::modelled::{Mutex, lock};
 
 use super::LoanLimits;
 use super::content::Content;

@@ -24,6 +24,7 @@ use crate::protocol::model::{LONG_GRACE, Pool, Watched, link, model, next, pool}
 use crate::protocol::{Lending, Receiver, Reply, Sender, ShmTransfer, Starting};
 use crate::segment::SegmentPool;
 use crate::sync::Deadline;
+use crate::sync::atomic::{AcqRel, AtomicU32};
 
 type Asking = ShmTransfer<Sender, Starting>;
 
@@ -42,6 +43,8 @@ struct Messages {
 
 /// One end of a connection.
 struct End {
+    /// Other threads run between taking a message and keeping what came with it.
+    received: AtomicU32,
     incoming: Arc<Mutex<Messages>>,
     outgoing: Arc<Mutex<Messages>>,
 }
@@ -62,15 +65,18 @@ impl Packets for End {
 
     fn receive(&self, buffer: &mut [u8]) -> Result<Option<Received>> {
         let mut incoming = lock(&self.incoming);
-        if mem::take(&mut incoming.is_reset) {
-            return Err(Error::Disconnected);
-        }
-        let Some((message, fd)) = incoming.list.pop_front() else {
-            return if incoming.is_over { Err(Error::Disconnected) } else { Ok(None) };
+        let was_reset = mem::take(&mut incoming.is_reset);
+        let message = if was_reset { None } else { incoming.list.pop_front() };
+        let is_over = was_reset || incoming.is_over;
+        let has_fd = message.as_ref().is_some_and(|(_, fd)| fd.is_some());
+        let lost = has_fd && mem::take(&mut incoming.loses_descriptor);
+        drop(incoming);
+        self.received.fetch_add(1, AcqRel);
+        let Some((message, fd)) = message else {
+            return if is_over { Err(Error::Disconnected) } else { Ok(None) };
         };
         let len = message.len();
         buffer[..len].copy_from_slice(&message);
-        let lost = fd.is_some() && mem::take(&mut incoming.loses_descriptor);
         let fds = ReceivedFds(fd.into_iter().filter(|_| !lost).collect());
         Ok(Some(Received { len, fds, lost }))
     }
@@ -109,9 +115,9 @@ fn lent(count: u8) -> Vec<Loan> {
 fn pair(pool: Pool, loans: &[Loan], limits: LoanLimits) -> Arc<Pair> {
     let (to_client, to_server) = (Arc::default(), Arc::default());
     let [incoming, outgoing] = [&to_client, &to_server].map(Arc::<Mutex<Messages>>::clone);
-    let clients_end = Arc::new(End { incoming, outgoing });
+    let clients_end = Arc::new(End { received: AtomicU32::new(0), incoming, outgoing });
     let [incoming, outgoing] = [&to_server, &to_client].map(Arc::<Mutex<Messages>>::clone);
-    let servers_end = Arc::new(End { incoming, outgoing });
+    let servers_end = Arc::new(End { received: AtomicU32::new(0), incoming, outgoing });
     let lender = Arc::new(SocketLender::new(&servers_end, SEALED | FILE, limits));
     let senders = link();
     senders.lend_by(Arc::clone(&lender) as _);
