@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Measures everything that the documents give figures of, and writes them: docs/benchmarks.md, concurrency.md,
 # control.md, calls.md (with strace), programs.md and their plots. Some minutes, on a machine that does nothing else.
+# The tables of loans alone, printed and not written (add `--rounds 1` for a look):
+#     cargo bench --bench transfer -- --only lent --only kept --only streamed                    # half a minute
+#     cargo bench --bench concurrency -- --only lent --only kept --only "shmferry, socket"       # two minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The transfer bench with other crates beside; without them, `cargo bench --bench transfer`.
+# The transfer bench with other crates beside, a minute; without them, `cargo bench --bench transfer`.
 cargo bench --locked --manifest-path benches/peers/Cargo.toml -- --write ../../docs
-cargo bench --locked --bench concurrency -- --write docs
+cargo bench --locked --bench concurrency -- --write docs # three minutes
 cargo bench --locked --bench control -- --write docs
 cargo bench --locked --bench calls -- --write docs
 
@@ -35,6 +38,25 @@ ask() { # PORT WHAT BYTES CLIENTS REQUESTS
     printf 'Written by `ci/benchmarks.sh`, from one run: GETFILE through webproxy and simplecached, in\n'
     printf 'three rounds that alternate with a plain read-and-write copy over one Unix socket, which has one hop and one\n'
     printf 'process fewer. Clients, proxy and cache share the machine.\n'
+    cat <<'TEXT'
+
+## What the programs lend
+Files that are asked for again are lent: `simplecached`, and `webproxy --root`, copy them once into sealed memory, and
+`webproxy` sends them from there to its clients by `sendfile`. The first answer, and answers over `mq:/NAME`, go
+through a segment.
+
+| flag | of | meaning | default |
+| --- | --- | --- | --- |
+| `--loan-budget BYTES` | simplecached, webproxy `--root` | copies of files that are asked for again, in all; 0 for none | 256 MiB, at most an eighth of the memory available |
+| `--loan-files` | simplecached | lend read-only descriptors of the files that are not among those copies | off |
+| `--mapped BYTES` | webproxy | loans of simplecached kept mapped, 256 at most; 0 takes no loans | 512 MiB |
+
+A file that changes is served as it is now from the next request on. A request under way sees one version, whole, if it
+is answered from a copy; through a segment or from a lent file, it sees the file as it is when it is read. Not copied:
+those below 4 KiB, those larger than nearly all of the budget, those just written to, procfs, FUSE, network file systems.
+At their end, both programs tell how many of their `hits` were `lent` and how many `streamed`, and their `bytes`;
+simplecached also how many files it has `copied`.
+TEXT
     for run in "1024 4 20000" "1024 64 20000" "1048576 4 1000" "1048576 64 1000" "104857600 4 24" "104857600 64 64"; do
         ask 25388 "webproxy as it comes" $run
     done

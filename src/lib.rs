@@ -147,6 +147,7 @@
 //!   it the crate needs 13 packages, itself included.
 //! - `bytes` (off): what was lent converts into `bytes::Bytes`, without a copy.
 //! - `tracing` (off): errors of servers as events of the crate `tracing`.
+//! - `loan-store` (off): `loan::LoanStore`, which lends files that are asked for again.
 //! - `raw-sync` (off): sleep by the crate `raw_sync`, as systems without a futex would have to. For
 //!   testing that; slower, and nothing is promised after a peer is killed. Both processes must be
 //!   built alike, or attaching fails with a mismatch of versions.

@@ -56,6 +56,8 @@ mod kept;
 mod lent;
 mod memory;
 mod seal;
+#[cfg(feature = "loan-store")]
+mod store;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
@@ -64,6 +66,8 @@ pub use body::LentBody;
 pub(crate) use content::{Content, FILE, SEALED};
 pub(crate) use kept::KeptLoans;
 pub use lent::Lent;
+#[cfg(feature = "loan-store")]
+pub use store::{LoanStats, LoanStore};
 
 /// How much may be lent to a client, or kept by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

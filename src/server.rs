@@ -666,12 +666,25 @@ impl Incoming {
     /// Also [`Error::Misuse`] for metadata that does not fit.
     #[cfg(target_os = "linux")]
     pub fn lend_with(self, loan: &Loan, metadata: &impl Metadata) -> Result<()> {
+        self.lend_or_send(loan, metadata).map(drop)
+    }
+
+    /// Whether the client takes loans of some kind.
+    #[cfg(all(target_os = "linux", feature = "loan-store"))]
+    pub(crate) fn takes_loans(&self) -> bool {
+        self.transfer.takes_loans()
+    }
+
+    /// As [`lend_with`](Self::lend_with); whether it was lent, or its bytes were sent.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn lend_or_send(self, loan: &Loan, metadata: &impl Metadata) -> Result<bool> {
         let timeout = self.timeout;
         match self.answered().try_lend(loan, metadata)? {
-            Lending::Lent => Ok(()),
+            Lending::Lent => Ok(true),
             Lending::Send(mut sending) => {
                 sending.set_timeout(timeout);
-                sending.send_loan(loan)
+                sending.send_loan(loan)?;
+                Ok(false)
             }
         }
     }

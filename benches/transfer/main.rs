@@ -1,13 +1,17 @@
 //! Real file contents between two real processes, by every method that a user could pick instead, in one run.
 //!
-//! `cargo bench --bench transfer`; with `-- --write DIRECTORY`, `benchmarks.md` and its plots are written there;
-//! with `-- --only WORD`, methods with that in their names and the anchors are measured. A server process has the
-//! files in its page cache; the client asks for one and must hold its bytes readable. First every byte is compared;
-//! then, timed, one byte of each cache line is touched. Methods are interleaved, round by round, so that whatever
-//! else the machine does meets all of them.
+//! `cargo bench --bench transfer`; with `-- --write DIRECTORY`, `benchmarks.md` and its plots are
+//! written there; with `-- --only WORD`, which can be given several times, methods with that in
+//! their names and the anchors are measured; with `-- --rounds COUNT`, so many rounds. A server
+//! process has the files in its page cache; the client asks for one and must hold its bytes
+//! readable. First every byte is compared; then, timed, one byte of each cache line is touched.
+//! Methods without a copy are timed once more, without touching. Methods are interleaved, round by
+//! round, so that whatever else the machine does meets all of them.
 
 pub mod ours;
 pub mod peers;
+#[path = "../processor.rs"]
+mod processor;
 mod report;
 
 use std::env;
@@ -17,14 +21,24 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use shmferry::segment::SharedByte;
 
 /// Bytes of each file, and how often it is fetched in a round.
-pub const FILES: [(u64, usize); 5] =
-    [(1 << 10, 1000), (64 << 10, 300), (1 << 20, 60), (16 << 20, 8), (256 << 20, 1)];
+pub const FILES: [(u64, usize); 7] = [
+    (1 << 10, 1000),
+    (4 << 10, 500),
+    (16 << 10, 500),
+    (64 << 10, 300),
+    (1 << 20, 60),
+    (16 << 20, 8),
+    (256 << 20, 1),
+];
 const ROUNDS: usize = 7;
+/// How often a file is handed over in a round without being touched.
+const HANDED_OVER: usize = 300;
 
 /// What methods with a buffer of their own use: as much as one of our slots holds.
 pub const BUFFER: usize = 256 << 10;
@@ -33,6 +47,11 @@ pub const BUFFER: usize = 256 << 10;
 pub trait Client {
     /// Has `sink` see all bytes of a file, in order, where this process can read them.
     fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()>;
+
+    /// Has a file readable, and touches none of it; `false` for a way that always copies.
+    fn hand_over(&mut self, _file: usize) -> io::Result<bool> {
+        Ok(false)
+    }
 
     /// Others are timed now: a server that polls for requests stops until the next one.
     fn rest(&mut self) -> io::Result<()> {
@@ -104,20 +123,26 @@ pub fn run(command: &str, methods: Vec<Method>) -> io::Result<()> {
     let dir = tempfile::tempdir()?;
     furnish(dir.path())?;
     let mut contenders = Vec::new();
-    // `--only WORD`: methods with that in their names, and the anchors.
-    let only = env::args().skip_while(|argument| argument != "--only").nth(1).unwrap_or_default();
-    let is_wanted = |name: &str| name.contains(&only) || report::ANCHORS.contains(&name);
+    let rounds = option("--rounds").next().map_or(ROUNDS, |count| count.parse().expect("a number"));
+    let only: Vec<String> = option("--only").collect();
+    let is_wanted = |name: &str| {
+        let is_named = only.is_empty() || only.iter().any(|word| name.contains(word));
+        is_named || report::ANCHORS.contains(&name)
+    };
     for method in methods.into_iter().filter(|method| is_wanted(method.name)) {
         contenders.push(Contender::start(method, dir.path())?);
     }
     for contender in &mut contenders {
         contender.verify(dir.path())?;
     }
-    println!("every method brings every byte; timing {ROUNDS} rounds");
-    for _ in 0..ROUNDS {
+    println!("every method brings every byte; timing {rounds} rounds");
+    for _ in 0..rounds {
         for file in 0..FILES.len() {
             for contender in &mut contenders {
                 contender.time(file)?;
+            }
+            for contender in &mut contenders {
+                contender.time_handing_over(file)?;
             }
         }
     }
@@ -125,11 +150,18 @@ pub fn run(command: &str, methods: Vec<Method>) -> io::Result<()> {
         contenders.into_iter().map(Contender::finish).collect();
     let results = finished?;
     print!("{}", report::table(&results));
-    let mut arguments = env::args().skip_while(|argument| argument != "--write");
-    if let Some(directory) = arguments.nth(1) {
+    if let Some(directory) = option("--write").next() {
         report::write(Path::new(&directory), command, &results)?;
     }
     Ok(())
+}
+
+/// The values of a command-line option, as often as it is given.
+fn option(name: &'static str) -> impl Iterator<Item = String> {
+    env::args()
+        .zip(env::args().skip(1))
+        .filter(move |(option, _)| option == name)
+        .map(|pair| pair.1)
 }
 
 /// A method with its server process.
@@ -139,6 +171,10 @@ struct Contender {
     server: Child,
     /// Seconds a fetch, of each file, by round.
     rounds: [Vec<f64>; FILES.len()],
+    /// Processor seconds of the server for a fetch, of each file, by round.
+    processor: [Vec<f64>; FILES.len()],
+    /// Median seconds until a file was readable and not touched, by round, for some methods.
+    handed_over: [Vec<f64>; FILES.len()],
     /// Every fetch of the smallest file, in seconds.
     smallest: Vec<f64>,
 }
@@ -154,8 +190,15 @@ impl Contender {
             .stdout(Stdio::piped())
             .spawn()?;
         let client = (method.connect)(&place, &mut server)?;
-        let (rounds, smallest) = (Default::default(), Vec::new());
-        Ok(Contender { name: method.name, client, server, rounds, smallest })
+        Ok(Contender {
+            name: method.name,
+            client,
+            server,
+            rounds: Default::default(),
+            processor: Default::default(),
+            handed_over: Default::default(),
+            smallest: Vec::new(),
+        })
     }
 
     fn verify(&mut self, dir: &Path) -> io::Result<()> {
@@ -177,6 +220,7 @@ impl Contender {
     fn time(&mut self, file: usize) -> io::Result<()> {
         let times = FILES[file].1;
         let mut seen = 0;
+        let before = processor::seconds(self.server.id());
         let begin = Instant::now();
         for _ in 0..times {
             let start = Instant::now();
@@ -190,6 +234,28 @@ impl Contender {
         }
         self.rounds[file].push(begin.elapsed().as_secs_f64() / times as f64);
         assert_eq!(seen, FILES[file].0 * times as u64, "{}: a file cut short", self.name);
+        self.client.rest()?;
+        // A thread's time is accounted for when it sleeps, or at the next tick.
+        thread::sleep(Duration::from_millis(1));
+        let after = processor::seconds(self.server.id());
+        self.processor[file].push((after - before) / times as f64);
+        Ok(())
+    }
+
+    /// Times the way from the request to bytes that can be read. The method that others are held
+    /// against fetches the smallest file instead, whichever is asked for.
+    fn time_handing_over(&mut self, file: usize) -> io::Result<()> {
+        let mut times = Vec::with_capacity(HANDED_OVER);
+        for _ in 0..HANDED_OVER {
+            let start = Instant::now();
+            if self.name == report::STREAMED {
+                self.client.fetch(0, &mut |bytes| bytes.touch())?;
+            } else if !self.client.hand_over(file)? {
+                return Ok(());
+            }
+            times.push(start.elapsed().as_secs_f64());
+        }
+        self.handed_over[file].push(report::median(&times));
         self.client.rest()
     }
 
@@ -198,7 +264,13 @@ impl Contender {
         drop(self.client);
         drop(self.server.stdin.take());
         self.server.wait()?;
-        Ok(report::Result { name: self.name, rounds: self.rounds, smallest: self.smallest })
+        Ok(report::Result {
+            name: self.name,
+            rounds: self.rounds,
+            processor: self.processor,
+            handed_over: self.handed_over,
+            smallest: self.smallest,
+        })
     }
 }
 

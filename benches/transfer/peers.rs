@@ -21,7 +21,9 @@ use rustix::net::{
 };
 use shared_memory::{Shmem, ShmemConf};
 
-use super::{BUFFER, Bytes, Client, FILES, Method, Sink, await_ready, files_beside, say_ready};
+use super::{
+    BUFFER, Bytes, Client, FILES, Method, Sink, await_ready, files_beside, report, say_ready,
+};
 
 pub fn methods() -> Vec<Method> {
     vec![
@@ -63,6 +65,13 @@ pub fn methods() -> Vec<Method> {
             serve: serve_descriptors,
             connect: |place, server| {
                 Ok(Box::new(Passed(connect_unix(place, server)?, vec![0; BUFFER])))
+            },
+        },
+        Method {
+            name: report::KEPT_AND_MAPPED,
+            serve: serve_descriptors,
+            connect: |place, server| {
+                Ok(Box::new(KeptAndMapped::new(connect_unix(place, server)?)?))
             },
         },
         Method {
@@ -325,6 +334,30 @@ impl Client for Mapped {
         sink(Bytes::Private(unsafe { slice::from_raw_parts(base.cast::<u8>(), len) }));
         // SAFETY: all of it, and the slice is gone.
         unsafe { munmap(base, len)? };
+        Ok(())
+    }
+}
+
+/// All files as they were mapped once: no request is left, only the reading.
+struct KeptAndMapped(Vec<&'static [u8]>);
+
+impl KeptAndMapped {
+    fn new(connection: UnixStream) -> io::Result<KeptAndMapped> {
+        let map = |file: usize| {
+            let (fd, len) = (ask_for_descriptor(&connection, file)?, FILES[file].0 as usize);
+            let flags = MapFlags::SHARED | MapFlags::POPULATE;
+            // SAFETY: fresh addresses, and nobody changes or shortens the files of this bench.
+            let base = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, flags, &fd, 0)? };
+            // SAFETY: the mapping above, which this process keeps to its end.
+            Ok(unsafe { slice::from_raw_parts(base.cast::<u8>(), len) })
+        };
+        Ok(KeptAndMapped((0..FILES.len()).map(map).collect::<io::Result<_>>()?))
+    }
+}
+
+impl Client for KeptAndMapped {
+    fn fetch(&mut self, file: usize, sink: Sink<'_>) -> io::Result<()> {
+        sink(Bytes::Private(self.0[file]));
         Ok(())
     }
 }

@@ -7,17 +7,29 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::process::Command;
 
-use super::{BUFFER, FILES, ROUNDS};
+use super::{BUFFER, FILES, HANDED_OVER};
 
-/// What a method took: seconds a fetch, of each file, by round; and every fetch of the smallest.
+/// What a method took, in seconds.
 pub struct Result {
     pub name: &'static str,
+    /// A fetch of each file, by round.
     pub rounds: [Vec<f64>; FILES.len()],
+    /// The server's processor time for it, by round.
+    pub processor: [Vec<f64>; FILES.len()],
+    /// Handing each file over, untouched, by round; empty for ways that copy.
+    pub handed_over: [Vec<f64>; FILES.len()],
+    /// Every fetch of the smallest file.
     pub smallest: Vec<f64>,
 }
 
 /// The methods that all others are held against.
-pub const ANCHORS: [&str; 2] = ["local pread", "Unix socket, sendfile"];
+pub const ANCHORS: [&str; 2] = [LOCAL, "Unix socket, sendfile"];
+pub const LOCAL: &str = "local pread";
+/// The method without a request, which others can come close to.
+pub const KEPT_AND_MAPPED: &str = "descriptor, kept and mapped";
+pub const STREAMED: &str = "shmferry, streamed";
+pub const LENT_SEALED: &str = "shmferry, lent, sealed";
+pub const LENT_AS_A_FILE: &str = "shmferry, lent, as a file";
 
 /// All figures, in Markdown.
 pub fn table(results: &[Result]) -> String {
@@ -35,9 +47,7 @@ pub fn table(results: &[Result]) -> String {
             anchor.name
         );
         rows(&mut text, results, |result, file| {
-            let pairs = anchor.rounds[file].iter().zip(&result.rounds[file]);
-            let ratios: Vec<f64> = pairs.map(|(anchor, ours)| anchor / ours).collect();
-            format!("{:.2}", spread(&ratios).1)
+            format!("{:.2}", ratio(&anchor.rounds[file], &result.rounds[file]))
         });
     }
     text.push_str("\n### One fetch of 1 KiB (µs)\n\n| method | p50 | p99 |\n| --- | --- | --- |\n");
@@ -47,7 +57,115 @@ pub fn table(results: &[Result]) -> String {
         let at = |part: usize| micros(times[times.len() * part / 100]);
         let _ = writeln!(text, "| {} | {} | {} |", result.name, at(50), at(99));
     }
+    text.push_str("\n### Processor time of the server for a fetch (µs), median of the rounds\n");
+    rows(&mut text, results, |result, file| micros(median(&result.processor[file])));
+    loans(&mut text, results);
     text
+}
+
+/// What was wanted of loans, and what was reached; and handing over alone.
+fn loans(text: &mut String, results: &[Result]) {
+    let find = |name: &str| results.iter().find(|result| result.name == name);
+    let (sealed, file, local) = (find(LENT_SEALED), find(LENT_AS_A_FILE), find(LOCAL));
+    let streamed = find(STREAMED);
+    let from = |least: u64| (0..FILES.len()).filter(move |file| FILES[*file].0 >= least);
+    text.push_str(
+        "\n## Loans\n\n\
+        The same file asked again, its mapping kept. Targets, and what this run reached: medians of the ratios by\n\
+        round. Many at once, and on to TCP: [concurrency](concurrency.md#loans).\n\n\
+        | what | target | reached |\n| --- | --- | --- |\n",
+    );
+    let mut row = |what: &str, target: &str, reached: Option<Vec<String>>| {
+        let reached = reached.map_or("not measured yet".to_owned(), |cells| cells.join(", "));
+        let _ = writeln!(text, "| {what} | {target} | {reached} |");
+    };
+    let cell = |file: usize, value: f64, is_met: bool| {
+        let missed = if is_met { "" } else { " (missed)" };
+        format!("{} {value:.2}{missed}", size(FILES[file].0))
+    };
+    row(
+        "request → readable slice, nothing touched, p50, × a streamed fetch of 1 KiB",
+        "≤ 1.3 from 4 KiB to 256 MiB",
+        sealed.zip(streamed).map(|(sealed, streamed)| {
+            let of = |file: usize| {
+                let times = ratio(&sealed.handed_over[file], &streamed.handed_over[file]);
+                cell(file, times, times <= 1.3)
+            };
+            from(4 << 10).map(of).collect()
+        }),
+    );
+    row(
+        "every cache line touched, × local pread",
+        "64 KiB ≥ 0.8, 1 MiB ≥ 3, 16 MiB ≥ 1.4, 256 MiB ≥ 1.5",
+        sealed.zip(local).map(|(sealed, local)| {
+            let targets = from(64 << 10).zip([0.8, 3.0, 1.4, 1.5]);
+            let of = |(file, target): (usize, f64)| {
+                let times = ratio(&local.rounds[file], &sealed.rounds[file]);
+                cell(file, times, times >= target)
+            };
+            targets.map(of).collect()
+        }),
+    );
+    let others: Vec<&Result> = results.iter().filter(|result| is_other(result.name)).collect();
+    row(
+        "sealed, × the fastest other way between processes",
+        "> 1 from 16 KiB up",
+        sealed.filter(|_| !others.is_empty()).map(|sealed| {
+            let of = |file: usize| {
+                let least = |round: usize| {
+                    others.iter().map(|other| other.rounds[file][round]).fold(f64::MAX, f64::min)
+                };
+                let best: Vec<f64> = (0..sealed.rounds[file].len()).map(least).collect();
+                let times = ratio(&best, &sealed.rounds[file]);
+                cell(file, times, times > 1.0)
+            };
+            from(16 << 10).map(of).collect()
+        }),
+    );
+    row(
+        "lent as a file, × pread of a kept descriptor",
+        "≥ 0.9 from 64 KiB to 256 MiB",
+        file.zip(local).map(|(lent, local)| {
+            let of = |file: usize| {
+                let times = ratio(&local.rounds[file], &lent.rounds[file]);
+                cell(file, times, times >= 0.9)
+            };
+            from(64 << 10).map(of).collect()
+        }),
+    );
+    row(
+        "processor time of the server, lent as a file beside streamed, µs a fetch",
+        "that of a request, at every size",
+        file.zip(streamed).map(|(lent, streamed)| {
+            let of = |file: usize| {
+                let spent = [lent, streamed].map(|way| micros(median(&way.processor[file])));
+                format!("{} {} beside {}", size(FILES[file].0), spent[0], spent[1])
+            };
+            from(64 << 10).map(of).collect()
+        }),
+    );
+    let _ = write!(
+        text,
+        "\n`{KEPT_AND_MAPPED}` has no request, and is the limit: it is none of the other ways. `first request` makes\n\
+        a new loan for each fetch: sealing, introduction and mapping included. The server's processor time includes\n\
+        that it looks out for the next request for a while before it sleeps.\n\n\
+        ### Handing over alone: request to readable bytes, none touched (µs)\n\n\
+        Medians over the rounds of the p50 of {HANDED_OVER}; in brackets, × a streamed fetch of 1 KiB beside it.\n",
+    );
+    let handing: Vec<&Result> =
+        results.iter().filter(|result| !result.handed_over[0].is_empty()).collect();
+    rows(text, handing.iter().copied(), |result, file| {
+        let own = &result.handed_over[file];
+        let times = streamed.map(|streamed| ratio(own, &streamed.handed_over[file]));
+        let times = times.map_or(String::new(), |times| format!(" ({times:.2})"));
+        micros(median(own)) + &times
+    });
+    let _ = writeln!(text, "\n`{STREAMED}` fetches and reads 1 KiB in each column.");
+}
+
+/// Another way between processes: not this crate's, not the limits that nobody is beside.
+fn is_other(name: &str) -> bool {
+    !name.starts_with("shmferry") && name != LOCAL && name != KEPT_AND_MAPPED
 }
 
 /// Writes `benchmarks.md` and its plots into a directory.
@@ -62,13 +180,14 @@ pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<
     let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or(": unknown");
     let processors = std::thread::available_parallelism().map_or(0, usize::from);
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let rounds = results.first().map_or(0, |result| result.rounds[0].len());
     let document = format!(
         "# Benchmarks\n\n\
         For users who compare speeds.\n\n\
         Written by `{command}`, from one run; whatever came out worse stays in.\n\n\
         | | |\n| --- | --- |\n\
         | processor | {}, {processors} seen |\n| kernel | {} |\n| compiler | {} |\n| load at the end | {} |\n\
-        | rounds | {ROUNDS}, methods interleaved; per round {} fetches |\n\
+        | rounds | {rounds}, methods interleaved; per round {} fetches |\n\
         | buffers | {} KiB for every method that has one; shmferry: one segment of 2 MiB; pipe: 1 MiB; iceoryx2: eight slices; shmem-ipc: 2 MiB |\n\n\
         The server is another process, with the files in its page cache. Each method's bytes are compared, all\n\
         of them, before the timing; timed, the client touches one byte of each cache line. One transfer at a\n\
@@ -93,7 +212,11 @@ pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<
     fs::write(directory.join("latency.svg"), latency(results))
 }
 
-fn rows(text: &mut String, results: &[Result], cell: impl Fn(&Result, usize) -> String) {
+fn rows<'r>(
+    text: &mut String,
+    results: impl IntoIterator<Item = &'r Result>,
+    cell: impl Fn(&Result, usize) -> String,
+) {
     let sizes = FILES.map(|(len, _)| size(len));
     let _ = write!(
         text,
@@ -105,6 +228,15 @@ fn rows(text: &mut String, results: &[Result], cell: impl Fn(&Result, usize) -> 
         let cells: Vec<String> = (0..FILES.len()).map(|file| cell(result, file)).collect();
         let _ = writeln!(text, "| {} | {} |", result.name, cells.join(" | "));
     }
+}
+
+/// The median, over the rounds, of one time divided by another.
+fn ratio(one: &[f64], by: &[f64]) -> f64 {
+    median(&one.iter().zip(by).map(|(one, by)| one / by).collect::<Vec<_>>())
+}
+
+pub fn median(of: &[f64]) -> f64 {
+    spread(of).1
 }
 
 /// The least, the median, the most.
@@ -139,7 +271,7 @@ fn throughput(results: &[Result]) -> String {
         };
         (0..FILES.len()).map(|file| (x(file), speed(file))).collect()
     };
-    chart(&marks.collect::<Vec<_>>(), 1..=5, "MiB/s", results, line)
+    chart(&marks.collect::<Vec<_>>(), 1..=6, "MiB/s", results, line)
 }
 
 /// How long the shortest hundredth of the fetches of 1 KiB took at most, the shortest two hundredths, ...

@@ -9,7 +9,7 @@
 //! ```
 //! One space before a request's CR LF CR LF is accepted as well: some programs write it.
 
-use std::{fmt, str::FromStr};
+use std::fmt;
 
 /// The longest path a request may name, in bytes.
 pub const MAX_PATH_LEN: usize = 4096;
@@ -23,22 +23,13 @@ pub const REQUEST_START: &[u8] = b"GETFILE GET ";
 pub const BLANK_LINE: &[u8] = b"\r\n\r\n";
 
 /// How replies are written; requests are the same in both.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dialect {
     /// Every header ends with a blank line.
     Spec,
     /// The dialect of widely deployed course-work programs: one space ends an `OK` header, and the
     /// other replies carry a length of zero and end with a line feed.
     Classic,
-}
-
-impl FromStr for Dialect {
-    type Err = &'static str;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        let named = [Self::Spec, Self::Classic].into_iter().find(|it| it.to_string() == name);
-        named.ok_or("a dialect is either spec or classic")
-    }
 }
 
 impl fmt::Display for Dialect {

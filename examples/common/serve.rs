@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
+use shmferry::loan::{LoanStats, LoanStore};
 use shmferry::workers::blocking;
 use shmferry::{Error, Fault, Incoming, Refusal, ServeError, Server, Serving};
 use tracing::{debug, warn};
@@ -15,6 +16,7 @@ use super::store::Store;
 /// What is served, and how.
 pub struct Service {
     store: Store,
+    loans: LoanStore,
     delay: Duration,
     pace: Pace,
     tally: Tally,
@@ -27,25 +29,18 @@ struct Tally {
     hits: AtomicU64,
     misses: AtomicU64,
     errors: AtomicU64,
-    bytes: AtomicU64,
 }
 
 impl Service {
-    /// Serves a store, waiting `delay` before each look-up.
-    pub fn new(store: Store, delay: Duration) -> Arc<Service> {
-        let (pace, tally) = (Pace::default(), Tally::default());
-        Arc::new(Service { store, delay, pace, tally })
+    /// Serves a store, waiting `delay` before each look-up; lends what is asked for again.
+    pub fn new(store: Store, loans: LoanStore, delay: Duration) -> Arc<Service> {
+        Arc::new(Service { store, loans, delay, pace: Pace::default(), tally: Tally::default() })
     }
 
-    /// Starts workers, which wait up to `timeout` for a client that takes nothing.
-    pub fn start(
-        self: &Arc<Self>,
-        server: Server,
-        workers: usize,
-        timeout: Duration,
-    ) -> Result<Serving, String> {
+    /// Starts workers.
+    pub fn start(self: &Arc<Self>, server: Server, workers: usize) -> Result<Serving, String> {
         let (service, witness) = (Arc::clone(self), Arc::clone(self));
-        let server = server.timeout(timeout).on_error(move |error| witness.report(error));
+        let server = server.on_error(move |error| witness.report(error));
         let serving = server.serve(workers, move |request| service.answer(request));
         serving.map_err(|error| format!("cannot start a worker: {error}"))
     }
@@ -56,10 +51,9 @@ impl Service {
             blocking(|| thread::sleep(self.delay));
         }
         match self.store.look_up(request.key()) {
-            Ok(Some((file, size))) => {
+            Ok(Some(file)) => {
                 self.tally.hits.fetch_add(1, Relaxed);
-                self.tally.bytes.fetch_add(request.accept(size)?.send_file(&file)?, Relaxed);
-                Ok(())
+                self.loans.send_file(request, &file)
             }
             Ok(None) => {
                 self.tally.misses.fetch_add(1, Relaxed);
@@ -87,9 +81,11 @@ impl Service {
 
     /// How it went, in one line.
     pub fn summary(&self) -> String {
-        let Tally { requests, hits, misses, errors, bytes: sent } = &self.tally;
+        let Tally { requests, hits, misses, errors } = &self.tally;
+        let LoanStats { lent, streamed, bytes, filled, .. } = self.loans.stats();
         format!(
-            "requests={requests:?} hits={hits:?} misses={misses:?} errors={errors:?} bytes={sent:?}"
+            "requests={requests:?} hits={hits:?} misses={misses:?} errors={errors:?} \
+             lent={lent} streamed={streamed} copied={filled} bytes={bytes}"
         )
     }
 }

@@ -8,7 +8,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, open};
-use shmferry::Size;
 use shmferry::files::{Directory, open_regular};
 
 use super::getfile::check_path;
@@ -60,15 +59,13 @@ impl Store {
         Ok(Store::Manifest(files))
     }
 
-    /// Opens the file behind a key, and tells its size; `None` when there is no such regular file.
-    /// One that holds less or more than its metadata says, as in procfs, is of unknown size.
-    /// Blocks while another process gives its lease on the file back, with the worker's place lent.
-    pub fn look_up(&self, key: &[u8]) -> io::Result<Option<(File, Size)>> {
-        let opened = match self {
-            Store::Manifest(files) => files.get(key).map_or(Ok(None), open_regular)?,
-            Store::Directory(root) => root.file(key)?,
-        };
-        opened.map(|file| Size::of_file(&file).map(|size| (file, size))).transpose()
+    /// Opens the file behind a key; `None` when there is no such regular file. Blocks while another
+    /// process gives its lease on the file back, with the worker's place free.
+    pub fn look_up(&self, key: &[u8]) -> io::Result<Option<File>> {
+        match self {
+            Store::Manifest(files) => files.get(key).map_or(Ok(None), open_regular),
+            Store::Directory(root) => root.file(key),
+        }
     }
 }
 

@@ -1,10 +1,11 @@
-//! `simplecached`: serves a manifest's files, or a directory, through the segments of its clients.
+//! `simplecached`: serves a manifest's files, or a directory, to clients through shared memory.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, value_parser};
+use shmferry::loan::LoanStore;
 use shmferry::{Address, Server};
 use shmferry_examples::program::{self, Quit, Stop};
 use shmferry_examples::serve::Service;
@@ -34,6 +35,13 @@ struct Options {
     #[arg(long, value_name = "COUNT", default_value_t = 1024,
         value_parser = value_parser!(u32).range(1..=65_536))]
     max_segments: u32,
+    /// Keep copies of files that are asked for again, so many bytes in all, and lend them: plain, or
+    /// as 512k, 64M, 1G; 0 for none [default: 256M, at most an eighth of the memory available]
+    #[arg(long, value_name = "BYTES", value_parser = program::bytes)]
+    loan_budget: Option<u64>,
+    /// Lend read-only descriptors of the files that are not among those copies
+    #[arg(long)]
+    loan_files: bool,
     /// Give a transfer up after this long without progress: 0.001 to 86400
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = program::seconds)]
     timeout: Duration,
@@ -59,8 +67,10 @@ fn serve(options: Options, stop: Stop) -> Result<(), Quit> {
     let server = Server::builder().max_segments(options.max_segments).bind(&address);
     let server = server.map_err(|error| format!("cannot listen on {address}: {error}"))?;
     stop.check()?;
-    let service = Service::new(store, Duration::from_micros(options.delay));
-    let serving = service.start(server, options.nthreads.into(), options.timeout)?;
+    let loans = options.loan_budget.map_or_else(LoanStore::default, LoanStore::new);
+    let loans = loans.lend_files(options.loan_files);
+    let service = Service::new(store, loans, Duration::from_micros(options.delay));
+    let serving = service.start(server.timeout(options.timeout), options.nthreads.into())?;
     info!(
         "listening on {address}: {served}, {} workers, delay {} us, at most {} segments a client, \
          timeout {:?}",

@@ -39,7 +39,7 @@ pub struct Found {
 
 /// Where a file's bytes come from.
 pub enum Body {
-    Segment(Box<shmferry::Body>),
+    Cached(Box<shmferry::Body>),
     Stream(Box<dyn Read>),
 }
 
@@ -138,9 +138,17 @@ impl Client {
         Ok(false)
     }
 
-    /// Sends a reply without a body.
+    /// Sends a reply, without the body.
     pub fn reply(&self, reply: Reply) -> io::Result<()> {
-        self.send_header(reply, SendFlags::empty())
+        let header = encode_reply(reply, self.dialect).split_off(self.begun.get());
+        // The header leaves together with the body's first bytes.
+        let has_body = matches!(reply, Reply::Ok { len: 1.. });
+        let flags = if has_body { SendFlags::MORE } else { SendFlags::empty() };
+        // It is the first that is sent, and shorter than any buffer.
+        match rustix::net::send(&self.stream, &header, flags | SendFlags::NOSIGNAL)? {
+            sent if sent == header.len() => Ok(()),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
     }
 
     /// Sends a file; returns its length. What is left of it may be set aside while others wait for
@@ -150,11 +158,9 @@ impl Client {
     /// [`Error::Sink`] or [`Error::Timeout`] where the client is at fault, anything else for the
     /// source. The client sees fewer bytes than announced then, and the connection's end.
     pub fn send(&self, found: Found, aside: &Spool) -> Result<u64> {
-        // The header leaves together with the body's first bytes.
-        let flags = if found.len > 0 { SendFlags::MORE } else { SendFlags::empty() };
-        self.send_header(Reply::Ok { len: found.len }, flags).map_err(Error::Sink)?;
+        self.reply(Reply::Ok { len: found.len }).map_err(Error::Sink)?;
         match found.body {
-            Body::Segment(body) => body.copy_to_or_spool(&*self.stream, aside),
+            Body::Cached(body) => body.copy_to_or_spool(&*self.stream, aside),
             Body::Stream(source) => self.copy_from(source, found.len),
         }
     }
@@ -175,16 +181,6 @@ impl Client {
                 Ok(Some(read)) if read > 0 => surplus += read,
                 _ => return,
             }
-        }
-    }
-
-    fn send_header(&self, reply: Reply, flags: SendFlags) -> io::Result<()> {
-        let header = encode_reply(reply, self.dialect);
-        let header = &header[self.begun.get()..];
-        // It is the first that is sent, and shorter than any buffer.
-        match rustix::net::send(&self.stream, header, flags | SendFlags::NOSIGNAL)? {
-            sent if sent == header.len() => Ok(()),
-            _ => Err(io::ErrorKind::WriteZero.into()),
         }
     }
 

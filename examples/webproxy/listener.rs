@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socket_with, sockopt};
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
 use shmferry_examples::program::Pace;
 
 /// Clients that wait to be accepted, as the system caps it.
@@ -25,27 +26,28 @@ impl Listener {
     /// Listens on an address; on `::`, on all of IPv6 and IPv4.
     pub fn bind(address: SocketAddr) -> io::Result<Listener> {
         let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
-        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let socket = net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
         if address.ip() == Ipv6Addr::UNSPECIFIED {
             sockopt::set_ipv6_v6only(&socket, false)?;
         }
         // Connections inherit it: the end of a chunk never waits for a delayed acknowledgement.
         sockopt::set_tcp_nodelay(&socket, true)?;
-        rustix::net::bind(&socket, &address)?;
-        rustix::net::listen(&socket, BACKLOG)?;
+        net::bind(&socket, &address)?;
+        net::listen(&socket, BACKLOG)?;
         let socket = TcpListener::from(socket);
         let address = socket.local_addr()?;
         Ok(Listener { socket, address, closed: AtomicBool::default(), pace: Pace::default() })
     }
 
-    /// Waits for a client; `None` once it is closed.
+    /// Waits for a client; `None` once it is closed. Its socket is in non-blocking mode: `sendfile`
+    /// to it cannot block then.
     pub fn accept(&self) -> Option<TcpStream> {
         loop {
-            match self.socket.accept() {
-                Ok((stream, _)) => return Some(stream),
+            match net::accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) => return Some(socket.into()),
                 Err(_) if self.closed.load(Ordering::Acquire) => return None,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(Errno::CONNABORTED | Errno::INTR) => {}
                 Err(error) => {
                     self.pace.warn(format_args!("cannot accept: {error}"));
                     thread::sleep(Duration::from_millis(100)); // leaves a failing system alone
@@ -58,6 +60,6 @@ impl Listener {
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
         // Fails only on a socket that does not listen.
-        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+        let _ = net::shutdown(&self.socket, Shutdown::Both);
     }
 }

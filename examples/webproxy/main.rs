@@ -17,6 +17,7 @@ use listener::Listener;
 use origin::{BaseUrl, Origin};
 use proxy::{Proxy, Tally};
 use shmferry::channel::InProcess;
+use shmferry::loan::LoanStore;
 use shmferry::protocol::Spool;
 use shmferry::workers::WorkerPool;
 use shmferry::{Address, Client, Server, Serving};
@@ -67,6 +68,13 @@ struct Options {
     /// A directory to serve, with the cache embedded
     #[arg(long, value_name = "DIRECTORY")]
     root: Option<PathBuf>,
+    /// With --root, keep copies of files that are asked for again, so many bytes in all: as 64M, 1G;
+    /// 0 for none [default: 256M, at most an eighth of the memory available]
+    #[arg(long, value_name = "BYTES", value_parser = program::bytes, requires = "root")]
+    loan_budget: Option<u64>,
+    /// Keep what simplecached lends mapped, up to so many bytes; 0 takes no loans
+    #[arg(long, value_name = "BYTES", default_value = "512M", value_parser = program::bytes)]
+    mapped: u64,
     /// How to write replies
     #[arg(long, value_name = "spec|classic", default_value_t = Dialect::Spec)]
     dialect: Dialect,
@@ -88,12 +96,9 @@ const ABSENCE: Duration = Duration::from_secs(2);
 const TURNS: u32 = 4;
 
 fn segment_size(text: &str) -> Result<u64, String> {
-    const LEAST: u64 = 824;
-    let bytes = program::bytes(text)?;
-    if bytes < LEAST {
-        Err(format!("a segment must hold at least {LEAST} bytes"))
-    } else {
-        Ok(bytes)
+    match program::bytes(text)? {
+        ..824 => Err("a segment must hold at least 824 bytes".to_owned()),
+        bytes => Ok(bytes),
     }
 }
 
@@ -175,6 +180,7 @@ fn open_cache(
         .segments(options.segment_count)
         .segment_len(options.segment_size)
         .slots(options.slots)
+        .keep_loans(options.mapped, options.mapped.min(256) as u32) // each costs a descriptor
         .timeout(options.timeout);
     let client = if has_stand_in {
         client.connect_timeout(Duration::ZERO)
@@ -184,12 +190,13 @@ fn open_cache(
     };
     let no_pool = |error| format!("cannot make the pool: {error}");
     let (client, embedded, from) = if let Some(root) = &options.root {
-        let service = Service::new(Store::directory(root)?, Duration::ZERO);
+        let loans = options.loan_budget.map_or_else(LoanStore::default, LoanStore::new);
+        let service = Service::new(Store::directory(root)?, loans, Duration::ZERO);
         // No request is sent without a segment: there is always room.
         let queue = InProcess::bounded(options.segment_count as usize);
         let client = client.in_process(&queue).map_err(no_pool)?;
-        let workers = options.thread_count.into();
-        let serving = service.start(Server::with(queue), workers, options.timeout)?;
+        let server = Server::with(queue).timeout(options.timeout);
+        let serving = service.start(server, options.thread_count.into())?;
         (client, Some(serving), format!("all beneath {}", root.display()))
     } else {
         let address = program::cache_address(options.cache.as_ref())?;

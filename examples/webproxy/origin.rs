@@ -144,8 +144,7 @@ impl Origin {
             return Err(fail(&format_args!("it sent {encoding}, and not the file as it is")));
         }
         let body = response.into_body();
-        let len = body.content_length();
-        match len {
+        match body.content_length() {
             Some(len) => Ok(Found { len, body: Body::Stream(Box::new(body.into_reader())) }),
             None => client.spool(body.into_reader(), spool_limit, fail),
         }

@@ -45,6 +45,7 @@ pub struct Proxy {
 pub struct Tally {
     requests: AtomicU64,
     hits: AtomicU64,
+    lent: AtomicU64, // of the hits
     misses: AtomicU64,
     from_origin: AtomicU64,
     invalid: AtomicU64,
@@ -93,12 +94,11 @@ impl Proxy {
         let mut found = Err(Miss::NotFound);
         if let Some(cache) = &self.cache {
             found = self.ask(cache, path, client);
-            let count = match found {
-                Ok(_) => Some(&self.tally.hits),
-                Err(Miss::NotFound) => Some(&self.tally.misses),
-                Err(Miss::Failed | Miss::ClientLeft) => None,
-            };
-            count.map(|count| count.fetch_add(1, Relaxed));
+            let is_lent = |it: &Found| matches!(&it.body, Body::Cached(body) if body.is_lent());
+            let is_miss = matches!(found, Err(Miss::NotFound));
+            self.tally.hits.fetch_add(found.is_ok().into(), Relaxed);
+            self.tally.lent.fetch_add(found.as_ref().is_ok_and(is_lent).into(), Relaxed);
+            self.tally.misses.fetch_add(is_miss.into(), Relaxed);
         }
         if let (Some(origin), Err(Miss::NotFound | Miss::Failed)) = (&self.origin, &found) {
             found = origin.find(path, client, self.spool_limit);
@@ -120,7 +120,7 @@ impl Proxy {
         };
         match cache.get(path) {
             Ok(body) => match body.size() {
-                Size::Known(len) => Ok(Found { len, body: Body::Segment(Box::new(body)) }),
+                Size::Known(len) => Ok(Found { len, body: Body::Cached(Box::new(body)) }),
                 Size::Unknown => client.spool(body, self.spool_limit, |error| fail(error, "")),
             },
             Err(Error::Refused(Refusal::NotFound | Refusal::Invalid)) => Err(Miss::NotFound),
@@ -132,11 +132,14 @@ impl Proxy {
 
     /// How it went, in one line.
     pub fn summary(&self) -> String {
-        let Tally { requests, hits, misses, from_origin, invalid, errors, bytes } = &self.tally;
+        let Tally { requests, hits, lent, misses, from_origin, invalid, errors, bytes } =
+            &self.tally;
         let retired = self.cache.as_ref().map_or(0, |cache| cache.stats().retired);
         format!(
             "requests={requests:?} hits={hits:?} misses={misses:?} from_origin={from_origin:?} \
-             invalid={invalid:?} errors={errors:?} bytes={bytes:?} retired={retired} set_aside={}",
+             invalid={invalid:?} errors={errors:?} lent={lent:?} streamed={} bytes={bytes:?} \
+             retired={retired} set_aside={}",
+            hits.load(Relaxed).saturating_sub(lent.load(Relaxed)),
             self.aside.bodies(),
         )
     }

@@ -469,13 +469,14 @@ impl Program {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
-    /// How many segments are mapped.
+    /// How many segments are mapped. Loans are none.
     pub fn segments(&self) -> usize {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
         let kinds = ["/memfd:shmferry-", "/dev/shm/shmferry-"];
         let names =
             maps.lines().filter_map(|line| kinds.iter().find_map(|kind| line.split_once(kind)));
-        names.map(|(_, name)| name).collect::<BTreeSet<_>>().len()
+        let names = names.map(|(_, name)| name).filter(|name| !name.starts_with("loan"));
+        names.collect::<BTreeSet<_>>().len()
     }
 
     /// The peak of resident memory, in bytes, segments included.

@@ -49,7 +49,7 @@ fn fetch_all(proxy: &Program, files: &[Vec<u8>]) {
 
 fn clients_that_stall_do_not_slow_down_those_that_read(over: Transport) {
     let (place, large, files) = furnished(over);
-    let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "2"]).listening();
     let proxy = place.webproxy(["-t", "2", "-n", "8", "--timeout", "600"]).listening();
     let stalled: Vec<Stalled> = (0..4).map(|_| proxy.stall("/large")).collect();
     for _ in 0..5 {
@@ -68,7 +68,7 @@ fn clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_ord
     over: Transport,
 ) {
     let (place, large, files) = furnished(over);
-    let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "2"]).listening();
     // Without a spool, that is: it would free the segments at once.
     let proxy =
         place.webproxy(["-t", "2", "-n", "2", "--timeout", "10", "--spool-limit", "0"]).listening();
@@ -106,7 +106,7 @@ fn clients_that_hold_every_segment_are_cut_and_those_that_wait_are_served_in_ord
 /// Clients that leave in this way in the middle of their bodies, again and again, cost nothing.
 fn clients_that_leave(over: Transport, leave: impl Fn(Client)) {
     let (place, large, files) = furnished(over);
-    let cache = place.simplecached(["-c", "files", "-t", "1"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "1"]).listening();
     let proxy = place.webproxy(["-t", "1", "-n", "1", "--timeout", "600"]).listening();
     assert_eq!(proxy.get("/0"), ok(""));
     wait_until("it was idle", || proxy.is_asleep());
@@ -156,7 +156,7 @@ fn clients_that_leave_before_their_reply_leave_the_only_segment_usable(over: Tra
 
 fn a_client_that_has_closed_its_half_gets_its_whole_reply(over: Transport) {
     let (place, large, files) = furnished(over);
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "1"]).listening();
     let ask = |path: &str| {
         let mut client = proxy.connect();

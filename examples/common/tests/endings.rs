@@ -27,7 +27,8 @@ fn a_signal_in_the_middle(over: Transport, signal: Signal) {
     let place = Place::over(over);
     let large = noise(1, LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files", "--timeout", "600"]).listening();
+    let cache =
+        place.simplecached(["--loan-budget", "0", "-c", "files", "--timeout", "600"]).listening();
     let proxy = place.webproxy(["--timeout", "600"]).listening();
     let (address, active, stalled) =
         (proxy.address(), proxy.stall("/large"), proxy.stall("/large"));
@@ -64,7 +65,7 @@ fn a_stopped_cache_does_not_keep_a_proxy_from_ending(over: Transport) {
     let place = Place::over(over);
     let large = noise(1, LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "2", "--timeout", "600"]).listening();
     let stalled = proxy.stall("/large");
     cache.signal(Signal::STOP);
@@ -82,12 +83,13 @@ fn a_stopped_proxy_does_not_keep_a_cache_from_ending(over: Transport) {
     let place = Place::over(over);
     let large = noise(1, LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files", "--timeout", "600"]).listening();
+    let cache =
+        place.simplecached(["--loan-budget", "0", "-c", "files", "--timeout", "600"]).listening();
     let proxy = place.webproxy(["-n", "1", "--timeout", "600"]).listening();
     let stalled = proxy.stall("/large");
     proxy.signal(Signal::STOP);
     cache.terminate().assert_said(&["leaving with transfers under way"]);
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     proxy.signal(Signal::CONT);
     stalled.resume().assert_short(&large);
     proxy.assert_pool_is_whole(1, "/large", &large);

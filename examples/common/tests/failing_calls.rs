@@ -130,7 +130,7 @@ fn a_thread_that_cannot_be_spawned_leaves_no_request_unheard() {
     place.write("files/small", "hello");
     let large = noise(1, LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files", "-t", "1"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "1"]).listening();
     let proxy = place.webproxy(["-n", "4", "--timeout", "600"]).listening();
     assert_eq!(proxy.get("/small"), ok("hello"));
     wait_until("one worker was left", || cache.threads_named("shmferry-worker") == 1);

@@ -60,7 +60,8 @@ fn a_cache_killed_before_its_reply_costs_an_error_at_once(over: Transport) {
         let place = Place::over(over);
         let large = noise(1, LARGE);
         place.write("files/large", &large);
-        let cache = place.simplecached(["-c", "files", "-d", "2500000"]).listening();
+        let cache =
+            place.simplecached(["--loan-budget", "0", "-c", "files", "-d", "2500000"]).listening();
         let proxy = place.webproxy(["-n", &segments.to_string(), "--timeout", "600"]).listening();
         let mut pending: Vec<Client> = (0..segments).map(|_| proxy.connect()).collect();
         pending.iter_mut().for_each(|client| client.request("/large"));
@@ -69,7 +70,7 @@ fn a_cache_killed_before_its_reply_costs_an_error_at_once(over: Transport) {
         for mut client in pending {
             assert_eq!(client.answer(), Answer::Error);
         }
-        let cache = place.simplecached(["-c", "files"]).listening();
+        let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
         proxy.assert_pool_is_whole(segments, "/large", &large);
         let [proxy, _] = place.wind_up([proxy, cache]);
         // It was dead for certain: its segments are used again as they are.
@@ -105,7 +106,7 @@ fn a_cache_killed_between_chunks_leaves_a_visibly_short_body(over: Transport) {
     // Nothing can be made up for once the header is out, not even by an origin.
     for stand_in in [&PLAIN[..], &["-s", &url]] {
         for segments in [1, 4] {
-            let cache = place.simplecached(["-c", "files"]).listening();
+            let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
             let n = segments.to_string();
             let args = [&["-n", &n, "--timeout", "600"], stand_in].concat();
             let proxy = place.webproxy(args).listening();
@@ -114,7 +115,7 @@ fn a_cache_killed_between_chunks_leaves_a_visibly_short_body(over: Transport) {
             for client in stalled {
                 client.resume().assert_short(&large);
             }
-            let cache = place.simplecached(["-c", "files"]).listening();
+            let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
             proxy.assert_pool_is_whole(segments, "/large", &large);
             let [proxy, _] = place.wind_up([proxy, cache]);
             assert_eq!((proxy.count("errors"), proxy.count("retired")), (segments as u64, 0));
@@ -149,7 +150,9 @@ fn a_killed_proxy_gives_the_caches_only_worker_back(over: Transport) {
     let place = Place::over(over);
     let large = noise(1, LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files", "-t", "1", "--timeout", "600"]).listening();
+    let cache = place
+        .simplecached(["--loan-budget", "0", "-c", "files", "-t", "1", "--timeout", "600"])
+        .listening();
     let other = place.webproxy(["-n", "1"]).listening();
     assert_eq!(other.get("/absent"), Answer::NotFound);
     let (segments, descriptors) = (cache.segments(), cache.descriptors());
@@ -202,7 +205,7 @@ fn a_stopped_cache_writes_to_nobody(over: Transport, segments: usize) {
     for (i, file) in files.iter().enumerate() {
         place.write(&format!("files/{i}"), file);
     }
-    let cache = place.simplecached(["-c", "files", "-t", "4"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "4"]).listening();
     let n = segments.to_string();
     let proxy = place.webproxy(["-n", &n, "-t", "4", "--timeout", "1"]).listening();
     let stalled: Vec<Stalled> = (0..segments).map(|_| proxy.stall("/old")).collect();
@@ -252,7 +255,7 @@ fn a_stopped_proxy_that_holds_transfers_keeps_nobody_from_being_served(over: Tra
     for (i, file) in files.iter().enumerate() {
         place.write(&format!("files/{i}"), file);
     }
-    let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "2"]).listening();
     let stopped = place.webproxy(["-n", "8"]).listening();
     let stalled: Vec<Stalled> = (0..8).map(|_| stopped.stall("/large")).collect();
     stopped.signal(Signal::STOP);
@@ -300,7 +303,7 @@ fn a_proxy_stopped_past_the_caches_timeout_ends_its_bodies_short_and_goes_on(ove
     assert_eq!(proxy.get("/a"), ok("hello"));
     // Reading a large file may take a busy machine longer than that cache waits.
     cache.terminate();
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     proxy.assert_pool_is_whole(2, "/large", &large);
     place.wind_up([proxy, cache]);
 }
@@ -398,7 +401,7 @@ fn proxies_killed_under_load_cost_the_others_nothing(over: Transport) {
     let place = Place::over(over);
     let files = furnish(&place);
     place.write("files/large", noise(1000, LARGE));
-    let cache = place.simplecached(["-c", "files", "-t", "2"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "2"]).listening();
     let survivor = place.webproxy(["-n", "2", "-z", "16384", "--timeout", "600"]).listening();
     under_load(&survivor, &files, |answers| {
         for _ in 0..10 {
@@ -428,7 +431,7 @@ fn a_file_truncated_while_it_is_sent_ends_the_body_short(over: Transport) {
         let large = noise(1, LARGE);
         let path = place.write("files/large", &large);
         place.write("files/a", "hello");
-        let cache = place.simplecached(["-c", "files"]).listening();
+        let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
         let proxy = place.webproxy(["-n", segments, "--timeout", "600"]).listening();
         let stalled = proxy.stall("/large");
         OpenOptions::new().write(true).open(path).unwrap().set_len(left as u64).unwrap();
@@ -447,7 +450,7 @@ fn a_file_that_grows_while_it_is_sent_is_sent_as_announced(over: Transport) {
     let place = Place::over(over);
     let large = noise(1, LARGE);
     let path = place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "1"]).listening();
     let stalled = proxy.stall("/large");
     OpenOptions::new().append(true).open(path).unwrap().write_all(b"more").unwrap();
@@ -463,7 +466,7 @@ fn a_file_replaced_while_it_is_sent_is_sent_to_its_end_and_the_new_one_next(over
     place.write("manifest", "/manifest files/large\n");
     for (source, key) in [("files", "/large"), ("manifest", "/manifest")] {
         fs::rename(place.write("next", &old), &path).unwrap();
-        let cache = place.simplecached(["-c", source]).listening();
+        let cache = place.simplecached(["--loan-budget", "0", "-c", source]).listening();
         let proxy = place.webproxy(["-n", "3"]).listening();
         let stalled = proxy.stall(key);
         fs::rename(place.write("next", &new), &path).unwrap();
@@ -511,7 +514,7 @@ fn both_killed_at_once_leave_nothing_that_keeps_them_from_starting(over: Transpo
     place.write("files/large", &large);
     for _ in 0..3 {
         let proxy = place.webproxy(["-n", "2"]).listening();
-        let cache = place.simplecached(["-c", "files"]).listening();
+        let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
         let stalled = [proxy.stall("/large"), proxy.stall("/large")];
         for program in [&proxy, &cache] {
             program.signal(Signal::KILL);
@@ -523,8 +526,10 @@ fn both_killed_at_once_leave_nothing_that_keeps_them_from_starting(over: Transpo
             client.resume().assert_short(&large);
         }
     }
-    let (proxy, cache) =
-        (place.webproxy(PLAIN).listening(), place.simplecached(["-c", "files"]).listening());
+    let (proxy, cache) = (
+        place.webproxy(PLAIN).listening(),
+        place.simplecached(["--loan-budget", "0", "-c", "files"]).listening(),
+    );
     proxy.get("/large").assert_whole(&large);
     place.wind_up([proxy, cache]);
 }

@@ -146,7 +146,7 @@ fn a_lack_of_descriptors_that_lasts_is_told_once_a_second_with_what_was_held_bac
     let place = Place::new();
     place.write("files/large", pattern(LARGE));
     let start = Instant::now();
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let mut limited = place.command_limited("-n 60", "webproxy");
     let address = place.cache_address();
     limited.args(["-p", "0", "--timeout", "600", "-n", "1", "--cache", &address]);

@@ -182,7 +182,8 @@ fn a_root_is_served_without_a_second_program() {
     let place = Place::new();
     directory_of_everything(&place);
     place.write("root/large", pattern(LARGE));
-    let proxy = place.bare_webproxy(["--root", "root", "-n", "2"]).listening();
+    let proxy =
+        place.bare_webproxy(["--root", "root", "--loan-budget", "0", "-n", "2"]).listening();
     assert_only_what_is_beneath(&place, &proxy);
     assert_eq!(proxy.get("/large"), ok(pattern(LARGE)));
     proxy.terminate().assert_said(&["requests=31", "retired=0"]);
@@ -394,7 +395,9 @@ fn a_proxy_with_many_segments_has_few_of_them_mapped_by_the_cache() {
     let place = Place::over(Transport::Mq);
     let large = pattern(LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files", "--max-segments", "3"]).listening();
+    let cache = place
+        .simplecached(["--loan-budget", "0", "-c", "files", "--max-segments", "3"])
+        .listening();
     let proxy = place.webproxy(["-n", "8"]).listening();
     for _ in 0..3 {
         proxy.assert_pool_is_whole(8, "/large", &large);
@@ -420,7 +423,7 @@ fn stalled_clients_starve_nobody_and_are_cut(over: Transport) {
     let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
     place.write("files/a", "hello");
-    let _cache = place.simplecached(["-c", "files", "-t", "1"]).listening();
+    let _cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "1"]).listening();
     let proxy = place.webproxy(["-t", "1", "-n", "4", "--timeout", "3"]).listening();
     let stall = || {
         let mut client = proxy.connect();
@@ -447,7 +450,7 @@ fn stalled_clients_starve_nobody_and_are_cut(over: Transport) {
 fn a_client_that_leaves_is_nobodys_error(over: Transport) {
     let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "2"]).listening();
     for _ in 0..10 {
         let mut client = proxy.connect();
@@ -486,7 +489,7 @@ fn idle_programs_end_at_once_and_leave_nothing(over: Transport) {
 fn a_running_transfer_is_let_finish(over: Transport) {
     let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let proxy = place.webproxy(PLAIN).listening();
     let address = proxy.address();
     let mut client = proxy.connect();
@@ -508,7 +511,7 @@ fn a_running_transfer_is_let_finish(over: Transport) {
 fn a_transfer_that_stalls_is_left_when_the_grace_is_over(over: Transport) {
     let place = Place::over(over);
     place.write("files/large", pattern(LARGE));
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let proxy = place.webproxy(PLAIN).listening();
     let mut client = proxy.connect();
     client.request("/large");
@@ -825,7 +828,7 @@ fn flags_out_of_range_are_refused() {
         ("webproxy", &["--slots", "0"], &["--slots", "0 is not in 1.."]),
         ("webproxy", &["-p", "65536"], &["--listen-port", "0..=65535"]),
         ("webproxy", &["--listen", "here"], &["--listen", "invalid IP address"]),
-        ("webproxy", &["--dialect", "latin"], &["--dialect", "spec or classic"]),
+        ("webproxy", &["--dialect", "latin"], &["--dialect", "spec, classic"]),
         ("webproxy", &["--timeout", "0"], &["--timeout", "0.001 to 86400"]),
         ("webproxy", &["--timeout", "-1"], &["-1"]),
         ("webproxy", &["--cache", "mq:cache"], &["--cache", "names no message queue"]),
@@ -835,6 +838,10 @@ fn flags_out_of_range_are_refused() {
         ("webproxy", &["-s", "ftp://host"], &["--server", "http://HOST"]),
         ("webproxy", &["-s", "host"], &["--server", "http://HOST"]),
         ("webproxy", &["-s", "http://host/?a"], &["--server", "query"]),
+        ("webproxy", &["--mapped", "much"], &["--mapped", "not a number"]),
+        ("webproxy", &["--root", "/", "--loan-budget", "-1"], &["-1"]),
+        ("webproxy", &["--loan-budget", "1M"], &["--root"]),
+        ("simplecached", &["--loan-budget", "1T"], &["--loan-budget", "not a number"]),
         ("webproxy", &["--nonsense"], &["--nonsense"]),
         ("simplecached", &["-t", "0"], &["--nthreads", "0 is not in 1..=1024"]),
         ("simplecached", &["-t", "1025"], &["1025 is not in 1..=1024"]),

@@ -23,7 +23,7 @@ fn an_orderly_restart_under_load_fails_no_request(over: Transport) {
     let small = noise(2, 1000);
     place.write("files/large", &large);
     place.write("files/small", &small);
-    let mut cache = Some(place.simplecached(["-c", "files"]).listening());
+    let mut cache = Some(place.simplecached(["--loan-budget", "0", "-c", "files"]).listening());
     let proxy = place.webproxy(["-n", "16", "--timeout", "60"]).listening();
     let (asked, restarted) = (AtomicUsize::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -49,13 +49,13 @@ fn an_orderly_restart_under_load_fails_no_request(over: Transport) {
             wait_until("it had left its address", || place.is_swept());
             // The successor comes at once, or when the old one has ended, as supervisors have it.
             if n % 2 == 0 {
-                cache = Some(place.simplecached(["-c", "files"]).listening());
+                cache = Some(place.simplecached(["--loan-budget", "0", "-c", "files"]).listening());
             }
             assert!(leaving.is_running(), "it waits for its transfer");
             under_way.resume().assert_whole(&large);
             leaving.finish().assert_code(0);
             if n % 2 == 1 {
-                cache = Some(place.simplecached(["-c", "files"]).listening());
+                cache = Some(place.simplecached(["--loan-budget", "0", "-c", "files"]).listening());
             }
         }
         restarted.store(true, Relaxed);
@@ -72,13 +72,13 @@ fn a_cache_that_winds_down_makes_room_for_its_successor_at_once(over: Transport)
     place.write("old/large", &large);
     place.write("old/which", "old");
     place.write("new/which", "new");
-    let old = place.simplecached(["-c", "old"]).listening();
+    let old = place.simplecached(["--loan-budget", "0", "-c", "old"]).listening();
     let proxy = place.webproxy(["-n", "4", "--timeout", "60"]).listening();
     let under_way = proxy.stall("/large");
     assert_eq!(proxy.get("/which"), ok("old"));
     old.signal(Signal::TERM);
     wait_until("it had left its address", || place.is_swept());
-    let new = place.simplecached(["-c", "new"]).listening();
+    let new = place.simplecached(["--loan-budget", "0", "-c", "new"]).listening();
     assert_eq!(proxy.get("/which"), ok("new"));
     assert!(old.is_running(), "it waits for its transfer");
     assert_eq!(proxy.get("/which"), ok("new"));
@@ -95,7 +95,7 @@ fn a_successor_that_starts_only_when_the_old_cache_has_ended_is_waited_for(over:
     let large = noise(1, LARGE);
     place.write("files/large", &large);
     place.write("files/a", "hello");
-    let old = place.simplecached(["-c", "files"]).listening();
+    let old = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let proxy = place.webproxy(["-n", "4", "--timeout", "120"]).listening();
     let under_way = proxy.stall("/large");
     old.signal(Signal::TERM);
@@ -107,7 +107,7 @@ fn a_successor_that_starts_only_when_the_old_cache_has_ended_is_waited_for(over:
     assert!(client.hears_nothing() && old.is_running());
     under_way.resume().assert_whole(&large);
     old.finish().assert_code(0);
-    let new = place.simplecached(["-c", "files"]).listening();
+    let new = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     assert_eq!(client.answer(), ok("hello"));
     place.wind_up([proxy, new]);
 }

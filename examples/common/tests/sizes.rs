@@ -266,7 +266,7 @@ fn more_clients_than_descriptors_wait_and_are_served(over: Transport) {
     place.write("files/a", "hello");
     let large = noise(1, LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     let mut limited = place.command_limited("-n 40", "webproxy");
     let address = place.cache_address();
     let proxy = limited.args(["-p", "0", "--listen", "127.0.0.1", "-n", "1", "--cache", &address]);

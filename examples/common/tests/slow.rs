@@ -42,7 +42,8 @@ fn a_client_that_reads_slowly_but_steadily_is_never_cut(over: Transport) {
     let place = Place::over(over);
     let large = noise(1, LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files", "--timeout", "4"]).listening();
+    let cache =
+        place.simplecached(["--loan-budget", "0", "-c", "files", "--timeout", "4"]).listening();
     let segments = ["-n", "2", "-z", "16777216", "--slots", "2", "--timeout", "4"];
     let proxy = place.webproxy(segments).listening();
     let mut client = proxy.connect();
@@ -62,7 +63,7 @@ fn slow_clients_that_hold_every_segment_do_not_keep_others_waiting(over: Transpo
     let large = noise(1, LARGE);
     place.write("files/large", &large);
     place.write("files/small", "sixsix");
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     // With a time-out that none of this comes near.
     let proxy = place.webproxy(["-n", "8", "--timeout", "600"]).listening();
     thread::scope(|scope| {
@@ -98,7 +99,7 @@ fn a_spool_that_is_full_sets_nothing_aside(over: Transport) {
     let large = noise(1, LARGE);
     place.write("files/large", &large);
     place.write("files/small", "sixsix");
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     // Room for one of them.
     let limit = (LARGE + LARGE / 2).to_string();
     let proxy =
@@ -126,7 +127,7 @@ fn a_disk_without_room_leaves_bodies_where_they_are(over: Transport) {
     let large = noise(1, LARGE);
     place.write("files/large", &large);
     place.write("files/small", "sixsix");
-    let cache = place.simplecached(["-c", "files"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files"]).listening();
     // Files, segments included, of up to 8 MiB (`ulimit -f` counts 512 bytes).
     let mut limited = place.command_limited("-f 16384", "webproxy");
     let address = place.cache_address();

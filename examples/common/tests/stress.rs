@@ -59,7 +59,7 @@ fn a_hundred_thousand_requests_at_random_cost_no_byte_no_descriptor_and_no_threa
     }
     let large = noise(1000, LARGE);
     place.write("files/large", &large);
-    let cache = place.simplecached(["-c", "files", "-t", "4"]).listening();
+    let cache = place.simplecached(["--loan-budget", "0", "-c", "files", "-t", "4"]).listening();
     let proxy =
         place.webproxy(["-n", "2", "-t", "4", "-z", "16384", "--timeout", "600"]).listening();
     // Whatever is made at first is there: over mq, the cache maps a segment when it is first used.

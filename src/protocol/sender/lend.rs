@@ -30,6 +30,16 @@ impl ShmTransfer<Sender, Starting> {
         }
     }
 
+    /// Whether its receiver takes loans of some kind.
+    #[cfg(feature = "loan-store")]
+    pub(crate) fn takes_loans(&self) -> bool {
+        match &self.state.loans {
+            Loans::None => false,
+            Loans::ByLink => self.side.stand.link().is_some_and(|link| link.lender().is_some()),
+            Loans::Within(_) => true,
+        }
+    }
+
     /// As [`lend`](Self::lend), but leaves it to the caller to send the bytes.
     pub(crate) fn try_lend(mut self, loan: &Loan, metadata: &impl Metadata) -> Result<Lending> {
         let metadata = metadata.encode();
