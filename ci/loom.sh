@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The semaphore and the transfer under loom: every interleaving and reordering with up to 2 preemptions;
-# then that the check can fail: each fault of one line must be found.
+# The semaphore, the transfer, the ring and loans under loom: every interleaving and reordering with
+# up to 2 preemptions; then that the check can fail: each fault of one line must be found.
 #
 #   ci/loom.sh            2 preemptions, and the faults (12 minutes, two cores)
 #   ci/loom.sh long       3 preemptions, and the faults (four minutes more)
@@ -196,6 +196,38 @@ seeded "no fence at the end of a rest"              $o $q::a_client '/fn resume/
 seeded "a rest that never ends"                     $o $q::a_client '/fn resume/,/^    }/s/if !ring.end_rest\(\)/if !ring.end_rest() || true/'
 
 seeded "a request taken after the server has hung up" $o $q::what_was_not '/fn next_entry/,/^}/s/if ring.is_over\(\)/if false/'
+
+# Loans.
+b=channel/seqpacket/borrower.rs
+x=channel/seqpacket/lender.rs
+a=loan/account.rs
+u=loan/kept.rs
+i=borrower::model
+seeded "an account that is free while a loan is introduced" $x $i::a_loan_is '/Standing::Fits =>/,/^            }/{s/^                account.enter\(id, bytes\);$//; s/^                let message = /account.enter(id, bytes); drop(account); &/}'
+seeded "a loan entered that could not be introduced" $x $i::a_loan_that_could '/Standing::Fits =>/,/^            }/{s/^                account.enter\(id, bytes\);$//; s/^                let message = /account.enter(id, bytes); &/}'
+seeded "a loan named that could not be introduced"  $x $i::a_loan_that_could 's/^                    return NO;$/return Introduced::Yes;/'
+seeded "a full account that asks for no room"       $x $i::an_account 's/Introduced::No \{ wanted: bytes.max\(1\) \}/NO/'
+seeded "an account that is overdrawn by one loan"   $a $i::an_account 's/\(self.lent.len\(\) as u64\) < /(self.lent.len() as u64) <= /'
+seeded "an account whose bytes are not added up"    $a $i::an_account 's/let fits = bytes <= self.limits.bytes - self.bytes/let fits = bytes <= self.limits.bytes/'
+seeded "a loan struck out whose bytes stay counted" $a $i::an_account 's/^        self.bytes -= bytes;$//'
+seeded "a loan that is returned and not struck out" $a $i 's/self.lent.remove\(&id\)/self.lent.get(\&id).copied()/; s/^        self.bytes -= bytes;$//'
+seeded "a wish for room that is not announced"      protocol/sender/lend.rs $i::an_account 's/^                self.side.header\(\).announcement.loan.store\(wanted, Relaxed\);$/let _ = wanted;/'
+seeded "a wish for room that is not heard"          protocol/receiver.rs $i::an_account 's/wanted => self.side.offer.make_room\(wanted\),/_ => {}/'
+seeded "a request asked again that still takes loans" channel.rs $i::a_loan_named_that 's/^                        takes_loans = false;$/let _ = \&mut takes_loans;/'
+seeded "a loan that was returned taken for a breach" channel.rs $i::a_loan_named_that 's/None if takes_loans =>/None if takes_loans \&\& attempt > 9 =>/'
+seeded "a request for bytes that is lent to"        channel/seqpacket/client.rs $i::a_loan_named_that 's/if takes_loans \{ Loans::ByLink/if takes_loans || true { Loans::ByLink/'
+seeded "a connection that two threads read at once" $b $i::what_one '/fn borrow/,/^    }/s/&mut lock\(&self.reading\)/\&mut None/'
+seeded "a loan let go of in silence"                $b $i 's/^        self.give_back\(self.kept.make_room\(bytes\)\);$/let _ = self.kept.make_room(bytes);/'
+seeded "a descriptor that is lost and not returned" $b $i::a_descriptor 's/Err\(_\) => return self.give_back\(vec!\[id\]\),/Err(_) => return,/'
+seeded "a return that found no room, forgotten"     $b $i::a_return 's/^                return; \/\/ full.*/{ returned.clear(); return; }/'
+seeded "a return that waits for the next one"       $b $i::a_return '/fn give_back/,/^    }/s/^        let mut returned = /if ids.is_empty() { return; } &/'
+seeded "a return that is not sent when its loan is named" $b $i::a_loan_whose 's/^        self.give_back\(Vec::new\(\)\);.*//'
+seeded "an introduction that nobody looked for, left unread" $b $i::an_introduction '/fn make_room/,/^    }/s/^        let _ = self.read\(.*//'
+seeded "a reset taken for the end"                  $b $i::a_loan_named_by 's/Err\(Error::Disconnected\) if !was_reset =>/Err(Error::Disconnected) if was_reset =>/'
+seeded "a loan let go of while a body holds it"     $u $i::a_receiver 's/ && !entry.is_pinned\(\)//'
+seeded "loans let go of for each answer that crossed a return" $u $i::answers 's/if table.freed.is_some_and\(.*\) \{/if false {/'
+seeded "a loan without bytes that counts as nothing" $u $i::answers 's/\(before - table.bytes\).max\(1\)/(before - table.bytes)/'
+seeded "a connection that is not there until the request counts as sent" protocol/offer.rs $i::a_reply '/fn connection\(/,/^    }/s/^        lock\(&self.connection\).clone\(\)$/match *lock(\&self.state) { OfferState::Unsent => None, _ => lock(\&self.connection).clone() }/'
 
 echo "$found faults found"
 [ "$missed" = 0 ]

@@ -165,7 +165,7 @@ chunk:
         covered[me] = false;
         advance(s, g, Announced, Finished, won);                /* the last write */
         goto left;
-refuse:
+refuse:                                 /* or lent: no bytes follow either, and it ends as Finished */
         atomic { segment[s].free--; segment[s].last[0] = true; segment[s].tag[0] = g };
         atomic { assert(ours(s, g)); segment[s].filled++; assert(segment[s].filled <= SLOTS) };
         covered[me] = false;

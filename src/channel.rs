@@ -191,10 +191,14 @@ impl<B: Backing> Request<B> {
         Ok(ShmTransfer::begin(segment, self.generation, Arc::clone(&self.key), link, loans))
     }
 
-    /// Consumes the request once it was sent over `link`; keeps `connection` open as long as the
-    /// transfer.
-    pub(crate) fn sent_over(self, link: &Arc<Link>, connection: Option<Keep>) {
-        self.offer.sent_over(link, connection);
+    /// Keeps the connection open as long as the transfer; the request is about to be sent over it.
+    pub(crate) fn goes_over(&self, connection: Keep) {
+        self.offer.goes_over(connection);
+    }
+
+    /// Consumes the request once it was sent over `link`.
+    pub(crate) fn sent_over(self, link: &Arc<Link>) {
+        self.offer.sent_over(link);
     }
 }
 

@@ -42,7 +42,7 @@ pub fn offered(pool: &SegmentPool<Memfd>) -> Result<(ShmTransfer<Receiver, Offer
     let Some(pooled) = pooled else { unreachable!("a segment that is leased is in the pool") };
     let memory = pooled.backing.as_fd().try_clone_to_owned().map_err(Error::os("dup"))?;
     let (request, transfer) = lease.request("key")?;
-    request.sent_over(&Arc::new(Link::within()), None);
+    request.sent_over(&Arc::new(Link::within()));
     Ok((transfer, memory))
 }
 

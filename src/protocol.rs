@@ -11,7 +11,7 @@ use crate::segment::MAX_METADATA;
 
 mod metadata;
 #[cfg(all(test, loom))]
-mod model;
+pub(crate) mod model;
 mod offer;
 mod receiver;
 mod sender;

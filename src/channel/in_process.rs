@@ -132,7 +132,7 @@ impl<B: Backing> Requester<B> for InProcess {
                 Err(SendError { request, error })
             }
             None => {
-                request.sent_over(&self.link, None);
+                request.sent_over(&self.link);
                 if self.is_closed() {
                     self.drain(); // closed meanwhile, perhaps after its drain
                 }

@@ -106,12 +106,12 @@ impl<C: Connect> Reconnecting<C> {
         }
         for attempt in 0.. {
             let sent = self.connected(deadline, self.connect_timeout).and_then(|connection| {
+                request.goes_over(Arc::clone(&connection) as _);
                 self.connector.deliver(&connection, &request, deadline).map(|()| connection)
             });
             match sent {
                 Ok(connection) => {
-                    let link = Arc::clone(connection.link());
-                    request.sent_over(&link, Some(connection));
+                    request.sent_over(connection.link());
                     return Ok(());
                 }
                 Err(Error::Disconnected) if !deadline.has_passed() => {

@@ -27,6 +27,7 @@ mod client;
 mod lender;
 #[cfg(all(test, loom))]
 mod model;
+mod packets;
 mod queue;
 mod requester;
 pub(crate) mod ring;
@@ -288,6 +289,11 @@ fn send(
         match sendmsg(socket, &[io::IoSlice::new(message)], &mut control, flags) {
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
+            // Not even a look: a caller that does not wait may hold a lock, and a look would give
+            // this thread's place to a worker that waits for that lock.
+            Err(Errno::AGAIN) if deadline.has_passed() => {
+                return Err(Error::Timeout(Awaited::QueueRoom));
+            }
             Err(Errno::AGAIN) => {
                 match workers::blocking(|| wait_ready(socket, PollFlags::OUT, deadline)) {
                     Ok(true) => {}

@@ -1,10 +1,9 @@
 //! The loans that a client keeps, so that the next answer from one needs no descriptor (rule N5).
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 
 use crate::error::PeerFault;
-use crate::sync::lock;
+use crate::sync::modelled::{Mutex, lock};
 
 use super::LoanLimits;
 use super::content::Content;
@@ -101,7 +100,8 @@ impl KeptLoans {
         let most_loans = table.loans.len() - table.loans.len().div_ceil(8);
         let evicted = table.evict(most_bytes, most_loans, None);
         if !evicted.is_empty() {
-            table.freed = Some(table.freed.unwrap_or(0) + (before - table.bytes));
+            // At least one: a loan without bytes is asked for by that.
+            table.freed = Some(table.freed.unwrap_or(0) + (before - table.bytes).max(1));
         }
         drop(table);
         numbers(evicted)

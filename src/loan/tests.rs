@@ -303,7 +303,7 @@ fn no_number_is_given_twice() {
 
 /// What an announcement can claim of a loan.
 fn body(content: &Content, start: u64, len: u64) -> Result<LentBody, PeerFault> {
-    LentBody::new(content.clone(), start, len, Box::default())
+    LentBody::new(content.clone(), (start, len), Box::default())
 }
 
 #[test]

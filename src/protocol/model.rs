@@ -22,7 +22,7 @@ use crate::segment::{
 use crate::sync::Deadline;
 
 /// A backing of ordinary memory, whose accesses loom checks.
-struct Watched(Mapping);
+pub(crate) struct Watched(Mapping);
 
 thread_local! {
     /// Whether the making of segments fails. All threads of a model run in one real thread.
@@ -57,7 +57,7 @@ impl Rules for Watched {
     }
 }
 
-type Pool = SegmentPool<Watched>;
+pub(crate) type Pool = SegmentPool<Watched>;
 type Asked = ShmTransfer<Receiver, Offered>;
 type Asking = ShmTransfer<Sender, Starting>;
 
@@ -79,22 +79,22 @@ fn model_with_rechecks(body: impl Fn() + Sync + Send + 'static) {
 }
 
 /// Grace periods: as long as a late sender takes, or none.
-const LONG_GRACE: Duration = Duration::MAX;
+pub(crate) const LONG_GRACE: Duration = Duration::MAX;
 const NO_GRACE: Duration = Duration::ZERO;
 
 /// A pool of one segment, whose slots hold one byte each.
-fn pool(slots: u32, grace: Duration) -> Pool {
+pub(crate) fn pool(slots: u32, grace: Duration) -> Pool {
     let builder = SegmentPool::<Watched>::builder().segments(1).segment_len(slots.into());
     builder.slots(slots).grace(grace).create().unwrap()
 }
 
 /// A link to a sender with this process's pid, whose death may free a segment.
-fn link_to_sender() -> Arc<Link> {
+pub(crate) fn link_to_sender() -> Arc<Link> {
     let peer = crate::peer::Peer { pid: Some(std::process::id()), uid: 0 };
     Arc::new(Link::to_receiver(peer))
 }
 
-fn link() -> Arc<Link> {
+pub(crate) fn link() -> Arc<Link> {
     Arc::new(Link::within())
 }
 
@@ -102,7 +102,7 @@ fn link() -> Arc<Link> {
 fn ask_over(pool: &Pool, receivers: &Arc<Link>, senders: &Arc<Link>) -> (Asked, Asking) {
     let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
     let asking = request.begin_here(senders).unwrap();
-    request.sent_over(receivers, None);
+    request.sent_over(receivers);
     (asked, asking)
 }
 
@@ -122,12 +122,12 @@ fn send(asking: Asking, bytes: &[u8]) -> Result<u64> {
 fn found(asked: Asked) -> Result<ShmTransfer<Receiver, Receiving>> {
     match asked.reply(Deadline::NEVER)? {
         Reply::Found(body) => Ok(body),
-        Reply::Refused(why) => panic!("{why:?}"),
+        other => panic!("{other:?}"),
     }
 }
 
 /// The next chunk's byte; `None` at the end.
-fn next(body: &mut ShmTransfer<Receiver, Receiving>) -> Result<Option<u8>> {
+pub(crate) fn next(body: &mut ShmTransfer<Receiver, Receiving>) -> Result<Option<u8>> {
     let Some(mut chunk) = body.next_chunk(Deadline::NEVER)? else { return Ok(None) };
     let mut byte = [0];
     assert_eq!(chunk.copy_to(&mut byte), 1);
@@ -145,7 +145,7 @@ fn receive(asked: Asked) -> Result<Vec<u8>> {
 }
 
 /// Runs `body` in every interleaving; says how many there were.
-fn model(body: impl Fn() + Sync + Send + 'static) {
+pub(crate) fn model(body: impl Fn() + Sync + Send + 'static) {
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     let runs = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&runs);
@@ -270,8 +270,13 @@ fn a_sender_that_acts_on_the_turn_word_alone_sees_the_offer() {
         // It knows the first generation before it is opened, and tries until it is.
         let sender = thread::spawn(move || {
             loop {
-                let asking =
-                    ShmTransfer::begin(Arc::clone(&segment), 1, b"key"[..].into(), &link());
+                let asking = ShmTransfer::begin(
+                    Arc::clone(&segment),
+                    1,
+                    b"key"[..].into(),
+                    &link(),
+                    Loans::None,
+                );
                 match send(asking, &[1]) {
                     Err(Error::Stale) => thread::yield_now(),
                     sent => return assert_eq!(sent.unwrap(), 1),
@@ -469,7 +474,7 @@ fn a_severed_link_ends_the_wait_for_a_reply() {
             let ours = Arc::clone(&ours);
             thread::spawn(move || ours.sever(|| None))
         };
-        request.sent_over(&ours, None); // registered before, while, or after the link is severed
+        request.sent_over(&ours); // registered before, while, or after the link is severed
         let error = asked.reply(Deadline::NEVER).unwrap_err();
         assert!(matches!(error, Error::Disconnected), "{error:?}");
         watcher.join().unwrap();
@@ -613,7 +618,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
         let (request, mut asked) = lease.request("key").unwrap();
         let (ours, theirs) = (link(), link());
         let asking = request.begin_here(&theirs).unwrap();
-        request.sent_over(&ours, None);
+        request.sent_over(&ours);
         let server = thread::spawn(move || match asking.accept(1) {
             Ok(_) => true, // and dies
             Err(Error::Stale) => false,
@@ -631,7 +636,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
         // The segment can be offered to the successor in either case.
         let (request, asked) = lease.request("key").unwrap();
         let asking = request.begin_here(&link()).unwrap();
-        request.sent_over(&link(), None);
+        request.sent_over(&link());
         assert_eq!(send(asking, &[2]).unwrap(), 1);
         assert_eq!(receive(asked).unwrap(), [2]);
         watcher.join().unwrap();
@@ -771,7 +776,7 @@ fn a_request_sent_after_its_transfer_is_over_poisons_nothing_of_the_next_generat
         let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
         let sending = {
             let ours = Arc::clone(&ours);
-            thread::spawn(move || request.sent_over(&ours, None))
+            thread::spawn(move || request.sent_over(&ours))
         };
         let watcher = thread::spawn(move || ours.sever(|| None));
         drop(asked);
@@ -917,7 +922,7 @@ fn a_link_severed_while_its_receiver_goes_poisons_nothing_of_another_threads_tra
         };
         let (request, asked) = lease.request("key").unwrap();
         let asking = request.begin_here(&link()).unwrap();
-        request.sent_over(&link(), None);
+        request.sent_over(&link());
         going.join().unwrap();
         watcher.join().unwrap();
         // By two chunks: a wait that is ended by poison comes after what was filled.

@@ -17,6 +17,8 @@ pub(crate) struct Offer {
     segment: Arc<Segment<ReadSlots>>,
     generation: u64,
     state: Mutex<OfferState>,
+    /// Kept open as long as the transfer; otherwise its end would not be noticed.
+    connection: Mutex<Option<Keep>>,
     /// Within a process: what the sender lends.
     #[cfg(target_os = "linux")]
     given: Mutex<Option<Content>>,
@@ -25,8 +27,8 @@ pub(crate) struct Offer {
 enum OfferState {
     /// The request has not been sent yet.
     Unsent,
-    /// It went over a connection. The connection's end poisons the segment, and this keeps it open.
-    Sent { registration: Registration, connection: Option<Keep> },
+    /// It went over a link, whose end poisons the segment.
+    Sent(Registration),
     /// The transfer is over, and another transfer may have the segment.
     Over,
 }
@@ -34,7 +36,7 @@ enum OfferState {
 impl OfferState {
     fn link(&self) -> Option<Arc<Link>> {
         match self {
-            OfferState::Sent { registration, .. } => Some(Arc::clone(registration.link())),
+            OfferState::Sent(registration) => Some(Arc::clone(registration.link())),
             OfferState::Unsent | OfferState::Over => None,
         }
     }
@@ -52,18 +54,23 @@ impl Offer {
             segment,
             generation,
             state: Mutex::new(OfferState::Unsent),
+            connection: Mutex::new(None),
             #[cfg(target_os = "linux")]
             given: Mutex::new(None),
         }
     }
 
-    /// Records that the request was sent: from now on the link's end ends the transfer's waits. The
-    /// connection is kept open as long as the transfer; otherwise its end would not be noticed.
-    pub(crate) fn sent_over(&self, link: &Arc<Link>, connection: Option<Keep>) {
+    /// Records the connection that the request is about to be sent over, and keeps it open. Before
+    /// it is sent: another thread can read the answer before this one goes on.
+    pub(crate) fn goes_over(&self, connection: Keep) {
+        *lock(&self.connection) = Some(connection);
+    }
+
+    /// Records that the request was sent: from now on the link's end ends the transfer's waits.
+    pub(crate) fn sent_over(&self, link: &Arc<Link>) {
         let mut state = lock(&self.state);
         if !matches!(*state, OfferState::Over) {
-            let registration = link.register(Arc::clone(&self.segment) as _);
-            *state = OfferState::Sent { registration, connection };
+            *state = OfferState::Sent(link.register(Arc::clone(&self.segment) as _));
         }
     }
 
@@ -112,10 +119,7 @@ impl Offer {
 
     #[cfg(target_os = "linux")]
     fn connection(&self) -> Option<Keep> {
-        match &*lock(&self.state) {
-            OfferState::Sent { connection, .. } => connection.clone(),
-            OfferState::Unsent | OfferState::Over => None,
-        }
+        lock(&self.connection).clone()
     }
 
     pub(super) fn is_severed(&self) -> bool {

@@ -187,7 +187,7 @@ fn a_death_ends_waits_that_the_peer_tried_to_keep_up() {
     // The peer clears `sleepers` and the poison; then it dies, or hangs up.
     let Stage { transfer, segment, _request, .. } = stage();
     let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: None, uid: 0 }));
-    _request.sent_over(&link, None);
+    _request.sent_over(&link);
     let waiting = std::thread::spawn(move || transfer.reply(Deadline::NEVER).map(drop));
     segment.header().filled.reset(0);
     link.sever(|| None);
@@ -215,7 +215,7 @@ fn a_death_frees_a_segment_only_if_it_was_its_senders_own() {
         only(&pool).header().announcement.pid.store(server.id(), Relaxed);
         let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
         let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: Some(server.id()), uid: 0 }));
-        request.sent_over(&link, None);
+        request.sent_over(&link);
         let segment = only(&pool);
         let header = segment.header();
         let (generation, _) = header.turn.load().unwrap();
@@ -344,7 +344,7 @@ fn a_hang_up_of_a_process_without_a_name_here_is_not_taken_for_its_death() {
     let (request, transfer) = pool.lease(soon()).unwrap().request("key").unwrap();
     let link = Arc::new(Link::to_sender(crate::peer::Peer { pid: None, uid: 0 }));
     let on_it = request.begin_here(&link).unwrap().accept(1).unwrap();
-    request.sent_over(&link, None);
+    request.sent_over(&link);
     link.sever(|| None);
     drop(transfer);
     let old = only(&pool).id();

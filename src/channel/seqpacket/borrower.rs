@@ -1,27 +1,29 @@
 //! The client's side of loans over one connection: takes in what the server introduces.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
 use crate::error::{Error, PeerFault, ProtocolError, Rejection, Result};
 use crate::loan::{Borrower, Content, KeptLoans, LoanLimits};
 use crate::peer::{ReceivedFds, Socket};
-use crate::sync::{Deadline, lock};
+use crate::sync::modelled::{Mutex, lock};
 
-use super::client::{Received, receive};
-use super::send;
+use super::client::Received;
+use super::packets::Packets;
 use super::wire::{MAX_MESSAGE, MOST_RETURNED, Message};
+
+#[cfg(all(test, loom))]
+mod model;
 
 /// How many messages are read in search of one loan. An honest server has introduced it before: no
 /// more are on their way than the connection holds.
 const MOST_READ: usize = 4096;
 
 /// Reads what comes over one connection, and keeps what was lent.
-pub(super) struct SocketBorrower {
-    socket: Arc<Socket>,
+pub(super) struct SocketBorrower<P = Socket> {
+    socket: Arc<P>,
     kept: KeptLoans,
     /// How many loans an honest server has introduced at most.
     most: usize,
@@ -49,14 +51,14 @@ struct NewLoan {
     fd: Result<ReceivedFds>,
 }
 
-impl SocketBorrower {
-    pub(super) fn new(socket: &Arc<Socket>, limits: LoanLimits) -> SocketBorrower {
+impl<P: Packets> SocketBorrower<P> {
+    pub(super) fn new(socket: &Arc<P>, limits: LoanLimits) -> SocketBorrower<P> {
         SocketBorrower {
             socket: Arc::clone(socket),
             kept: KeptLoans::new(limits),
             most: limits.count as usize,
-            inbox: Mutex::default(),
-            returned: Mutex::default(),
+            inbox: Mutex::new(Inbox::default()),
+            returned: Mutex::new(Vec::new()),
         }
     }
 
@@ -90,10 +92,10 @@ impl SocketBorrower {
             return Ok(None);
         }
         let mut buffer = [0; MAX_MESSAGE + 1];
-        let received = match receive(&self.socket, &mut buffer) {
+        let received = match self.socket.receive(&mut buffer) {
             // If the server hung up with messages unread, the first read fails, and the next one
             // has what it sent.
-            Err(Error::Disconnected) => receive(&self.socket, &mut buffer)?,
+            Err(Error::Disconnected) => self.socket.receive(&mut buffer)?,
             received => received?,
         };
         let Some(Received { len, fds, lost }) = received else { return Ok(None) };
@@ -161,7 +163,7 @@ impl SocketBorrower {
             let count = returned.len().min(MOST_RETURNED);
             let ids: Vec<u8> = returned[..count].iter().flat_map(|id| id.to_le_bytes()).collect();
             let message = Message::Returned { ids: &ids }.encode();
-            if send(&self.socket, &message, None, Deadline::after(Duration::ZERO)).is_err() {
+            if self.socket.send_now(&message, None).is_err() {
                 return; // full; or gone, and then nobody has to know
             }
             returned.drain(..count);
@@ -169,7 +171,7 @@ impl SocketBorrower {
     }
 }
 
-impl Borrower for SocketBorrower {
+impl<P: Packets> Borrower for SocketBorrower<P> {
     fn borrow(&self, id: u64) -> Result<Option<Content>> {
         if let Some(content) = self.kept.find(id)? {
             return Ok(Some(content));
@@ -185,6 +187,8 @@ impl Borrower for SocketBorrower {
                 Ok(None) | Err(_) => break,
             }
         }
+        drop(inbox);
+        self.give_back(Vec::new()); // the server may not have heard of it yet
         Ok(None)
     }
 

@@ -138,9 +138,7 @@ impl Client {
             (Message::Wakeup, Some(_), _) if self.ring.get().is_some() => {}
             (Message::Returned { ids }, Some(_), _) => {
                 let lender = state.lender.as_ref().ok_or(malformed)?;
-                ids.chunks_exact(size_of::<u64>()).try_for_each(|id| {
-                    lender.returned(u64::from_le_bytes(std::array::from_fn(|i| id[i])))
-                })?;
+                lender.take_back(ids)?;
             }
             (Message::Request { index, generation, takes_loans, key }, Some(_), _) => {
                 // Unknown if the request was withdrawn and its segment retired while it was being

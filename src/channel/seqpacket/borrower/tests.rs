@@ -5,8 +5,12 @@ use std::thread;
 
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
 
+use std::time::Duration;
+
 use super::*;
+use crate::channel::seqpacket::send;
 use crate::loan::{Loan, SEALED};
+use crate::sync::Deadline;
 
 fn pair(limits: LoanLimits) -> (SocketBorrower, Socket) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
