@@ -64,7 +64,7 @@ pub fn methods() -> Vec<Method> {
         },
         Method {
             name: report::STREAMED,
-            serve: |place| serve_front(place, |file| Ok(file), |asked, file| asked.send_file(file)),
+            serve: |place| serve_front(place, Ok, |asked, file| asked.send_file(file)),
             connect: |place, server| FrontDoor::connect(place, server, Taken::Chunks),
         },
         Method {
@@ -84,7 +84,7 @@ pub fn methods() -> Vec<Method> {
             serve: |place| {
                 let seal_and_lend =
                     |asked: Incoming, file: &File| asked.lend(&Loan::from_file(file)?);
-                serve_front(place, |file| Ok(file), seal_and_lend)
+                serve_front(place, Ok, seal_and_lend)
             },
             connect: |place, server| FrontDoor::connect(place, server, Taken::SliceOnce),
         },
