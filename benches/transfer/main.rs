@@ -27,18 +27,21 @@ use std::time::{Duration, Instant};
 use shmferry::segment::SharedByte;
 
 /// Bytes of each file, and how often it is fetched in a round.
+///
+/// Often enough for a round to take milliseconds: a fetch of what is lent takes one microsecond, and
+/// the first few find the server asleep, perhaps on the client's processor.
 pub const FILES: [(u64, usize); 7] = [
-    (1 << 10, 1000),
-    (4 << 10, 500),
-    (16 << 10, 500),
-    (64 << 10, 300),
-    (1 << 20, 60),
-    (16 << 20, 8),
-    (256 << 20, 1),
+    (1 << 10, 4000),
+    (4 << 10, 4000),
+    (16 << 10, 4000),
+    (64 << 10, 4000),
+    (1 << 20, 500),
+    (16 << 20, 40),
+    (256 << 20, 2),
 ];
 const ROUNDS: usize = 7;
 /// How often a file is handed over in a round without being touched.
-const HANDED_OVER: usize = 300;
+const HANDED_OVER: usize = 4000;
 
 /// What methods with a buffer of their own use: as much as one of our slots holds.
 pub const BUFFER: usize = 256 << 10;

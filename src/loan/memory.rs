@@ -10,14 +10,17 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::fs::File;
 use std::ops::Deref;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::ptr::{self, NonNull};
 use std::slice;
 
 use rustix::fs::{SealFlags, SeekFrom, seek};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::param::page_size;
 
 use crate::error::{Error, LayoutMismatch, Result};
 use crate::segment::check_memfd;
@@ -51,14 +54,63 @@ impl SealedMemory {
             return Ok(SealedMemory { base: NonNull::dangling(), len });
         }
         check_filled(&fd, len as u64)?;
-        // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit.
-        let base = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::PRIVATE, fd, 0) };
-        let base = base.map_err(Error::os("mmap"))?;
-        match NonNull::new(base.cast::<u8>()) {
-            Some(base) => Ok(SealedMemory { base, len }),
-            None => Err(Error::os("mmap")(Errno::NOMEM)),
-        }
+        let base = map_readable(fd, len).map_err(Error::os("mmap"))?;
+        Ok(SealedMemory { base, len })
     }
+}
+
+/// A huge page. An address in huge pages takes one entry of the processor's table for 512 pages, and
+/// mapping them one page fault for as many.
+pub(super) const HUGE: usize = 2 << 20;
+
+/// Has the kernel take huge pages for the whole blocks of so much memory that nothing was written to
+/// yet, if it has them (Linux 6.1 and later). They are allocated then, and zero.
+pub(super) fn take_huge_pages(memory: &File, len: u64) {
+    let Ok(len) = usize::try_from(len) else { return };
+    let whole = len - len % HUGE;
+    // The kernel wants something to collapse in each.
+    let is_begun = (0..whole).step_by(HUGE).all(|at| memory.write_all_at(&[0], at as u64).is_ok());
+    if whole == 0 || !is_begun {
+        return;
+    }
+    let Ok(base) = map_readable(memory, whole) else { return };
+    // SAFETY: this is the mapping just made; the advice changes no byte. If it fails, pages are
+    // ordinary ones, which are allocated and written to all the same.
+    unsafe { libc::madvise(base.as_ptr().cast::<c_void>(), whole, libc::MADV_COLLAPSE) };
+    // SAFETY: this is that mapping, to which there are no references.
+    let unmapped = unsafe { munmap(base.as_ptr().cast::<c_void>(), whole) };
+    debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
+}
+
+/// Maps `len` bytes, more than none, for reading; at the start of a huge page, if there can be any.
+fn map_readable(fd: impl AsFd, len: usize) -> rustix::io::Result<NonNull<u8>> {
+    let flags = MapFlags::PRIVATE;
+    let base = if len < HUGE {
+        // SAFETY: a null hint lets the kernel choose fresh addresses: no memory of ours is hit.
+        unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, flags, fd, 0)? }
+    } else {
+        let room = len.checked_add(HUGE).ok_or(Errno::NOMEM)?;
+        // SAFETY: as above.
+        let start = unsafe {
+            mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags | MapFlags::NORESERVE)?
+        };
+        let before = start.align_offset(HUGE);
+        let base = start.wrapping_byte_add(before);
+        // SAFETY: these addresses are within the room just reserved, which nothing else uses.
+        let mapped = unsafe { mmap(base, len, ProtFlags::READ, flags | MapFlags::FIXED, fd, 0) };
+        let end = len.next_multiple_of(page_size());
+        let rest = if mapped.is_ok() {
+            [(start, before), (base.wrapping_byte_add(end), room - before - end)]
+        } else {
+            [(start, room), (start, 0)]
+        };
+        for (start, len) in rest.into_iter().filter(|(_, len)| *len > 0) {
+            // SAFETY: what the mapping leaves of that room, in whole pages.
+            unsafe { munmap(start, len)? };
+        }
+        mapped?
+    };
+    NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)
 }
 
 /// Checks that memory has no holes within its size. Its number of blocks does not tell: blocks can

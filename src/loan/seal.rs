@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::segment::{allocate_blocks, available_memory, empty_memfd};
 
 use super::content::Content;
-use super::memory::SEALS;
+use super::memory::{SEALS, take_huge_pages};
 
 /// Copies all that `reader` gives into sealed memory. With `expected` bytes the memory is there
 /// before the first is read; more or fewer may come.
@@ -21,6 +21,7 @@ pub(super) fn copy(reader: impl Read, expected: u64) -> Result<Content> {
     let mut memory = File::from(empty_memfd("shmferry-loan")?);
     if expected > 0 {
         check_available(expected)?;
+        take_huge_pages(&memory, expected);
         allocate_blocks(&memory, expected)?;
     }
     let len = fill(reader, &mut memory)?;
