@@ -254,12 +254,15 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// The status word of an announcement that is followed by bytes. Others are [`LENT`], and those of a
-/// [`Refusal`]. Zero means that there is no announcement yet.
+/// The status word of an announcement that is followed by bytes. Others are the two
+/// below, and those of a [`Refusal`]. Zero means that there is no announcement yet.
 const FOUND: u32 = 1;
 /// The status word of an answer that was lent: the announcement says which part of which loan.
 #[cfg(target_os = "linux")]
 const LENT: u32 = 6;
+/// As [`FOUND`], where the answer would have been lent, had the receiver returned other loans first.
+#[cfg(target_os = "linux")]
+const FOUND_FOR_WANT_OF_ROOM: u32 = 7;
 
 impl Refusal {
     fn from_word(word: u32) -> Option<Refusal> {

@@ -374,6 +374,8 @@ const FINISHED: u64 = 4;
 const LAST: u32 = 1 << 31;
 
 const FOUND: u32 = 1;
+/// Found, and not lent for want of room.
+const NO_ROOM: u32 = 7;
 const LENT: u32 = 6;
 
 /// The words of a ring of requests.
@@ -572,7 +574,7 @@ impl Deal<'_> {
         self.memory.word(METADATA_LEN).store(0, SeqCst);
         enter(ANNOUNCED);
         self.memory.word(FREE).fetch_sub(1, SeqCst);
-        if status == FOUND {
+        if status == FOUND || status == NO_ROOM {
             self.memory.word(CHUNKS).store(size as u32 | LAST, SeqCst);
         }
         self.memory.word(FILLED).fetch_add(1, SeqCst);
@@ -844,7 +846,7 @@ fn answer(key: &str, deal: &Deal<'_>) -> bool {
                 deal.line.try_say(&introduction(id, SEALED, len), &[fd.as_fd()])
             });
             assert!(sent.count() > 10);
-            deal.announce(FOUND, 1, u64::MAX, 0); // and wants all room
+            deal.announce(NO_ROOM, 1, u64::MAX, 0); // and wants all room
         }
         "introductions without end" => {
             deal.lend(u64::MAX, 0, len);
@@ -865,7 +867,7 @@ fn answer(key: &str, deal: &Deal<'_>) -> bool {
         }
         "make room" => {
             wait_until("nothing more is introduced", || SPAMMING.load(SeqCst) == 0);
-            deal.announce(FOUND, 1, u64::MAX, 0);
+            deal.announce(NO_ROOM, 1, u64::MAX, 0);
         }
         "after a farewell" => {
             deal.line.say(&farewell(7), &[]);
@@ -1185,7 +1187,7 @@ fn a_client_that_lies_about_loans_is_turned_away_and_harms_nobody() {
     }
     let mut client = RawClient::of(&path, 3, LENS[0] as u64, 1);
     assert_eq!(client.ask(true, "0").0, LENT);
-    assert_eq!(client.ask(true, "3").0, FOUND, "one at a time");
+    assert_eq!(client.ask(true, "3").0, NO_ROOM, "one at a time");
 
     // Those who hold everything, ask for more than their budget, and never read: each gets as much
     // as the server lends at most, and the rest is streamed.

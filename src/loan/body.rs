@@ -3,6 +3,7 @@
 use std::any::type_name;
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -100,9 +101,10 @@ impl LentBody {
     }
 
     /// Copies what is still to come to a socket, pipe or file; returns the bytes that this call
-    /// copied. Sealed memory goes to a socket by `send`, which is faster than `sendfile`. Anything
-    /// else goes by `sendfile`, without a copy in this process, unless the sink is a socket or pipe
-    /// in blocking mode, where that could block for ever. Waits as long as the sink makes progress.
+    /// copied. Goes by `sendfile`, without a copy in this process, with two exceptions. To a socket
+    /// or pipe in blocking mode, that could block for ever. To a socket whose other end is on this
+    /// machine, sealed memory goes by `send`, which is faster there. Waits as long as the sink makes
+    /// progress.
     ///
     /// # Errors
     /// [`Error::Sink`] when the sink fails, [`Error::Timeout`] when it takes nothing; after either
@@ -121,9 +123,10 @@ impl LentBody {
 
     fn pass_on(&mut self, sink: BorrowedFd<'_>, end: u64) -> Result<()> {
         let by_kernel = match &self.source {
-            // The kernel hands on single pages of it, from which the other end copies slower than
-            // both copies of `send` are: see the bench `concurrency`, on to TCP.
-            Source::Sealed(_) if is_socket(sink) => false,
+            // By `sendfile` the kernel hands on the pages themselves, which spares a network card's
+            // machine a copy. On this machine the other end copies out of them more slowly than both
+            // copies of `send` take: see the bench `concurrency`, on to TCP.
+            Source::Sealed(_) if is_on_this_machine(sink) => false,
             _ => can_sendfile(sink).map_err(|errno| Error::Sink(errno.into()))?,
         };
         let mut wait = None;
@@ -266,8 +269,13 @@ impl fmt::Debug for LentBody {
     }
 }
 
-fn is_socket(sink: BorrowedFd<'_>) -> bool {
-    rustix::net::sockopt::socket_type(sink).is_ok()
+/// Whether the sink is a socket whose other end is on this machine, as far as its address tells.
+pub(super) fn is_on_this_machine(sink: BorrowedFd<'_>) -> bool {
+    match rustix::net::getpeername(sink).map(|peer| peer.map(SocketAddr::try_from)) {
+        Ok(Some(Ok(address))) => address.ip().to_canonical().is_loopback(),
+        Ok(_) => true, // a Unix socket
+        Err(_) => false,
+    }
 }
 
 /// Whether `sendfile` to this sink cannot block for ever: it is in non-blocking mode, or a file.

@@ -566,3 +566,26 @@ fn memory_that_is_hollow_is_refused_though_its_blocks_are_many() {
     fcntl_add_seals(&memory, memory::SEALS).unwrap();
     assert!(of_peer(memory).is_ok());
 }
+
+#[test]
+fn which_sockets_lead_to_another_machine() {
+    use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+    use std::os::unix::net::UnixStream;
+
+    use super::body::is_on_this_machine;
+
+    assert!(is_on_this_machine(UnixStream::pair().unwrap().0.as_fd()));
+    for ip in [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()] {
+        // A machine without IPv6 has no such listener.
+        let Ok(listener) = TcpListener::bind(SocketAddr::new(ip, 0)) else { continue };
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(is_on_this_machine(stream.as_fd()));
+        assert!(!is_on_this_machine(listener.as_fd()), "it has no other end");
+    }
+    // Nothing is sent: an address for documents, behind some route.
+    let far = UdpSocket::bind("0.0.0.0:0").unwrap();
+    if far.connect("192.0.2.1:9").is_ok() {
+        assert!(!is_on_this_machine(far.as_fd()));
+    }
+    assert!(!is_on_this_machine(tempfile::tempfile().unwrap().as_fd()));
+}

@@ -9,10 +9,10 @@ use crate::segment::{Ended, Header, MAX_METADATA, Phase, ReadSlots, Segment, Seg
 use crate::sync::atomic::Relaxed;
 use crate::sync::{Deadline, Permit};
 
-#[cfg(target_os = "linux")]
-use super::LENT;
 use super::wait::{Wait, Waiter, publish_cpu, why_interrupted};
 use super::{FOUND, Offer, Refusal, ShmTransfer, Size};
+#[cfg(target_os = "linux")]
+use super::{FOUND_FOR_WANT_OF_ROOM, LENT};
 #[cfg(target_os = "linux")]
 use crate::loan::LentBody;
 
@@ -137,19 +137,20 @@ impl ShmTransfer<Receiver, Offered> {
         let status = announcement.status.load(Relaxed);
         let size = Size::from_word(announcement.size.load(Relaxed));
         let len = announcement.metadata_len.load(Relaxed);
-        #[cfg(target_os = "linux")]
-        if status == LENT {
-            let (id, start) =
-                (announcement.loan.load(Relaxed), announcement.loan_start.load(Relaxed));
-            return Ok(Answer::Lent(LentPart { id, start, size, metadata_len: len }));
-        }
         if status != FOUND {
-            return self.side.refused(status, len).map(Answer::Refused);
-        }
-        #[cfg(target_os = "linux")]
-        match announcement.loan.load(Relaxed) {
-            0 => {}
-            wanted => self.side.offer.make_room(wanted),
+            #[cfg(target_os = "linux")]
+            let loan = announcement.loan.load(Relaxed);
+            match status {
+                #[cfg(target_os = "linux")]
+                LENT => {
+                    let start = announcement.loan_start.load(Relaxed);
+                    let part = LentPart { id: loan, start, size, metadata_len: len };
+                    return Ok(Answer::Lent(part));
+                }
+                #[cfg(target_os = "linux")]
+                FOUND_FOR_WANT_OF_ROOM => self.side.offer.make_room(loan),
+                refusal => return self.side.refused(refusal, len).map(Answer::Refused),
+            }
         }
         let metadata = if len == 0 { Box::default() } else { self.side.metadata(len)? };
         Ok(Answer::Found(Receiving::new(size, metadata, permit)))
@@ -196,7 +197,6 @@ fn open(segment: &Segment<ReadSlots>) -> Result<u64, PeerFault> {
     // The segment is idle: no other thread or process writes to what is reset here (rule P6).
     header.announcement.status.store(0, Relaxed);
     header.announcement.metadata_len.store(0, Relaxed);
-    header.announcement.loan.store(0, Relaxed);
     header.announcement.pid.store(0, Relaxed); // until this generation's sender writes its own
     header.filled.reset(0);
     header.free.reset(segment.geometry().slot_count());

@@ -134,7 +134,7 @@ fn no_end_where_the_size_is_reached() {
 
 #[test]
 fn statuses_that_no_sender_gives() {
-    for status in [0, 7, 0x0002_0000, u32::MAX] {
+    for status in [0, 8, 0x0002_0000, u32::MAX] {
         let stage = stage();
         stage.announce(status, 0, 0, last(0));
         assert_eq!(stage.fault(), PeerFault::UnknownStatus(status));

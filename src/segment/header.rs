@@ -62,8 +62,8 @@ pub(crate) struct Announcement {
     pub(crate) pid: AtomicU32,
     /// The processor that the sender last ran on (rule P8).
     pub(crate) cpu: AtomicU32,
-    /// Of a lent answer, the loan's number. Of a streamed one, the bytes of loans that the receiver
-    /// would have to return for this answer to be lent next time. The receiver resets it to zero.
+    /// Of a lent answer, the loan's number. Of one that is streamed for want of room, the bytes of
+    /// loans that the receiver would have to return for it to be lent next time.
     pub(crate) loan: AtomicU64,
     /// Of a lent answer, where in the loan it begins, in bytes.
     pub(crate) loan_start: AtomicU64,

@@ -59,7 +59,7 @@ impl Drop for Strace {
 }
 
 #[test]
-fn lent_bodies_are_the_file_and_go_by_sendfile() {
+fn lent_bodies_are_the_file_and_lent_files_go_by_sendfile() {
     let place = Place::new();
     let sizes = [4096, 5001, 300_000, (3 << 20) + 7];
     for size in sizes {
@@ -84,7 +84,9 @@ fn lent_bodies_are_the_file_and_go_by_sendfile() {
                     .lines()
                     .filter_map(|line| line.rsplit_once(" = ")?.1.parse::<usize>().ok())
                     .sum();
-                assert_eq!(sent, sizes.iter().sum::<usize>(), "{way}: {calls}");
+                // Sealed memory goes to a client on this machine by `send`.
+                let all = if way == "file" { sizes.iter().sum::<usize>() } else { 0 };
+                assert_eq!(sent, all, "{way}: {calls}");
             }
             None => eprintln!("left out: no strace, or it may not trace"),
         }

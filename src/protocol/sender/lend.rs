@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::loan::{Introduced, Loan};
-use crate::protocol::{LENT, Metadata, ShmTransfer, Size};
+use crate::protocol::{FOUND_FOR_WANT_OF_ROOM, LENT, Metadata, ShmTransfer, Size};
 use crate::segment::Phase;
 use crate::sync::atomic::Relaxed;
 
@@ -66,8 +66,12 @@ impl ShmTransfer<Sender, Starting> {
             }
             Introduced::No { wanted } => {
                 let size = Size::Known(loan.len());
-                self.side.accept(size, &metadata)?;
-                self.side.header().announcement.loan.store(wanted, Relaxed);
+                if wanted == 0 {
+                    self.side.accept(size, &metadata)?;
+                } else {
+                    self.side.announce(FOUND_FOR_WANT_OF_ROOM, loan.len(), &metadata)?;
+                    self.side.header().announcement.loan.store(wanted, Relaxed);
+                }
                 Ok(Lending::Send(ShmTransfer { side: self.side, state: Sending::new(size) }))
             }
         }
