@@ -108,8 +108,22 @@ impl Theatre {
             &address,
             "--timeout",
             &timeout,
+            // Little, so that loans come and go.
+            "--mapped",
+            "256k",
         ];
-        let cache = ["-c", "files", "-t", "4", "--listen", &address, "--timeout", &timeout];
+        let cache = [
+            "-c",
+            "files",
+            "-t",
+            "4",
+            "--listen",
+            &address,
+            "--timeout",
+            &timeout,
+            "--loan-budget",
+            "512k",
+        ];
         let recipes = [recipe("webproxy", &proxy), recipe("simplecached", &cache)];
         for recipe in &recipes {
             if !recipe.path.exists() {
