@@ -91,8 +91,12 @@
 //! that trust each other not to shrink a segment under the other's feet.
 //!
 //! What a server lends is memory that nobody can change or shrink any more, its maker included:
-//! sealed, and checked for its seals before it is mapped. That alone becomes a `&[u8]`. A file that
-//! is lent is read, never mapped; its changes are seen.
+//! sealed, and checked for its seals and for holes before it is mapped. That alone becomes a
+//! `&[u8]`. What is left is a debugger of the same user, which can write to any memory of this
+//! process, the mapping of a loan included: that changes this process's copy, and nobody else's. A
+//! lent file is read, never mapped; its changes are seen, and reading it waits as long as its file
+//! system does. A file of FUSE is refused, but a server that hides one beneath another file system
+//! can make the threads that use its connection wait.
 //!
 //! A server is given all segments of a pool: have one pool for each server that you would not trust
 //! with another's bytes. What a client hands over is checked to be really allocated, but that
