@@ -42,7 +42,7 @@ ask() { # PORT WHAT BYTES CLIENTS REQUESTS
 
 ## What the programs lend
 Files that are asked for again are lent: `simplecached`, and `webproxy --root`, copy them once into sealed memory, and
-`webproxy` sends them from there to its clients by `sendfile`. The first answer, and answers over `mq:/NAME`, go
+`webproxy` sends them from there to its clients: by `sendfile` to other machines. The first answer, and answers over `mq:/NAME`, go
 through a segment.
 
 | flag | of | meaning | default |
