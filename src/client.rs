@@ -175,6 +175,9 @@ impl Client {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
+    /// The server's handler may be called twice for one call of this, if it [lends](crate::loan): a
+    /// lent answer that this client cannot take, or has just returned, is asked for again.
+    ///
     /// # Errors
     /// [`Error::Refused`] when the server has no bytes for this key, with its reason.
     /// [`Error::Timeout`] when all segments were in use, no server was there, or none answered:

@@ -626,6 +626,9 @@ impl Incoming {
     /// Answers with a [loan](crate::loan), or a part of one: no byte is copied, if the client takes
     /// loans. Otherwise its bytes are sent.
     ///
+    /// A client that cannot take the loan, for want of descriptors say, or that has just returned
+    /// it, asks for the same key again: lend what may be asked for twice.
+    ///
     /// ```
     /// # use shmferry::{channel::InProcess, loan::Loan, *};
     /// # let queue = InProcess::bounded(8);

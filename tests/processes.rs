@@ -901,7 +901,7 @@ fn nonsense_costs_its_own_connection_only() {
 
         const PROTOCOL: Option<u32> = Some(6);
         let segment = [&[2u8][..], &0u32.to_le_bytes()].concat();
-        let request = [&[4u8][..], &0u32.to_le_bytes(), &1u64.to_le_bytes(), b"10"].concat();
+        let request = [&[4u8][..], &0u32.to_le_bytes(), &1u64.to_le_bytes(), &[0], b"10"].concat();
         let file = OwnedFd::from(tempfile::tempfile().unwrap());
         let says = |messages: &[(&[u8], Option<&OwnedFd>)]| {
             let stranger = Stranger::connect(&path);

@@ -122,7 +122,7 @@ impl LentBody {
     }
 
     fn pass_on(&mut self, sink: BorrowedFd<'_>, end: u64) -> Result<()> {
-        let by_kernel = match &self.source {
+        let mut by_kernel = match &self.source {
             // By `sendfile` the kernel hands on the pages themselves, which spares a network card's
             // machine a copy. On this machine the other end copies out of them more slowly than both
             // copies of `send` take: see the bench `concurrency`, on to TCP.
@@ -140,6 +140,8 @@ impl LentBody {
                     wait = None;
                 }
                 Err(Error::Sink(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Some devices and files of procfs can be written to, and not sent to.
+                Err(Error::Sink(error)) if by_kernel && is_einval(&error) => by_kernel = false,
                 Err(Error::Sink(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                     let wait = wait.get_or_insert_with(|| SinkWait::new(sink, self.timeout));
                     wait.go_on(sink, || {}, || false)?;
@@ -276,6 +278,10 @@ pub(super) fn is_on_this_machine(sink: BorrowedFd<'_>) -> bool {
         Ok(_) => true, // a Unix socket
         Err(_) => false,
     }
+}
+
+fn is_einval(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::INVAL.raw_os_error())
 }
 
 /// Whether `sendfile` to this sink cannot block for ever: it is in non-blocking mode, or a file.

@@ -5,6 +5,8 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::fcntl_add_seals;
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use crate::error::{Error, Result};
 use crate::segment::{allocate_blocks, available_memory, empty_memfd};
@@ -20,6 +22,7 @@ use super::memory::{SEALS, take_huge_pages};
 pub(super) fn copy(reader: impl Read, expected: u64) -> Result<Content> {
     let mut memory = File::from(empty_memfd("shmferry-loan")?);
     if expected > 0 {
+        check_file_size(expected)?;
         check_available(expected)?;
         take_huge_pages(&memory, expected);
         allocate_blocks(&memory, expected)?;
@@ -45,7 +48,7 @@ fn fill(mut reader: impl Read, memory: &mut File) -> Result<u64> {
     const AT_ONCE: usize = 256 << 10;
     let mut buffer = vec![0; AT_ONCE];
     memory.seek(SeekFrom::Start(0)).map_err(Error::os("lseek"))?;
-    let mut len = 0;
+    let (mut len, mut assured) = (0, 0);
     loop {
         let read = match reader.read(&mut buffer) {
             Ok(0) => return Ok(len),
@@ -53,12 +56,25 @@ fn fill(mut reader: impl Read, memory: &mut File) -> Result<u64> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(Error::Source(error)),
         };
+        let end = len + read as u64;
+        check_file_size(end)?;
         // A reader without end is stopped before the machine is.
-        if len % (64 << 20) < AT_ONCE as u64 {
-            check_available(AT_ONCE as u64)?;
+        if end > assured {
+            let more = len.clamp(AT_ONCE as u64, 64 << 20);
+            check_available(more)?;
+            assured = len + more;
         }
         io::Write::write_all(memory, &buffer[..read]).map_err(Error::os("writing a loan"))?;
-        len += read as u64;
+        len = end;
+    }
+}
+
+/// Fails beyond the process's limit on file sizes, which holds for memfds, too: a write beyond it
+/// would end the process by `SIGXFSZ`.
+fn check_file_size(len: u64) -> Result<()> {
+    match getrlimit(Resource::Fsize).current {
+        Some(limit) if len > limit => Err(Error::os("writing a loan")(Errno::FBIG)),
+        _ => Ok(()),
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::error::{Error, PeerFault, ProtocolError, Rejection, Result};
-use crate::loan::{Borrower, Content, KeptLoans, LoanLimits};
+use crate::loan::{Borrower, Content, KeptLoans, LoanLimits, SEALED};
 use crate::peer::{ReceivedFds, Socket};
 use crate::sync::modelled::{Mutex, lock};
 
@@ -25,8 +25,8 @@ const MOST_READ: usize = 4096;
 pub(super) struct SocketBorrower<P = Socket> {
     socket: Arc<P>,
     kept: KeptLoans,
-    /// How many loans an honest server has introduced at most.
-    most: usize,
+    /// What an honest server has introduced at most.
+    limits: LoanLimits,
     /// Locked while the connection is read: who comes second finds what the first has read.
     inbox: Mutex<Inbox>,
     /// Let go of, and the server not told yet.
@@ -56,7 +56,7 @@ impl<P: Packets> SocketBorrower<P> {
         SocketBorrower {
             socket: Arc::clone(socket),
             kept: KeptLoans::new(limits),
-            most: limits.count as usize,
+            limits,
             inbox: Mutex::new(Inbox::default()),
             returned: Mutex::new(Vec::new()),
         }
@@ -69,7 +69,9 @@ impl<P: Packets> SocketBorrower<P> {
         let mut inbox = lock(&self.inbox);
         for _ in 0..MOST_READ {
             match self.read_one(&mut inbox) {
-                Ok(Some(loan)) if inbox.loans.len() < self.most => inbox.loans.push_back(loan),
+                Ok(Some(loan)) if inbox.loans.len() < self.limits.count as usize => {
+                    inbox.loans.push_back(loan);
+                }
                 Ok(Some(_too_many)) => {}
                 Ok(None) | Err(_) => break,
             }
@@ -120,17 +122,29 @@ impl<P: Packets> SocketBorrower<P> {
     /// Takes in all loans that have come.
     fn take_in_all(&self) {
         let mut inbox = lock(&self.inbox);
+        let mut left = self.limits.bytes;
         for _ in 0..MOST_READ {
             match self.next_loan(&mut inbox) {
-                Ok(Some(loan)) => self.examine(loan),
+                Ok(Some(loan)) => self.examine(loan, None, &mut left),
                 Ok(None) | Err(_) => return, // the connection's end is noticed by others
             }
         }
     }
 
-    /// Examines a loan, and keeps it.
-    fn examine(&self, loan: NewLoan) {
+    /// Examines a loan, and keeps it. Only the one that is `wanted` is looked at once no more is
+    /// `left` of the bytes that an honest server can have introduced: that takes its time.
+    fn examine(&self, loan: NewLoan, wanted: Option<u64>, left: &mut u64) {
         let NewLoan { id, kind, len, fd } = loan;
+        if kind == SEALED {
+            match left.checked_sub(len) {
+                Some(rest) => *left = rest,
+                None if len > self.limits.bytes => {
+                    return self.take_in(id, Err(PeerFault::LentTooMuch(id).into()));
+                }
+                None if wanted != Some(id) => return self.give_back(vec![id]),
+                None => {}
+            }
+        }
         self.take_in(
             id,
             fd.and_then(|mut fds| {
@@ -177,12 +191,13 @@ impl<P: Packets> Borrower for SocketBorrower<P> {
             return Ok(Some(content));
         }
         let mut inbox = lock(&self.inbox);
+        let mut left = self.limits.bytes;
         for _ in 0..MOST_READ {
             if let Some(content) = self.kept.find(id)? {
                 return Ok(Some(content));
             }
             match self.next_loan(&mut inbox) {
-                Ok(Some(loan)) => self.examine(loan),
+                Ok(Some(loan)) => self.examine(loan, Some(id), &mut left),
                 Err(error @ Error::Peer(_)) => return Err(error),
                 Ok(None) | Err(_) => break,
             }
