@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shmferry::channel::InProcess;
 use shmferry::files::Directory;
-use shmferry::loan::{LoanStats, LoanStore};
+use shmferry::loan::{Loan, LoanStats, LoanStore};
 use shmferry::{Body, Client, Refusal, Server, Serving};
 use shmferry_test_support::watchdog::watchdog;
 use shmferry_test_support::{Dice, noise, wait_until};
@@ -407,6 +407,46 @@ fn without_descriptors_answers_are_streamed() {
     child("descriptors").wait_successfully();
 }
 
+#[test]
+fn a_limit_on_file_sizes_ends_no_server() {
+    let _watchdog = watchdog();
+    child("file size").wait_successfully();
+}
+
+/// A write beyond the limit would end this process by `SIGXFSZ`: the limit holds for memfds, too.
+fn meet_the_limit_on_file_sizes() {
+    std::panic::set_hook(Box::new(|panic| {
+        println!("{panic}");
+        std::process::exit(1)
+    }));
+    let store = LoanStore::new(64 * MB);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    let bytes = noise(1, 5_000_000);
+    fs::write(&path, &bytes).unwrap();
+    let file = Arc::new(File::open(&path).unwrap());
+    let queue = InProcess::bounded(4);
+    let handed = (store.clone(), Arc::clone(&file));
+    let _serving = Server::with(queue.clone())
+        .serve(2, move |request| handed.0.send_file(request, &handed.1))
+        .unwrap();
+    let client = Client::builder().segments(1).segment_len(MB).in_process(&queue).unwrap();
+    thread::sleep(Duration::from_millis(150)); // so long that a file of that length may be copied
+    let before = getrlimit(Resource::Fsize);
+    setrlimit(Resource::Fsize, Rlimit { current: Some(3 * MB), ..before }).unwrap();
+    for _ in 0..10 {
+        let body = client.get("a").unwrap();
+        assert!(!body.is_lent());
+        assert!(body.read_all().unwrap() == bytes);
+        thread::sleep(Duration::from_millis(10));
+    }
+    let error = Loan::from_reader(&bytes[..]).unwrap_err();
+    assert!(error.to_string().contains("File too large"), "{error}");
+    assert_eq!(store.stats().filled, 0);
+    setrlimit(Resource::Fsize, before).unwrap();
+    wait_until("it was lent", || client.get("a").unwrap().is_lent());
+}
+
 fn run_out_of_descriptors() {
     // In any thread.
     std::panic::set_hook(Box::new(|panic| {
@@ -683,6 +723,7 @@ fn play_a_role() {
     match role.as_str() {
         "thread" => the_thread_ends(),
         "descriptors" => run_out_of_descriptors(),
+        "file size" => meet_the_limit_on_file_sizes(),
         "fork" => fork_with_a_store(),
         "ask for many" => ask_for_many(),
         "serve" => serve_until_told(env::var(DIR).unwrap().as_ref()),

@@ -165,6 +165,26 @@ fn a_sink_that_takes_nothing_is_a_timeout_and_the_copy_can_go_on() {
 }
 
 #[test]
+fn a_sink_that_takes_no_sendfile_is_written_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, "a name").unwrap();
+    let loans = vec![
+        Loan::from_bytes(b"a name").unwrap(),
+        Loan::file(std::fs::File::open(&path).unwrap()).unwrap(),
+    ];
+    let (_dir, address, _serving, _) = serve(Server::builder(), loans);
+    let client = Client::builder().segments(1).connect(address.as_str()).unwrap();
+    for key in ["0", "1"] {
+        let sink = std::fs::OpenOptions::new().write(true).open("/proc/thread-self/comm").unwrap();
+        let mut body = client.get(key).unwrap();
+        assert!(body.is_lent());
+        assert_eq!(body.copy_to(&sink).unwrap(), 6);
+    }
+    assert_eq!(std::fs::read_to_string("/proc/thread-self/comm").unwrap(), "a name\n");
+}
+
+#[test]
 fn a_lent_file_that_is_cut_short_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("file");
