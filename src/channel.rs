@@ -67,6 +67,7 @@ pub trait Requester<B: Backing>: Send + Sync {
     /// successor could be asked.
     fn ask(&self, lease: Lease<B>, key: &[u8], deadline: Deadline) -> Result<Reply> {
         let mut lease = lease;
+        #[cfg_attr(not(target_os = "linux"), expect(unused_mut))]
         let mut takes_loans = true;
         for attempt in 0.. {
             let again = lease.again();
