@@ -54,6 +54,8 @@ through a segment.
 A file that changes is served as it is now from the next request on. A request under way sees one version, whole, if it
 is answered from a copy; through a segment or from a lent file, it sees the file as it is when it is read. Not copied:
 those below 4 KiB, those larger than nearly all of the budget, those just written to, procfs, FUSE, network file systems.
+The budget bounds what the cache itself keeps. A proxy keeps what it was lent, up to `--mapped`, also after the cache has
+dropped it: memory in use is at most the budget and `--mapped` of each proxy together.
 At their end, both programs tell how many of their `hits` were `lent` and how many `streamed`, and their `bytes`;
 simplecached also how many files it has `copied`.
 TEXT
