@@ -219,7 +219,7 @@ seeded "a request for bytes that is lent to"        channel/seqpacket/client.rs 
 seeded "a connection that two threads read at once" $b $i::what_one '/fn borrow/,/^    }/s/^        let mut inbox = lock.*/let mut inbox = Inbox::default();/'
 seeded "a loan let go of in silence"                $b $i 's/^        self.give_back\(self.kept.make_room\(bytes\)\);$/let _ = self.kept.make_room(bytes);/'
 seeded "a descriptor that is lost and not returned" $b $i::a_descriptor 's/Err\(_\) => return self.give_back\(vec!\[id\]\),/Err(_) => return,/'
-seeded "a return that found no room, forgotten"     $b $i::a_return 's/^                return; \/\/ full.*/{ returned.clear(); return; }/'
+seeded "a return that found no room, forgotten"     $b $i::a_return 's/^                returned.truncate\(.*/returned.clear();/'
 seeded "a return that waits for the next one"       $b $i::a_return '/fn give_back/,/^    }/s/^        let mut returned = /if ids.is_empty() { return; } &/'
 seeded "a return that is not sent when its loan is named" $b $i::a_loan_whose 's/^        self.give_back\(Vec::new\(\)\);.*//'
 seeded "an introduction that nobody looked for, left unread" $b $i::an_introduction '/fn make_room/,/^    }/s/^        self.take_in_all\(\);$/if false { self.take_in_all(); }/'

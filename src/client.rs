@@ -8,6 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 #[cfg(target_os = "linux")]
+use rustix::process::{Resource, getrlimit};
+
+#[cfg(target_os = "linux")]
 use crate::address::Address;
 #[cfg(target_os = "linux")]
 use crate::channel::InProcess;
@@ -319,8 +322,9 @@ impl ClientBuilder {
 
     /// How much of what the server [lends](crate::loan) is kept, so that the next answer from it
     /// needs neither a copy nor a descriptor: bytes of sealed memory (the server's memory, mapped
-    /// here), and loans; 512 MiB and 256 by default. Each loan costs one descriptor. With no loans,
-    /// everything comes through segments. Sockets only; within a process, nothing has to be kept.
+    /// here), and loans; 512 MiB and 256 by default. Each loan costs one descriptor, and no more
+    /// are kept than a quarter of those that the process may have. With no loans, everything comes
+    /// through segments. Sockets only; within a process, nothing has to be kept.
     #[cfg(target_os = "linux")]
     pub fn keep_loans(mut self, bytes: u64, loans: u32) -> Self {
         self.keep = LoanLimits { bytes, count: loans };
@@ -348,7 +352,10 @@ impl ClientBuilder {
         match address.try_into()? {
             Address::Unix(path) => {
                 let pool = self.pool::<Memfd>()?;
-                let mut socket = Seqpacket::new(path).keep_loans(self.keep.bytes, self.keep.count);
+                // Each takes a descriptor: most of them are left to the rest of the process.
+                let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+                let loans = u32::try_from(descriptors / 4).unwrap_or(u32::MAX).min(self.keep.count);
+                let mut socket = Seqpacket::new(path).keep_loans(self.keep.bytes, loans);
                 for uid in &self.users {
                     socket = socket.allow_user(*uid);
                 }

@@ -136,7 +136,8 @@ impl Loan {
     /// never mapped. Costs no memory and no copy by the server, but gives no snapshot: a client
     /// sees later changes, and a file that is cut short meanwhile is an error there.
     ///
-    /// Clients get this very descriptor: it must have been opened for reading only.
+    /// Clients get descriptors that are opened anew for reading: what they do to them harms nobody
+    /// else. This one must have been opened for reading only.
     ///
     /// # Errors
     /// [`Misuse::NotLendable`] for a descriptor that can write, for anything but a regular file,

@@ -17,14 +17,10 @@ use std::time::Duration;
 
 #[cfg(target_os = "linux")]
 use crate::address::Address;
-#[cfg(all(target_os = "linux", feature = "posix-mq"))]
-use crate::channel::PosixMq;
 use crate::channel::RequestQueue;
-#[cfg(target_os = "linux")]
-use crate::channel::Seqpacket;
 use crate::error::{Error, Fault, Result};
 #[cfg(target_os = "linux")]
-use crate::loan::{Loan, LoanLimits};
+use crate::loan::Loan;
 use crate::peer::Peer;
 #[cfg(target_os = "linux")]
 use crate::protocol::Lending;
@@ -33,6 +29,12 @@ use crate::protocol::{
 };
 use crate::sync::Deadline;
 use crate::workers::WorkerPool;
+
+#[cfg(target_os = "linux")]
+mod builder;
+
+#[cfg(target_os = "linux")]
+pub use builder::ServerBuilder;
 
 /// How long to leave a failing system alone before requests are taken again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -247,103 +249,6 @@ impl Hook {
 fn message_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message").to_owned()
-}
-
-/// Bounds for a new [`Server`]. Each has a default.
-#[cfg(target_os = "linux")]
-#[derive(Clone, Debug, Default)]
-#[must_use = "describes a server: `bind` makes it"]
-pub struct ServerBuilder {
-    max_clients: Option<u32>,
-    max_segments: Option<u32>,
-    max_bytes: Option<u64>,
-    loans: Option<LoanLimits>,
-    users: Vec<u32>,
-}
-
-#[cfg(target_os = "linux")]
-impl ServerBuilder {
-    /// The most clients at a time; 256 by default. Sockets only.
-    pub fn max_clients(mut self, clients: u32) -> Self {
-        self.max_clients = Some(clients);
-        self
-    }
-
-    /// The most segments that one client may bring; 1,024 by default.
-    pub fn max_segments(mut self, segments: u32) -> Self {
-        self.max_segments = Some(segments);
-        self
-    }
-
-    /// The most bytes of segments that one client may bring; 4 GiB by default. Sockets only.
-    pub fn max_bytes(mut self, bytes: u64) -> Self {
-        self.max_bytes = Some(bytes);
-        self
-    }
-
-    /// The most that is lent to one client at a time: bytes of sealed memory, and loans; 1 GiB and
-    /// 1,024 by default. Beyond it, answers go through the segment. Sockets only.
-    pub fn lend_at_most(mut self, bytes: u64, loans: u32) -> Self {
-        self.loans = Some(LoanLimits { bytes, count: loans });
-        self
-    }
-
-    /// Lets clients of this user in, too, besides our own. Sockets only; the socket's file must be
-    /// made accessible to that user.
-    pub fn allow_user(mut self, uid: u32) -> Self {
-        self.users.push(uid);
-        self
-    }
-
-    /// Takes the address.
-    ///
-    /// # Errors
-    /// Those of [`Server::bind`].
-    pub fn bind<A>(self, address: A) -> Result<Server>
-    where
-        A: TryInto<Address>,
-        Error: From<A::Error>,
-    {
-        let hook = Arc::<Hook>::default();
-        let on_rejected = {
-            let hook = Arc::clone(&hook);
-            move |peer: Option<Peer>, error: &Error| {
-                hook.tell(&ServeError::Rejected { peer, reason: error.to_string() });
-            }
-        };
-        let queue: Arc<dyn RequestQueue> = match address.try_into()? {
-            Address::Unix(path) => {
-                let mut socket = Seqpacket::new(path).on_rejected(on_rejected);
-                for uid in self.users {
-                    socket = socket.allow_user(uid);
-                }
-                if let Some(clients) = self.max_clients {
-                    socket = socket.max_clients(clients);
-                }
-                if let Some(segments) = self.max_segments {
-                    socket = socket.max_segments(segments);
-                }
-                if let Some(bytes) = self.max_bytes {
-                    socket = socket.max_bytes(bytes);
-                }
-                if let Some(LoanLimits { bytes, count }) = self.loans {
-                    socket = socket.lend_at_most(bytes, count);
-                }
-                Arc::new(socket.bind()?)
-            }
-            #[cfg(feature = "posix-mq")]
-            Address::Mq(name) => {
-                let mut queue = PosixMq::new(name)?.on_rejected(on_rejected);
-                if let Some(segments) = self.max_segments {
-                    queue = queue.max_segments(segments);
-                }
-                Arc::new(queue.bind()?)
-            }
-            #[cfg(not(feature = "posix-mq"))]
-            Address::Mq(_) => return Err(crate::error::Misuse::NoPosixMq.into()),
-        };
-        Ok(Server { queue, timeout: DEFAULT_TIMEOUT, hook })
-    }
 }
 
 /// A server at work. Cheap to clone; when the last clone is dropped, it stops, and transfers under

@@ -9,31 +9,27 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
-use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{
-    AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst,
-};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::PollFlags;
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use shmferry::channel::{RequestQueue, Requester, Seqpacket};
 use shmferry::error::{Awaited, Rejection};
 use shmferry::protocol::Reply;
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::workers::WorkerPool;
 use shmferry::{Deadline, Error, Fault, Refusal};
+use shmferry_test_support::raw::*;
 use shmferry_test_support::watchdog::watchdog;
 
 fn soon() -> Deadline {
@@ -86,86 +82,6 @@ fn place() -> (tempfile::TempDir, PathBuf) {
 }
 
 // ---------------------------------------------------------------- other processes
-
-/// Another process in a role; killed at the latest when dropped.
-struct Other {
-    child: Child,
-    stdin: ChildStdin,
-    says: BufReader<ChildStdout>,
-}
-
-const ROLE: &str = "SHMFERRY_TEST_ROLE";
-const PATH: &str = "SHMFERRY_TEST_PATH";
-
-impl Other {
-    fn start(role: &str, path: &Path) -> Other {
-        Other::start_as(role, path, None)
-    }
-
-    fn start_as(role: &str, path: &Path, uid: Option<u32>) -> Other {
-        let mut command = Command::new(env::current_exe().unwrap());
-        command.args(["--exact", "other_process", "--nocapture", "--test-threads=1"]);
-        command.env(ROLE, role).env(PATH, path).stdin(Stdio::piped()).stdout(Stdio::piped());
-        if let Some(uid) = uid {
-            command.uid(uid).gid(uid);
-        }
-        let mut child = command.spawn().unwrap();
-        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        Other { child, stdin, says: BufReader::new(stdout) }
-    }
-
-    /// The next thing that it says; `None` once it has ended.
-    fn hear(&mut self) -> Option<String> {
-        loop {
-            let mut line = String::new();
-            if self.says.read_line(&mut line).unwrap() == 0 {
-                return None;
-            }
-            if let Some((_, said)) = line.split_once("says ") {
-                return Some(said.trim().to_owned());
-            }
-        }
-    }
-
-    #[track_caller]
-    fn wait_for(&mut self, word: &str) {
-        while self.hear().expect("it goes on") != word {}
-    }
-
-    /// Tells it to go on.
-    fn nudge(&mut self) {
-        self.stdin.write_all(b"\n").unwrap();
-    }
-
-    // ------------------------------------------------------------ /proc
-
-    fn of_proc(&self, file: &str) -> String {
-        fs::read_to_string(format!("/proc/{}/{file}", self.child.id())).unwrap()
-    }
-
-    fn descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
-    }
-
-    /// How many mappings of memfds there are.
-    fn mappings(&self) -> usize {
-        self.of_proc("maps").lines().filter(|line| line.contains("/memfd:")).count()
-    }
-
-    /// Bytes of its own that are resident.
-    fn memory(&self) -> u64 {
-        let status = self.of_proc("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn say(what: &str) {
     println!("says {what}");
@@ -303,233 +219,33 @@ impl Bystander {
     }
 }
 
-// ---------------------------------------------------------------- raw access
-
-/// Where the words are, as `docs/protocol.md` has them.
-const TURN: usize = 128;
-const STATUS: usize = 256;
-const METADATA_LEN: usize = 260;
-const SIZE: usize = 264;
-const SENDER_CPU: usize = 276;
-const FILLED: usize = 1408;
-const FREE: usize = 1536;
-const SLEEPERS: usize = 4; // after either
-const CANCELLED: usize = 1664;
-const RECEIVER_CPU: usize = 1672;
-const CHUNKS: usize = 1792;
-const HEADER: usize = 4096;
-
-const OFFERED: u64 = 1;
-const ACCEPTED: u64 = 2;
-const ANNOUNCED: u64 = 3;
-const FINISHED: u64 = 4;
-const LAST: u32 = 1 << 31;
-
-/// The words of a ring of requests.
-const POSTED: usize = 0;
-const TAKEN: usize = 128;
-const NEED_WAKEUP: usize = 256;
-const ENTRY: usize = 384;
-const ENTRIES: u64 = 64;
-const RING_LEN: usize = 20_480;
-
-/// A segment, or a ring, mapped by hand, with no rules.
-#[derive(Clone, Copy)]
-struct Memory {
-    base: *mut u8,
-    len: usize,
+/// Writes to a word of a ring.
+fn spoil_ring(memory: &Memory, random: &mut Random) {
+    let at = [POSTED, TAKEN, NEED_WAKEUP, 8 * random.below(RING_LEN / 8)][random.below(4)];
+    let near = memory.long(at).load(SeqCst).wrapping_add(random.next() % 5).wrapping_sub(2);
+    memory.long(at).store([near, random.next(), 0, 1, u64::MAX][random.below(5)], SeqCst);
 }
 
-// SAFETY: the mapping is never unmapped, and it is reached through atomics only.
-unsafe impl Send for Memory {}
-// SAFETY: as above.
-unsafe impl Sync for Memory {}
-
-impl Memory {
-    fn map(fd: impl AsFd, len: usize) -> Memory {
-        use rustix::mm::{MapFlags, ProtFlags, mmap};
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses fresh addresses.
-        let base =
-            unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) }.unwrap();
-        Memory { base: base.cast(), len }
-    }
-
-    fn word(&self, at: usize) -> &AtomicU32 {
-        assert!(at.is_multiple_of(4) && at + 4 <= self.len);
-        // SAFETY: inside the mapping, which lives for ever, and aligned.
-        unsafe { AtomicU32::from_ptr(self.base.add(at).cast()) }
-    }
-
-    fn long(&self, at: usize) -> &AtomicU64 {
-        assert!(at.is_multiple_of(8) && at + 8 <= self.len);
-        // SAFETY: inside the mapping, which lives for ever, and aligned.
-        unsafe { AtomicU64::from_ptr(self.base.add(at).cast()) }
-    }
-
-    fn write(&self, at: usize, bytes: &[u8]) {
-        assert!(at + bytes.len() <= self.len);
-        for (i, byte) in bytes.iter().enumerate() {
-            // SAFETY: inside the mapping, which lives for ever.
-            unsafe { AtomicU8::from_ptr(self.base.add(at + i)) }.store(*byte, SeqCst);
+/// Writes to a shared word of its choice, and wakes whoever sleeps there.
+fn spoil(memory: &Memory, random: &mut Random) {
+    match random.below(8) {
+        0 => {
+            let generation = [memory.long(TURN).load(SeqCst) >> 8, random.next()][random.below(2)];
+            let phase = [random.next() % 8, random.next() % 256][random.below(2)];
+            memory.long(TURN).store(generation << 8 | phase, SeqCst);
+        }
+        1 => memory.word(FILLED).store(random.word(), SeqCst),
+        2 => memory.word(FREE).store(random.word(), SeqCst),
+        3 => memory.word([FREE, FILLED][random.below(2)] + SLEEPERS).store(random.word(), SeqCst),
+        4 => memory.word(CANCELLED).store(random.word() % 2, SeqCst),
+        5 => memory.word([RECEIVER_CPU, SENDER_CPU][random.below(2)]).store(random.word(), SeqCst),
+        6 => memory.word(CHUNKS + 4 * random.below(512)).store(random.word(), SeqCst),
+        _ => {
+            memory.word([STATUS, METADATA_LEN][random.below(2)]).store(random.word(), SeqCst);
+            memory.long(SIZE).store([random.next(), u64::MAX, 9][random.below(3)], SeqCst);
         }
     }
-
-    fn wake(&self, at: usize) {
-        let _ = rustix::thread::futex::wake(
-            self.word(at),
-            rustix::thread::futex::Flags::empty(),
-            i32::MAX as u32,
-        );
-    }
-
-    fn post(&self, at: usize) {
-        self.word(at).fetch_add(1, SeqCst);
-        self.wake(at);
-    }
-
-    /// Puts a request into a ring as an honest client does, or, with a wild key length, as none does.
-    fn put(&self, index: u32, generation: u64, key_len: u32, key: &[u8]) {
-        let posted = self.long(POSTED).load(SeqCst);
-        let entry = ENTRY + (posted % ENTRIES) as usize * 256;
-        self.long(entry).store(generation, SeqCst);
-        self.long(entry + 8).store(u64::from(index) | u64::from(key_len) << 32, SeqCst);
-        self.write(entry + 16, key);
-        self.long(POSTED).store(posted.wrapping_add(1), SeqCst);
-    }
-
-    /// Reads a request out of a ring.
-    fn entry(&self, number: u64) -> (u32, u64, Vec<u8>) {
-        let entry = ENTRY + (number % ENTRIES) as usize * 256;
-        let word = self.long(entry + 8).load(SeqCst);
-        let key = (0..(word as usize >> 32) & !(1 << 31))
-            .map(|i| self.long(entry + 16 + i / 8 * 8).load(SeqCst).to_ne_bytes()[i % 8]);
-        (word as u32, self.long(entry).load(SeqCst), key.collect())
-    }
-
-    /// Writes to a word of a ring.
-    fn spoil_ring(&self, random: &mut Random) {
-        let at = [POSTED, TAKEN, NEED_WAKEUP, 8 * random.below(RING_LEN / 8)][random.below(4)];
-        let near = self.long(at).load(SeqCst).wrapping_add(random.next() % 5).wrapping_sub(2);
-        self.long(at).store([near, random.next(), 0, 1, u64::MAX][random.below(5)], SeqCst);
-    }
-
-    /// Writes to a shared word of its choice, and wakes whoever sleeps there.
-    fn spoil(&self, random: &mut Random) {
-        match random.below(8) {
-            0 => {
-                let generation =
-                    [self.long(TURN).load(SeqCst) >> 8, random.next()][random.below(2)];
-                let phase = [random.next() % 8, random.next() % 256][random.below(2)];
-                self.long(TURN).store(generation << 8 | phase, SeqCst);
-            }
-            1 => self.word(FILLED).store(random.word(), SeqCst),
-            2 => self.word(FREE).store(random.word(), SeqCst),
-            3 => self.word([FREE, FILLED][random.below(2)] + SLEEPERS).store(random.word(), SeqCst),
-            4 => self.word(CANCELLED).store(random.word() % 2, SeqCst),
-            5 => {
-                self.word([RECEIVER_CPU, SENDER_CPU][random.below(2)]).store(random.word(), SeqCst)
-            }
-            6 => self.word(CHUNKS + 4 * random.below(512)).store(random.word(), SeqCst),
-            _ => {
-                self.word([STATUS, METADATA_LEN][random.below(2)]).store(random.word(), SeqCst);
-                self.long(SIZE).store([random.next(), u64::MAX, 9][random.below(3)], SeqCst);
-            }
-        }
-        self.wake([FREE, FILLED][random.below(2)]);
-    }
-}
-
-/// One end of a connection, without rules.
-struct Line(OwnedFd);
-
-impl Line {
-    /// Connects, waiting for room at the door.
-    fn to(path: &Path) -> Line {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-                .unwrap();
-        let address = SocketAddrUnix::new(path).unwrap();
-        wait_until("there was room at the door", || {
-            match rustix::net::connect(&socket, &address) {
-                Ok(()) => true,
-                Err(Errno::AGAIN) => false,
-                Err(errno) => panic!("{errno}"),
-            }
-        });
-        Line(socket)
-    }
-
-    /// Sends if there is room, and somebody to hear it; whether it was sent.
-    fn try_say(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
-        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(fds)));
-        }
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        match rustix::net::sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags) {
-            Ok(_) => true,
-            Err(
-                Errno::AGAIN | Errno::PIPE | Errno::CONNRESET | Errno::TOOMANYREFS | Errno::MSGSIZE,
-            ) => false,
-            Err(errno) => panic!("{errno}"),
-        }
-    }
-
-    /// Sends, waiting for room; nobody there is as good.
-    fn say(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
-        wait_until("there was room", || {
-            self.try_say(bytes, fds) || self.poll(PollFlags::empty(), Duration::ZERO)
-        });
-    }
-
-    fn poll(&self, events: PollFlags, timeout: Duration) -> bool {
-        let timeout = timeout.try_into().unwrap();
-        poll(&mut [PollFd::new(&self.0, events)], Some(&timeout)).unwrap() > 0
-    }
-
-    /// The next message, and a descriptor with it; `None` at the end.
-    fn hear(&self) -> Option<(Vec<u8>, Option<OwnedFd>)> {
-        loop {
-            assert!(
-                self.poll(PollFlags::IN, Duration::from_secs(60)),
-                "nothing was said, and nobody hung up"
-            );
-            let mut buffer = vec![0; 8192];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = rustix::net::RecvAncillaryBuffer::new(&mut space);
-            let mut into = [IoSliceMut::new(&mut buffer)];
-            match rustix::net::recvmsg(&self.0, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(heard) if heard.bytes == 0 => return None,
-                Ok(heard) => {
-                    let fd = control.drain().find_map(|message| match message {
-                        rustix::net::RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-                        _ => None,
-                    });
-                    buffer.truncate(heard.bytes);
-                    return Some((buffer, fd));
-                }
-                Err(Errno::CONNRESET | Errno::INTR | Errno::AGAIN) => {}
-                Err(errno) => panic!("{errno}"),
-            }
-        }
-    }
-
-    /// Waits until the other side hangs up; the code of its farewell.
-    fn last_words(&self) -> Option<u32> {
-        let mut code = None;
-        while let Some((bytes, _)) = self.hear() {
-            assert_eq!((bytes.len(), bytes[0]), (13, 5));
-            code = Some(u32_at(&bytes, 1));
-        }
-        code
-    }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    memory.wake([FREE, FILLED][random.below(2)]);
 }
 
 const POOL: u64 = 77;
@@ -961,14 +677,14 @@ fn words_all_the_time(path: &Path, _: &mut Vec<Box<dyn Send>>) {
             scope.spawn(|| {
                 let mut random = Random(seed);
                 while !over.load(SeqCst) {
-                    memory.spoil(&mut random);
+                    spoil(&memory, &mut random);
                 }
             });
             let mut unheard = 0;
             let mut random = Random(seed + 100);
             while client.generation < 500 && unheard < 20 {
                 unheard = if client.try_ask("20000") { 0 } else { unheard + 1 };
-                (0..random.below(200)).for_each(|_| memory.spoil(&mut random));
+                (0..random.below(200)).for_each(|_| spoil(&memory, &mut random));
             }
             over.store(true, SeqCst);
         });
@@ -1069,7 +785,7 @@ fn rings_that_lie(path: &Path, lasting: &mut Vec<Box<dyn Send>>) {
         for _ in 0..2000 {
             client.offer();
             memory.put(random.below(3) as u32, client.generation, random.below(20) as u32, b"10");
-            (0..random.below(3)).for_each(|_| memory.spoil_ring(&mut random));
+            (0..random.below(3)).for_each(|_| spoil_ring(&memory, &mut random));
             if !client.line.try_say(KNOCK, &[]) {
                 break; // turned away, as it should be, or not yet heard
             }
@@ -1403,7 +1119,7 @@ fn hostile_server(path: &Path) {
                 if let ("ring words", Some((ring, taken))) = (&*key, &ring) {
                     // It has taken all that was put in: what stands there now keeps nobody from asking. (To
                     // say that it has taken what is still to come would: then nobody knocks.)
-                    (0..1000).for_each(|_| ring.spoil_ring(&mut random));
+                    (0..1000).for_each(|_| spoil_ring(&ring, &mut random));
                     ring.long(POSTED).store(0, SeqCst);
                     ring.long(TAKEN).store([1 << 40, *taken][random.below(2)], SeqCst);
                     ring.long(NEED_WAKEUP).swap(bells.next().unwrap(), SeqCst);
@@ -1521,7 +1237,7 @@ fn answer(key: &str, deal: &Deal<'_>, all: Vec<Memory>, random: &mut Random) -> 
         "words at random" => {
             deal.announce(FOUND, [UNKNOWN, 100, 100_000][random.below(3)], 0);
             for _ in 0..random.below(3000) {
-                deal.memory.spoil(random);
+                spoil(&deal.memory, random);
             }
         }
         "turns of idle segments" => {

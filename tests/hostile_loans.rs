@@ -8,26 +8,25 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{BufRead, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::PollFlags;
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shmferry::channel::{Requester, Seqpacket};
 use shmferry::loan::{Lent, Loan};
 use shmferry::protocol::Reply;
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::{Client, Deadline, Error, Fault, Refusal, Server};
+use shmferry_test_support::raw::*;
 use shmferry_test_support::watchdog::watchdog;
 
 fn soon() -> Deadline {
@@ -59,80 +58,6 @@ fn address(path: &Path) -> String {
 }
 
 // ---------------------------------------------------------------- other processes
-
-/// Another process in a role; killed at the latest when dropped.
-struct Other {
-    child: Child,
-    stdin: ChildStdin,
-    says: BufReader<ChildStdout>,
-}
-
-const ROLE: &str = "SHMFERRY_TEST_LOANS_ROLE";
-const PATH: &str = "SHMFERRY_TEST_LOANS_PATH";
-
-impl Other {
-    fn start(role: &str, path: &Path) -> Other {
-        let mut command = Command::new(env::current_exe().unwrap());
-        command.args(["--exact", "other_process", "--nocapture", "--test-threads=1"]);
-        command.env(ROLE, role).env(PATH, path).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let mut other = Other { child, stdin, says: BufReader::new(stdout) };
-        assert_eq!(other.hear(), "ready");
-        other
-    }
-
-    /// The next thing that it says.
-    #[track_caller]
-    fn hear(&mut self) -> String {
-        loop {
-            let mut line = String::new();
-            assert_ne!(self.says.read_line(&mut line).unwrap(), 0, "it has ended");
-            if let Some((_, said)) = line.split_once("says ") {
-                return said.trim().to_owned();
-            }
-        }
-    }
-
-    /// Has it do something; what it says of that.
-    #[track_caller]
-    fn order(&mut self, what: &str) -> String {
-        writeln!(self.stdin, "{what}").unwrap();
-        self.hear()
-    }
-
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    fn of_proc(&self, file: &str) -> String {
-        fs::read_to_string(format!("/proc/{}/{file}", self.child.id())).unwrap()
-    }
-
-    fn descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
-    }
-
-    /// How many mappings of memfds there are.
-    fn mappings(&self) -> usize {
-        self.of_proc("maps").lines().filter(|line| line.contains("/memfd:")).count()
-    }
-
-    /// Bytes of its own that are resident.
-    fn memory(&self) -> u64 {
-        let status = self.of_proc("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn say(what: &str) {
     println!("says {what}");
@@ -352,172 +277,25 @@ impl Bystander {
     }
 }
 
-// ---------------------------------------------------------------- raw access
+/// Another process that is ready.
+fn ready(role: &str, path: &Path) -> Other {
+    let mut other = Other::start(role, path);
+    assert_eq!(other.said(), "ready");
+    other
+}
 
-/// Where the words are, as `docs/protocol.md` has them.
-const TURN: usize = 128;
-const STATUS: usize = 256;
-const METADATA_LEN: usize = 260;
-const SIZE: usize = 264;
-const LOAN: usize = 280;
-const LOAN_START: usize = 288;
-const FILLED: usize = 1408;
-const FREE: usize = 1536;
-const CANCELLED: usize = 1664;
-const CHUNKS: usize = 1792;
-const HEADER: usize = 4096;
-
-const OFFERED: u64 = 1;
-const ACCEPTED: u64 = 2;
-const ANNOUNCED: u64 = 3;
-const FINISHED: u64 = 4;
-const LAST: u32 = 1 << 31;
+/// The code of the farewell, which may come after introductions.
+fn farewell_of(line: &Line) -> Option<u32> {
+    std::iter::from_fn(|| line.hear())
+        .filter(|(message, _)| message[0] == 5)
+        .last()
+        .map(|(message, _)| u32_at(&message, 1))
+}
 
 const FOUND: u32 = 1;
 /// Found, and not lent for want of room.
 const NO_ROOM: u32 = 7;
 const LENT: u32 = 6;
-
-/// The words of a ring of requests.
-const POSTED: usize = 0;
-const TAKEN: usize = 128;
-const NEED_WAKEUP: usize = 256;
-const ENTRY: usize = 384;
-const ENTRIES: u64 = 64;
-const RING_LEN: usize = 20_480;
-
-/// A segment, or a ring, mapped by hand, with no rules.
-#[derive(Clone, Copy)]
-struct Memory {
-    base: *mut u8,
-    len: usize,
-}
-
-// SAFETY: the mapping is never unmapped, and it is reached through atomics only.
-unsafe impl Send for Memory {}
-// SAFETY: as above.
-unsafe impl Sync for Memory {}
-
-impl Memory {
-    fn map(fd: impl AsFd, len: usize) -> Memory {
-        use rustix::mm::{MapFlags, ProtFlags, mmap};
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses fresh addresses.
-        let base =
-            unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) }.unwrap();
-        Memory { base: base.cast(), len }
-    }
-
-    fn word(&self, at: usize) -> &AtomicU32 {
-        assert!(at.is_multiple_of(4) && at + 4 <= self.len);
-        // SAFETY: inside the mapping, which lives for ever, and aligned.
-        unsafe { AtomicU32::from_ptr(self.base.add(at).cast()) }
-    }
-
-    fn long(&self, at: usize) -> &AtomicU64 {
-        assert!(at.is_multiple_of(8) && at + 8 <= self.len);
-        // SAFETY: inside the mapping, which lives for ever, and aligned.
-        unsafe { AtomicU64::from_ptr(self.base.add(at).cast()) }
-    }
-
-    fn wake(&self, at: usize) {
-        let flags = rustix::thread::futex::Flags::empty();
-        let _ = rustix::thread::futex::wake(self.word(at), flags, i32::MAX as u32);
-    }
-
-    /// Reads a request out of a ring.
-    fn entry(&self, number: u64) -> (u32, u64, Vec<u8>) {
-        let entry = ENTRY + (number % ENTRIES) as usize * 256;
-        let word = self.long(entry + 8).load(SeqCst);
-        let key = (0..(word as usize >> 32) & !(1 << 31))
-            .map(|i| self.long(entry + 16 + i / 8 * 8).load(SeqCst).to_ne_bytes()[i % 8]);
-        (word as u32, self.long(entry).load(SeqCst), key.collect())
-    }
-}
-
-/// One end of a connection, without rules.
-struct Line(OwnedFd);
-
-impl Line {
-    fn to(path: &Path) -> Line {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-                .unwrap();
-        let address = SocketAddrUnix::new(path).unwrap();
-        wait_until("there was room at the door", || {
-            rustix::net::connect(&socket, &address).is_ok()
-        });
-        Line(socket)
-    }
-
-    /// Sends if there is room, and somebody to hear it; whether it was sent.
-    fn try_say(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
-        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(fds)));
-        }
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        rustix::net::sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags).is_ok()
-    }
-
-    /// Sends, waiting for room; nobody there is as good.
-    fn say(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
-        wait_until("there was room", || {
-            self.try_say(bytes, fds) || self.poll(PollFlags::empty(), Duration::ZERO)
-        });
-    }
-
-    fn poll(&self, events: PollFlags, timeout: Duration) -> bool {
-        let timeout = timeout.try_into().unwrap();
-        poll(&mut [PollFd::new(&self.0, events)], Some(&timeout)).unwrap() > 0
-    }
-
-    /// The next message, and a descriptor with it; `None` at the end.
-    fn hear(&self) -> Option<(Vec<u8>, Option<OwnedFd>)> {
-        loop {
-            let heard = self.poll(PollFlags::IN, Duration::from_secs(60));
-            assert!(heard, "nothing was said, and nobody hung up");
-            let mut buffer = vec![0; 8192];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = rustix::net::RecvAncillaryBuffer::new(&mut space);
-            let mut into = [IoSliceMut::new(&mut buffer)];
-            match rustix::net::recvmsg(&self.0, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(heard) if heard.bytes == 0 => return None,
-                Ok(heard) => {
-                    let fd = control.drain().find_map(|message| match message {
-                        rustix::net::RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-                        _ => None,
-                    });
-                    buffer.truncate(heard.bytes);
-                    return Some((buffer, fd));
-                }
-                Err(Errno::CONNRESET | Errno::INTR | Errno::AGAIN) => {}
-                Err(errno) => panic!("{errno}"),
-            }
-        }
-    }
-
-    /// Waits until the other side hangs up; the code of its farewell.
-    fn last_words(&self) -> Option<u32> {
-        let mut code = None;
-        while let Some((bytes, _)) = self.hear() {
-            if bytes[0] == 5 {
-                code = Some(u32_at(&bytes, 1));
-            }
-        }
-        code
-    }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
-}
 
 // ---------------------------------------------------------------- the hostile server
 
@@ -909,10 +687,10 @@ fn a_server_that_lends_what_it_should_not_is_told_and_harms_nobody() {
     let _watchdog = watchdog();
     let (dir, path) = place();
     let other = dir.path().join("other.sock");
-    let _honest = Other::start("server 0", &other);
+    let _honest = ready("server 0", &other);
     let bystander = Bystander::of(&other);
-    let mut server = Other::start("hostile server", &path);
-    let mut client = Other::start("client 4", &path);
+    let mut server = ready("hostile server", &path);
+    let mut client = ready("client 4", &path);
     let good = lent(LEN, 0);
     let mut whole = |client: &mut Other| {
         assert_eq!(client.order("get honest, lent"), good);
@@ -1021,8 +799,8 @@ fn a_server_that_lends_what_it_should_not_is_told_and_harms_nobody() {
 fn a_server_cannot_lend_beyond_the_clients_limits_though_all_is_held() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let _server = Other::start("hostile server", &path);
-    let mut client = Other::start("client 4", &path);
+    let _server = ready("hostile server", &path);
+    let mut client = ready("client 4", &path);
     for _ in 0..4 {
         assert_eq!(client.order("hold honest, lent"), lent(LEN, 0));
     }
@@ -1115,9 +893,9 @@ const PROTOCOL: u32 = 6;
 fn a_client_that_lies_about_loans_is_turned_away_and_harms_nobody() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let server = Other::start("server 0", &path);
+    let server = ready("server 0", &path);
     let bystander = Bystander::of(&path);
-    let mut asking = Other::start("client 100", &path);
+    let mut asking = ready("client 100", &path);
     assert_eq!(asking.order("get 0"), lent(LENS[0], 0));
     let before = (server.descriptors(), server.memory());
     let of = |kinds| RawClient::of(&path, kinds, u64::MAX, u32::MAX);
@@ -1126,45 +904,45 @@ fn a_client_that_lies_about_loans_is_turned_away_and_harms_nobody() {
         // Returns of what it was not lent, twice, of another's, of all in one message.
         let client = of(3);
         client.line.say(&returned(&[1]), &[]);
-        assert_eq!(client.line.last_words(), Some(PROTOCOL), "never lent");
+        assert_eq!(farewell_of(&client.line), Some(PROTOCOL), "never lent");
         let mut client = of(3);
         let (status, id, _) = client.ask(true, "0");
         assert_eq!(status, LENT);
         client.line.say(&returned(&[id, id]), &[]);
-        assert_eq!(client.line.last_words(), Some(PROTOCOL), "twice in one message");
+        assert_eq!(farewell_of(&client.line), Some(PROTOCOL), "twice in one message");
         let mut client = of(3);
         let (_, id, _) = client.ask(true, "0");
         client.line.say(&returned(&[id]), &[]);
         assert_eq!(client.ask(true, "0").1, id, "lent again");
         client.line.say(&returned(&[id]), &[]);
         client.line.say(&returned(&[id]), &[]);
-        assert_eq!(client.line.last_words(), Some(PROTOCOL), "twice");
+        assert_eq!(farewell_of(&client.line), Some(PROTOCOL), "twice");
         let client = of(3);
         client.line.say(&returned(&[u64::MAX; 500]), &[]);
-        assert_eq!(client.line.last_words(), Some(PROTOCOL), "many");
+        assert_eq!(farewell_of(&client.line), Some(PROTOCOL), "many");
 
         // Malformed.
         for message in [&[8][..], &[8; 2], &[8; 8], &[8; 10], &[9; 21], &[9; 20]] {
             let client = of(3);
             client.line.say(message, &[]);
-            assert_eq!(client.line.last_words(), Some(PROTOCOL), "{} bytes", message.len());
+            assert_eq!(farewell_of(&client.line), Some(PROTOCOL), "{} bytes", message.len());
         }
         // Before the hello; by one that takes no loans.
         let line = Line::to(&path);
         line.say(&returned(&[1]), &[]);
-        assert_eq!(line.last_words(), Some(PROTOCOL));
+        assert_eq!(farewell_of(&line), Some(PROTOCOL));
         let client = of(0);
         client.line.say(&returned(&[1]), &[]);
-        assert_eq!(client.line.last_words(), Some(PROTOCOL));
+        assert_eq!(farewell_of(&client.line), Some(PROTOCOL));
         // A byte that is neither yes nor no.
         let mut client = of(3);
         let request = client.request(2, "0");
         client.line.say(&request, &[]);
-        assert_eq!(client.line.last_words(), Some(PROTOCOL));
+        assert_eq!(farewell_of(&client.line), Some(PROTOCOL));
         // The hello of another length.
         let line = Line::to(&path);
         line.say(&hello(3, 1, 1)[..40], &[]);
-        assert_eq!(line.last_words(), Some(PROTOCOL));
+        assert_eq!(farewell_of(&line), Some(PROTOCOL));
     }
     bystander.is_served();
 
@@ -1218,7 +996,7 @@ fn a_client_that_lies_about_loans_is_turned_away_and_harms_nobody() {
 fn a_client_that_sets_flags_of_a_lent_file_fails_no_one_elses_reads() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let _server = Other::start("server 0", &path);
+    let _server = ready("server 0", &path);
     let mut hostile = RawClient::of(&path, 3, u64::MAX, 100);
     assert_eq!(hostile.ask(true, "2").0, LENT);
     let (message, fd) = hostile.line.hear().unwrap();
@@ -1231,9 +1009,9 @@ fn a_client_that_sets_flags_of_a_lent_file_fails_no_one_elses_reads() {
     }
     rustix::fs::seek(&fd, rustix::fs::SeekFrom::Start(7)).unwrap();
     // An unaligned read, of the client's own descriptor, and of the server's for one that streams.
-    let mut lending = Other::start("client 10", &path);
+    let mut lending = ready("client 10", &path);
     assert_eq!(lending.order("get 2"), lent(LENS[2], 2));
-    let mut streaming = Other::start("client 0", &path);
+    let mut streaming = ready("client 0", &path);
     assert_eq!(streaming.order("get 2"), streamed(LENS[2], 2));
 }
 
@@ -1243,8 +1021,8 @@ fn a_client_that_sets_flags_of_a_lent_file_fails_no_one_elses_reads() {
 fn without_descriptors_answers_are_streamed_and_with_them_lent_again() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let _server = Other::start("server 0", &path);
-    let mut client = Other::start("client 100", &path);
+    let _server = ready("server 0", &path);
+    let mut client = ready("client 100", &path);
     assert_eq!(client.order("get 0"), lent(LENS[0], 0));
     assert_eq!(client.order("no descriptors"), "done");
     for _ in 0..20 {
@@ -1263,8 +1041,8 @@ fn without_descriptors_answers_are_streamed_and_with_them_lent_again() {
 fn without_memory_for_a_mapping_answers_are_streamed_and_with_it_lent_again() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let _server = Other::start("server 0", &path);
-    let mut client = Other::start("client 100", &path);
+    let _server = ready("server 0", &path);
+    let mut client = ready("client 100", &path);
     assert_eq!(client.order("get 0"), lent(LENS[0], 0));
     assert_eq!(client.order("no_memory"), "done");
     for _ in 0..2 {
@@ -1285,7 +1063,7 @@ fn a_server_killed_before_or_after_it_announced_a_loan() {
     let (_dir, path) = place();
     for round in 0..10 {
         // Between introduction and announcement: nothing was answered, and a successor is asked.
-        let mut server = Other::start("hostile server", &path);
+        let mut server = ready("hostile server", &path);
         let pool = pool();
         let queue = Seqpacket::new(&path).keep_loans(1 << 20, 10);
         let requester = queue.requester(&pool).unwrap();
@@ -1300,7 +1078,7 @@ fn a_server_killed_before_or_after_it_announced_a_loan() {
         fs::remove_file(&path).unwrap();
 
         // After the announcement: what it had lent is delivered though it is dead.
-        let mut server = Other::start("hostile server", &path);
+        let mut server = ready("hostile server", &path);
         let transfer = ask("dies after it announced");
         server.child.wait().unwrap();
         if round % 2 == 0 {
@@ -1320,11 +1098,11 @@ fn a_server_killed_before_or_after_it_announced_a_loan() {
 fn a_server_restarted_uses_numbers_anew_and_nothing_is_mixed_up() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let mut client = Other::start("client 100", &path);
+    let mut client = ready("client 100", &path);
     for round in 0..5 {
         let seed = round * 50;
         // The numbers of its loans begin at one, as those of the one before.
-        let server = Other::start(&format!("server {seed}"), &path);
+        let server = ready(&format!("server {seed}"), &path);
         for key in [0, 2, 3, 0, 2, 3] {
             let expected = lent(LENS[key], seed + key as u8);
             assert_eq!(client.order(&format!("get {key}")), expected);
@@ -1343,16 +1121,16 @@ fn a_server_restarted_uses_numbers_anew_and_nothing_is_mixed_up() {
 fn clients_killed_at_any_moment_leave_the_server_as_it_was() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let server = Other::start("server 0", &path);
+    let server = ready("server 0", &path);
     let bystander = Bystander::of(&path);
     wait_until("the bystander is served", || bystander.served.load(SeqCst) > 10);
     let before = (server.descriptors(), server.memory());
     for round in 0..15 {
-        let mut client = Other::start("client 100", &path);
+        let mut client = ready("client 100", &path);
         for key in [0, 3, 4, 5] {
             assert_eq!(client.order(&format!("hold {key}")), lent(LENS[key], key as u8));
         }
-        writeln!(client.stdin, "get 1").unwrap(); // under way
+        client.tell("get 1"); // under way
         thread::sleep(Duration::from_micros(round * 300));
         client.kill();
         bystander.is_served();
@@ -1366,7 +1144,7 @@ fn clients_killed_at_any_moment_leave_the_server_as_it_was() {
 fn answers_that_are_withdrawn_or_never_read_do_not_use_up_the_account() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let _server = Other::start("server 0", &path);
+    let _server = ready("server 0", &path);
     let pool = pool();
     let requester = Seqpacket::new(&path).keep_loans(1 << 30, 4).requester(&pool).unwrap();
     let lease = || pool.lease(soon()).unwrap();
@@ -1402,8 +1180,8 @@ fn answers_that_are_withdrawn_or_never_read_do_not_use_up_the_account() {
 fn one_that_never_returns_is_streamed_to_beyond_its_budget() {
     let _watchdog = watchdog();
     let (_dir, path) = place();
-    let _server = Other::start("server 0", &path);
-    let mut client = Other::start("client 100", &path); // more than the server lends at most
+    let _server = ready("server 0", &path);
+    let mut client = ready("client 100", &path); // more than the server lends at most
     for (key, len) in LENS.into_iter().enumerate().skip(3) {
         let expected = if key < 3 + MOST as usize { lent } else { streamed };
         assert_eq!(client.order(&format!("hold {key}")), expected(len, key as u8));

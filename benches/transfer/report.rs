@@ -163,7 +163,8 @@ fn loans(text: &mut String, results: &[Result]) {
     let _ = writeln!(text, "\n`{STREAMED}` fetches and reads 1 KiB in each column.");
 }
 
-/// Another way between processes: not this crate's, not the limits that nobody is beside.
+/// Whether it is another way from one process to another: no method of this crate's, and none of
+/// those that send no request at all.
 fn is_other(name: &str) -> bool {
     !name.starts_with("shmferry") && name != LOCAL && name != KEPT_AND_MAPPED
 }

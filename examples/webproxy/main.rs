@@ -73,7 +73,8 @@ struct Options {
     #[arg(long, value_name = "BYTES", value_parser = program::bytes, requires = "root")]
     loan_budget: Option<u64>,
     /// Keep what simplecached lends mapped, up to so many bytes; 0 takes no loans
-    #[arg(long, value_name = "BYTES", default_value = "512M", value_parser = program::bytes)]
+    #[arg(long, value_name = "BYTES", default_value = "512M", value_parser = program::bytes,
+        conflicts_with = "root")]
     mapped: u64,
     /// How to write replies
     #[arg(long, value_name = "spec|classic", default_value_t = Dialect::Spec)]
@@ -192,8 +193,7 @@ fn open_cache(
     let (client, embedded, from) = if let Some(root) = &options.root {
         let loans = options.loan_budget.map_or_else(LoanStore::default, LoanStore::new);
         let service = Service::new(Store::directory(root)?, loans, Duration::ZERO);
-        // No request is sent without a segment: there is always room.
-        let queue = InProcess::bounded(options.segment_count as usize);
+        let queue = InProcess::bounded(options.segment_count as usize); // a request takes a segment
         let client = client.in_process(&queue).map_err(no_pool)?;
         let server = Server::with(queue).timeout(options.timeout);
         let serving = service.start(server, options.thread_count.into())?;

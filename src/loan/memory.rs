@@ -20,7 +20,6 @@ use std::slice;
 use rustix::fs::{SealFlags, SeekFrom, seek};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-use rustix::param::page_size;
 
 use crate::error::{Error, LayoutMismatch, Result};
 use crate::segment::check_memfd;
@@ -84,33 +83,23 @@ pub(super) fn take_huge_pages(memory: &File, len: u64) {
 
 /// Maps `len` bytes, more than none, for reading; at the start of a huge page, if there can be any.
 fn map_readable(fd: impl AsFd, len: usize) -> rustix::io::Result<NonNull<u8>> {
-    let flags = MapFlags::PRIVATE;
-    let base = if len < HUGE {
-        // SAFETY: a null hint lets the kernel choose fresh addresses: no memory of ours is hit.
-        unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, flags, fd, 0)? }
-    } else {
-        let room = len.checked_add(HUGE).ok_or(Errno::NOMEM)?;
-        // SAFETY: as above.
-        let start = unsafe {
-            mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags | MapFlags::NORESERVE)?
-        };
-        let before = start.align_offset(HUGE);
-        let base = start.wrapping_byte_add(before);
-        // SAFETY: these addresses are within the room just reserved, which nothing else uses.
-        let mapped = unsafe { mmap(base, len, ProtFlags::READ, flags | MapFlags::FIXED, fd, 0) };
-        let end = len.next_multiple_of(page_size());
-        let rest = if mapped.is_ok() {
-            [(start, before), (base.wrapping_byte_add(end), room - before - end)]
-        } else {
-            [(start, room), (start, 0)]
-        };
-        for (start, len) in rest.into_iter().filter(|(_, len)| *len > 0) {
-            // SAFETY: what the mapping leaves of that room, in whole pages.
-            unsafe { munmap(start, len)? };
-        }
-        mapped?
-    };
+    let hint = if len < HUGE { ptr::null_mut() } else { free_place(len)? };
+    // SAFETY: with a hint, or none, the kernel chooses addresses that are free: no memory of ours is
+    // hit.
+    let base = unsafe { mmap(hint, len, ProtFlags::READ, MapFlags::PRIVATE, fd, 0)? };
     NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)
+}
+
+/// Where so much memory is likely to be free, from the start of a huge page on. Another thread can
+/// take it meanwhile: it is only a hint.
+fn free_place(len: usize) -> rustix::io::Result<*mut c_void> {
+    let room = len.checked_add(HUGE).ok_or(Errno::NOMEM)?;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a null hint lets the kernel choose fresh addresses, so no memory of ours is hit.
+    let start = unsafe { mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags)? };
+    // SAFETY: this is that mapping, which nothing refers to.
+    unsafe { munmap(start, room)? };
+    Ok(start.wrapping_byte_add(start.align_offset(HUGE)))
 }
 
 /// Checks that memory has no holes within its size. Its number of blocks does not tell: blocks can

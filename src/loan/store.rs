@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::{File, Metadata as FileMetadata};
 use std::hash::{BuildHasher, RandomState};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
@@ -146,10 +147,9 @@ impl LoanStore {
     /// Whether to lend the files themselves where there is no copy; off by default.
     ///
     /// That costs neither memory nor a copy, and gives clients a read-only descriptor of the file:
-    /// see [`Loan::file`], also for what cannot be lent so. It is a duplicate of the one that was
-    /// opened: clients share its position, which nothing here uses. Up to 256 files are held open
-    /// for that, or an eighth of the descriptors that the process may have; so the space of a
-    /// deleted one is not free at once.
+    /// see [`Loan::file`], also for what cannot be lent so. Up to 256 files are held open for that,
+    /// or an eighth of the descriptors that the process may have. The space of a deleted one is free
+    /// once others have displaced it here, and clients have let go of it.
     pub fn lend_files(mut self, lend_files: bool) -> LoanStore {
         self.lend_files = lend_files;
         self
@@ -304,7 +304,7 @@ impl Kept {
             filling.jobs = Some(jobs);
         }
         let Some(jobs) = filling.jobs.as_ref().filter(|jobs| !jobs.is_full()) else { return };
-        let Ok(file) = file.try_clone() else { return };
+        let Some(file) = duplicate(file) else { return };
         match jobs.try_send(Job { file, id, version }) {
             Ok(()) => _ = filling.files.insert(id),
             Err(TrySendError::Full(_)) => {}
@@ -329,7 +329,7 @@ impl Kept {
         if let Some(loan) = self.files.get(&id).filter(|loan| loan.len() == len) {
             return Some(loan);
         }
-        let loan = Loan::file(file.try_clone().ok()?).ok()?;
+        let loan = Loan::file(duplicate(file)?).ok()?;
         if loan.len() != len {
             return None; // it changes just now
         }
@@ -358,8 +358,22 @@ impl Job {
             return None;
         }
         let loan = Loan::from_file(&self.file).ok()?;
-        (loan.len() == self.version.len && is_same()).then_some(loan)
+        let is_good = loan.len() == self.version.len && !is_among_the_last(&loan) && is_same();
+        is_good.then_some(loan)
     }
+}
+
+/// Another descriptor of the file, unless few are left.
+fn duplicate(file: &File) -> Option<File> {
+    file.try_clone().ok().filter(|file| !is_among_the_last(file))
+}
+
+/// Whether a new descriptor is of the last quarter that the process may have. The system gives the
+/// lowest free number, so that this tells how many are in use. The last are left to those who open
+/// files to answer from, and to clients.
+fn is_among_the_last(new: impl AsFd) -> bool {
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    u64::try_from(new.as_fd().as_raw_fd()).is_ok_and(|number| number >= most - most / 4)
 }
 
 /// File systems of another process or machine, by the numbers of `linux/magic.h`: their times are

@@ -16,6 +16,7 @@
 //! Nothing here asserts a maximum time: every wait ends with its event, or fails the test after
 //! [`WATCHDOG`].
 
+pub mod raw;
 pub mod watchdog;
 
 use std::collections::BTreeSet;

@@ -178,7 +178,9 @@ impl<P: Packets> SocketBorrower<P> {
             let ids: Vec<u8> = returned[..count].iter().flat_map(|id| id.to_le_bytes()).collect();
             let message = Message::Returned { ids: &ids }.encode();
             if self.socket.send_now(&message, None).is_err() {
-                return; // full; or gone, and then nobody has to know
+                // The connection is full, or gone. An honest server has not lent more than that.
+                returned.truncate(self.limits.count as usize);
+                return;
             }
             returned.drain(..count);
         }
