@@ -408,6 +408,47 @@ fn without_descriptors_answers_are_streamed() {
 }
 
 #[test]
+fn copies_leave_descriptors_to_those_who_open_files() {
+    let _watchdog = watchdog();
+    child("few descriptors").wait_successfully();
+}
+
+fn open_files_with_few_descriptors() {
+    std::panic::set_hook(Box::new(|panic| {
+        println!("{panic}");
+        std::process::exit(1)
+    }));
+    for lend_files in [false, true] {
+        let store = LoanStore::new(64 * MB).lend_files(lend_files);
+        let dir = tempfile::tempdir().unwrap();
+        let files = Directory::open(dir.path()).unwrap();
+        let name = |number: usize| format!("f{number}");
+        (0..40).for_each(|n| fs::write(dir.path().join(name(n)), noise(n, 10_000)).unwrap());
+        let queue = InProcess::bounded(4);
+        let _serving = serve(Server::with(queue.clone()), files, &store);
+        let client = Client::builder().segments(4).in_process(&queue).unwrap();
+        let_it_settle();
+        let before = getrlimit(Resource::Nofile);
+        let open = fs::read_dir("/proc/self/fd").unwrap().count() as u64;
+        // For four handlers' files, and half as many again.
+        let most = (open + 6) * 4 / 3;
+        setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..before }).unwrap();
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for round in 0..500 {
+                        let number = round * 7 % 40;
+                        let body = client.get(name(number)).unwrap();
+                        assert!(body.read_all().unwrap() == noise(number, 10_000));
+                    }
+                });
+            }
+        });
+        setrlimit(Resource::Nofile, before).unwrap();
+    }
+}
+
+#[test]
 fn a_limit_on_file_sizes_ends_no_server() {
     let _watchdog = watchdog();
     child("file size").wait_successfully();
@@ -723,6 +764,7 @@ fn play_a_role() {
     match role.as_str() {
         "thread" => the_thread_ends(),
         "descriptors" => run_out_of_descriptors(),
+        "few descriptors" => open_files_with_few_descriptors(),
         "file size" => meet_the_limit_on_file_sizes(),
         "fork" => fork_with_a_store(),
         "ask for many" => ask_for_many(),

@@ -589,3 +589,14 @@ fn which_sockets_lead_to_another_machine() {
     }
     assert!(!is_on_this_machine(tempfile::tempfile().unwrap().as_fd()));
 }
+
+#[test]
+fn long_memory_begins_at_a_huge_page() {
+    // Another test's thread can take the place that was free: not each time.
+    let aligned = (0..20).any(|_| {
+        let loan = Loan::from_bytes(&vec![7; (4 << 20) + 1]).unwrap();
+        let Content::Sealed(sealed) = loan.content() else { panic!("a file") };
+        sealed.bytes().as_ptr().addr() % (2 << 20) == 0
+    });
+    assert!(aligned);
+}

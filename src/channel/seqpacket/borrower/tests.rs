@@ -2,10 +2,9 @@
 
 use std::os::fd::AsFd;
 use std::thread;
+use std::time::Duration;
 
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
-
-use std::time::Duration;
 
 use super::*;
 use crate::channel::seqpacket::send;
@@ -163,4 +162,38 @@ fn what_lasts_is_bounded_though_introductions_never_end() {
     (0..10).for_each(|id| introduce(&server, id, 10));
     assert_eq!(borrower.last_words(), None);
     assert_eq!(lock(&borrower.inbox).loans.len(), 3);
+}
+
+#[test]
+fn no_more_is_examined_than_an_honest_server_lends() {
+    const PAGE: usize = 4096;
+    let limits = LoanLimits { bytes: 8 * PAGE as u64, count: 100 };
+    let (borrower, server) = pair(limits);
+    (1..=20).for_each(|id| introduce(&server, id, 3 * PAGE));
+    assert!(borrower.borrow(20).unwrap().is_some(), "the one that is wanted");
+    // Two are within the limits. The last is kept in place of the first.
+    assert_eq!(heard(&server), Some(returned(&[3])), "unexamined");
+    (4..=19).for_each(|id| assert_eq!(heard(&server), Some(returned(&[id]))));
+    assert_eq!(heard(&server), Some(returned(&[1])), "evicted");
+    assert_eq!(heard(&server), None);
+    // One that is more than all: not even looked at, though it is not there.
+    let nothing = std::fs::File::open("/dev/null").unwrap();
+    let message = Message::Loan { id: 21, kind: SEALED, len: limits.bytes + 1 }.encode();
+    send(&server, &message, Some(nothing.as_fd()), Deadline::NEVER).unwrap();
+    let error = borrower.borrow(21).map(drop).unwrap_err();
+    assert!(error.to_string().contains("21"), "{error}");
+    assert!(matches!(error, Error::Peer(ProtocolError(PeerFault::LentTooMuch(21)))), "{error}");
+}
+
+#[test]
+fn returns_that_nobody_hears_are_no_more_than_an_honest_server_lends() {
+    let (borrower, server) = pair(LoanLimits { bytes: 1 << 20, count: 3 });
+    let wakeup = Message::Wakeup.encode();
+    let at_once = || Deadline::after(Duration::ZERO);
+    while send(&borrower.socket, &wakeup, None, at_once()).is_ok() {}
+    for id in 1..=50 {
+        introduce(&server, id, 10);
+        let _ = borrower.borrow(id);
+    }
+    assert!(lock(&borrower.returned).len() <= 3);
 }
