@@ -1119,7 +1119,7 @@ fn hostile_server(path: &Path) {
                 if let ("ring words", Some((ring, taken))) = (&*key, &ring) {
                     // It has taken all that was put in: what stands there now keeps nobody from asking. (To
                     // say that it has taken what is still to come would: then nobody knocks.)
-                    (0..1000).for_each(|_| spoil_ring(&ring, &mut random));
+                    (0..1000).for_each(|_| spoil_ring(ring, &mut random));
                     ring.long(POSTED).store(0, SeqCst);
                     ring.long(TAKEN).store([1 << 40, *taken][random.below(2)], SeqCst);
                     ring.long(NEED_WAKEUP).swap(bells.next().unwrap(), SeqCst);
