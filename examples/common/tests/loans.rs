@@ -125,8 +125,7 @@ fn without_a_budget_or_mappings_everything_is_streamed() {
         assert_eq!(proxy.count("streamed"), proxy.count("requests"));
         assert_counts_agree(&proxy, &cache);
     }
-    // Kept mappings are of loans that come from another process.
-    for (args, is_lent) in [(&["--mapped", "0"][..], true), (&["--loan-budget", "0"], false)] {
+    for (args, is_lent) in [(&[][..], true), (&["--loan-budget", "0"], false)] {
         let proxy = place.bare_webproxy([&["--root", "files"], args].concat()).listening();
         ask_until_lent(&proxy, "/a", &file);
         let [proxy] = place.wind_up([proxy]);
