@@ -196,7 +196,8 @@ pub fn write(directory: &Path, command: &str, results: &[Result]) -> io::Result<
         `descriptor` passes the file's own descriptor: no limit holds for those who may have it.\n\
         Bytes are read where they are, in the slot; `copied out` copies them to private memory first.\n\
         What was tried on the way, and left: [design](design.md#speed). Many at once: [concurrency](concurrency.md); \
-        requests alone: [control](control.md); system calls: [calls](calls.md); whole programs: [programs](programs.md).\n\n\
+        requests alone: [control](control.md); system calls: [calls](calls.md); whole programs: [programs](programs.md).\n\
+        Ways to wake a task from another process, printed only: `cargo bench --manifest-path benches/peers/Cargo.toml --bench wake`.\n\n\
         ![throughput](throughput.svg)\n\n\
         Every fetch of 1 KiB, by its place among all of its method, the fastest first:\n\n\
         ![latency](latency.svg)\n{}",
