@@ -359,11 +359,12 @@ fn head(rounds: usize) -> String {
         | | |\n| --- | --- |\n\
         | processor | {}, {processors} seen |\n| kernel | {} |\n| load at the start | {} |\n\
         | rounds | {rounds} of {} ms (idle: {} of {} s), the ways in turn |\n\n\
-        Medians over the rounds; `× thread` is the median of the ratios by round to `{THREAD}`, where\n\
-        each waiter is a blocked thread. One waiter: a post and its answer, after the poster has worked\n\
-        for {} µs. Many: tasks on a runtime of two threads, posted in random order, all of a burst answered\n\
-        before the next. In brackets: the least and the most. Processor time is that of the waiters' process and of the poster's, the latter without\n\
-        its work. `calls` are the poster's system calls to wake, by post.",
+        Medians over the rounds; in brackets the least and the most; `× thread` is the median of the\n\
+        ratios by round to `{THREAD}`, where each waiter is a blocked thread. One waiter: a post and\n\
+        its answer, after the poster has worked for {} µs. Many: tasks on a runtime of two threads, posted\n\
+        in random order, all of a burst answered before the next. Processor time is that of the waiters'\n\
+        process and of the poster's, the latter without its work. `calls` are the poster's system calls\n\
+        to wake, by post.",
         cpu.trim_start_matches([' ', '\t', ':']),
         String::from_utf8_lossy(&kernel.unwrap_or_default()).trim(),
         load.trim(),
