@@ -12,7 +12,7 @@ use crate::peer::Link;
 use crate::protocol::{
     Answer, Keep, Loans, Offer, Offered, Receiver, Refusal, Reply, Sender, ShmTransfer, Starting,
 };
-use crate::segment::{Backing, Lease, PooledSegment, SegmentId};
+use crate::segment::{Again, Backing, Lease, PooledSegment, SegmentId};
 use crate::sync::Deadline;
 use crate::workers;
 
@@ -56,6 +56,13 @@ pub trait Requester<B: Backing>: Send + Sync {
     /// Hands the request back, unsent, with the reason.
     fn send(&self, request: Request<B>, deadline: Deadline) -> Result<(), SendError<B>>;
 
+    /// How long a task waits for a server that is not there, if not as long as for the answer.
+    /// Threads wait within [`send`](Self::send).
+    #[doc(hidden)]
+    fn patience(&self) -> Option<Duration> {
+        None
+    }
+
     /// Asks for `key` through a leased segment: sends the request, and waits for the reply until
     /// the deadline. A request that its server did not take before it ended goes to the successor.
     /// It is withdrawn first, so no two servers answer it. A request that was answered from a loan
@@ -66,48 +73,97 @@ pub trait Requester<B: Backing>: Send + Sync {
     /// means that a server took the request and died, or that the deadline passed before a
     /// successor could be asked.
     fn ask(&self, lease: Lease<B>, key: &[u8], deadline: Deadline) -> Result<Reply> {
-        let mut lease = lease;
-        #[cfg_attr(not(target_os = "linux"), expect(unused_mut))]
-        let mut takes_loans = true;
+        let (mut lease, mut takes_loans) = (lease, true);
         for attempt in 0.. {
-            let again = lease.again();
-            let (mut request, mut transfer) = lease.request(key)?;
-            request.takes_loans = takes_loans;
+            let (request, mut asked) = Asked::request(lease, key, takes_loans)?;
             self.send(request, deadline)?;
-            match transfer.read_reply(deadline) {
-                Ok(Answer::Found(state)) => return Ok(Reply::Found(transfer.receiving(state))),
-                Ok(Answer::Refused(Refusal::Leaving))
-                    if transfer.may_have_successor() && !deadline.has_passed() => {}
-                Ok(Answer::Refused(why)) => return Ok(Reply::Refused(why)),
-                #[cfg(target_os = "linux")]
-                Ok(Answer::Lent(lent)) => match transfer.body_of(lent)? {
-                    Some(body) => return Ok(Reply::Lent(body)),
-                    None if takes_loans => {
-                        takes_loans = false;
-                        lease = again(transfer.give_up())?;
-                        continue;
+            let answer = asked.transfer.read_reply(deadline);
+            match asked.settle(answer, || deadline.has_passed())? {
+                Step::Settled(reply) => return Ok(reply),
+                Step::WithoutLoans(again) => (lease, takes_loans) = (again, false),
+                Step::OfSuccessor(again) => {
+                    if attempt > 0 {
+                        workers::blocking(|| pause(attempt, deadline));
                     }
-                    None => return Err(PeerFault::UnknownLoan(lent.id).into()),
-                },
-                // Withdrawn: no sender has accepted it, and none can any more (P1).
-                Err(Error::Disconnected) if !deadline.has_passed() && transfer.withdraw() => {}
-                Err(error) => return Err(error),
+                    lease = again;
+                }
             }
-            let ended = transfer.give_up();
-            if attempt > 0 {
-                workers::blocking(|| pause(attempt, deadline));
-            }
-            lease = again(ended)?;
         }
         unreachable!("the loop has no end of its own")
     }
 }
 
-/// Sleeps before the next attempt: from one millisecond up to 100, growing with the attempts.
+/// A request that was sent, and what is needed to send it again.
+pub(crate) struct Asked<B: Backing> {
+    pub(crate) transfer: ShmTransfer<Receiver, Offered>,
+    again: Again<B>,
+    takes_loans: bool,
+}
+
+/// What comes of an answer.
+pub(crate) enum Step<B: Backing> {
+    /// This is it.
+    Settled(Reply),
+    /// The request has to be sent once more: what was lent has been returned meanwhile.
+    WithoutLoans(Lease<B>),
+    /// The request has to be sent to the server's successor, after a pause.
+    OfSuccessor(Lease<B>),
+}
+
+impl<B: Backing> Asked<B> {
+    /// A request, which the caller is to send.
+    pub(crate) fn request(
+        lease: Lease<B>,
+        key: &[u8],
+        takes_loans: bool,
+    ) -> Result<(Request<B>, Asked<B>)> {
+        let again = lease.again();
+        let (mut request, transfer) = lease.request(key)?;
+        request.takes_loans = takes_loans;
+        Ok((request, Asked { transfer, again, takes_loans }))
+    }
+
+    /// Decides what comes of an answer. Once it is late, nobody else is asked.
+    #[inline]
+    pub(crate) fn settle(
+        self,
+        answer: Result<Answer>,
+        is_late: impl Fn() -> bool,
+    ) -> Result<Step<B>> {
+        let Asked { transfer, again, takes_loans } = self;
+        match answer {
+            Ok(Answer::Found(state)) => Ok(Step::Settled(Reply::Found(transfer.receiving(state)))),
+            Ok(Answer::Refused(Refusal::Leaving))
+                if transfer.may_have_successor() && !is_late() =>
+            {
+                Ok(Step::OfSuccessor(again.lease(transfer.give_up())?))
+            }
+            Ok(Answer::Refused(why)) => Ok(Step::Settled(Reply::Refused(why))),
+            #[cfg(target_os = "linux")]
+            Ok(Answer::Lent(lent)) => match transfer.body_of(lent)? {
+                Some(body) => Ok(Step::Settled(Reply::Lent(body))),
+                None if takes_loans => Ok(Step::WithoutLoans(again.lease(transfer.give_up())?)),
+                None => Err(PeerFault::UnknownLoan(lent.id).into()),
+            },
+            // Withdrawn: no sender has accepted it, and none can any more (P1).
+            Err(Error::Disconnected) if !is_late() && transfer.withdraw() => {
+                Ok(Step::OfSuccessor(again.lease(transfer.give_up())?))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Sleeps before the next attempt.
 pub(crate) fn pause(attempt: u32, deadline: Deadline) {
-    const LONGEST: Duration = Duration::from_millis(100);
-    let pause = Duration::from_millis(1 << attempt.min(7)).min(LONGEST);
+    let pause = pause_before(attempt);
     thread::sleep(deadline.remaining().map_or(pause, |left| left.min(pause)));
+}
+
+/// How long to pause before an attempt: from one millisecond up to 100, growing with the attempts.
+pub(crate) fn pause_before(attempt: u32) -> Duration {
+    const LONGEST: Duration = Duration::from_millis(100);
+    Duration::from_millis(1 << attempt.min(7)).min(LONGEST)
 }
 
 /// The sender's end of a queue: hands out requests, to many workers at once.

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 #[cfg(unix)]
 use std::os::fd::AsFd;
+#[cfg(target_os = "linux")]
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,10 +17,10 @@ use crate::address::Address;
 #[cfg(target_os = "linux")]
 use crate::channel::InProcess;
 use crate::channel::Requester;
-#[cfg(target_os = "linux")]
-use crate::channel::Seqpacket;
 #[cfg(all(target_os = "linux", feature = "posix-mq"))]
 use crate::channel::{Named, PosixMq};
+#[cfg(target_os = "linux")]
+use crate::channel::{Seqpacket, SeqpacketRequester};
 use crate::error::{Error, Result};
 #[cfg(target_os = "linux")]
 use crate::loan::{Lent, LentBody, LoanLimits};
@@ -351,21 +353,7 @@ impl ClientBuilder {
     {
         match address.try_into()? {
             Address::Unix(path) => {
-                let pool = self.pool::<Memfd>()?;
-                // Each takes a descriptor: most of them are left to the rest of the process.
-                let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-                let loans = u32::try_from(descriptors / 4).unwrap_or(u32::MAX).min(self.keep.count);
-                let mut socket = Seqpacket::new(path).keep_loans(self.keep.bytes, loans);
-                for uid in &self.users {
-                    socket = socket.allow_user(*uid);
-                }
-                if let Some(timeout) = self.connect_timeout {
-                    socket = socket.connect_timeout(timeout);
-                }
-                if let Some(timeout) = self.connect_timeout_after_loss {
-                    socket = socket.connect_timeout_after_loss(timeout);
-                }
-                let requester = socket.requester(&pool)?;
+                let (pool, requester) = self.socket(path)?;
                 Ok(self.over(pool, requester))
             }
             #[cfg(feature = "posix-mq")]
@@ -397,15 +385,39 @@ impl ClientBuilder {
     }
 
     #[cfg(target_os = "linux")]
-    fn pool<B: Backing>(&self) -> Result<SegmentPool<B>> {
+    pub(crate) fn socket(&self, path: PathBuf) -> Result<(SegmentPool<Memfd>, SeqpacketRequester)> {
+        let pool = self.pool::<Memfd>()?;
+        // Each takes a descriptor: most of them are left to the rest of the process.
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let loans = u32::try_from(descriptors / 4).unwrap_or(u32::MAX).min(self.keep.count);
+        let mut socket = Seqpacket::new(path).keep_loans(self.keep.bytes, loans);
+        for uid in &self.users {
+            socket = socket.allow_user(*uid);
+        }
+        if let Some(timeout) = self.connect_timeout {
+            socket = socket.connect_timeout(timeout);
+        }
+        if let Some(timeout) = self.connect_timeout_after_loss {
+            socket = socket.connect_timeout_after_loss(timeout);
+        }
+        let requester = socket.requester(&pool)?;
+        Ok((pool, requester))
+    }
+
+    /// The timeouts of an answer, and of a lease.
+    pub(crate) fn timeouts(&self) -> (Duration, Duration) {
+        (self.timeout, self.lease_timeout.unwrap_or(self.timeout))
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn pool<B: Backing>(&self) -> Result<SegmentPool<B>> {
         let pool = SegmentPool::<B>::builder().segments(self.segments);
         pool.segment_len(self.segment_len).slots(self.slots).create()
     }
 
     #[cfg(target_os = "linux")]
     fn over<B: Backing>(&self, pool: SegmentPool<B>, queue: impl Requester<B> + 'static) -> Client {
-        let timeout = self.timeout;
-        let lease_timeout = self.lease_timeout.unwrap_or(timeout);
+        let (timeout, lease_timeout) = self.timeouts();
         Client { route: Arc::new((pool, queue)), timeout, lease_timeout }
     }
 }

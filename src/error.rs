@@ -433,6 +433,12 @@ pub enum Misuse {
     /// An address of a POSIX message queue in a build without them.
     #[error("this build has no POSIX message queues: it lacks the feature `posix-mq`")]
     NoPosixMq,
+    /// A message queue, asked for by a task.
+    #[error(
+        "tasks cannot wait over a message queue, which tells nobody of what has come; use \
+         `unix:PATH`, or the blocking `Client` and `Server` on a thread"
+    )]
+    NoTasksOverQueues,
     /// A name that no POSIX message queue can have.
     #[error("{0:?} names no message queue; a name is a slash and up to 200 bytes without another")]
     QueueName(String),

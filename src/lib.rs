@@ -194,6 +194,8 @@ mod random;
 pub mod segment;
 mod server;
 mod sync;
+#[cfg(all(target_os = "linux", feature = "tokio", not(loom)))]
+pub mod tokio;
 pub mod workers;
 
 pub use address::Address;

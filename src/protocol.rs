@@ -33,6 +33,8 @@ pub(crate) use sender::Loans;
 pub use sender::{Sender, Sending, Slot, Starting};
 #[cfg(target_os = "linux")]
 pub(crate) use sink::{SinkWait, write_some};
+#[cfg(feature = "tokio")]
+pub(crate) use wait::Awaiting;
 #[cfg(target_os = "linux")]
 pub use {sink::send_all, spool::Spool};
 
@@ -107,6 +109,13 @@ pub use {sink::send_all, spool::Spool};
 pub struct ShmTransfer<Side, State> {
     side: Side,
     state: State,
+}
+
+#[cfg(feature = "tokio")]
+impl<Side, State> ShmTransfer<Side, State> {
+    pub(crate) fn side(&mut self) -> &mut Side {
+        &mut self.side
+    }
 }
 
 /// How long the calls without a deadline wait for the other side's next step, unless `set_timeout`

@@ -28,8 +28,8 @@ pub(crate) use mapping::Mapped;
 pub(crate) use mapping::Mapping;
 #[cfg(not(loom))]
 pub use mapping::SharedByte;
-pub(crate) use pool::{Ended, PooledSegment, SegmentGuard};
-pub use pool::{Lease, PoolStats, SegmentPool, SegmentPoolBuilder};
+pub(crate) use pool::{Again, Ended, PooledSegment, SegmentGuard};
+pub use pool::{Lease, Leasing, PoolStats, SegmentPool, SegmentPoolBuilder};
 pub(crate) use writer::SlotWriter;
 
 #[cfg(target_os = "linux")]
@@ -103,11 +103,19 @@ impl Poison for Segment<ReadSlots> {
     fn poison(&self) {
         self.header().filled.poison();
     }
+
+    fn has_news(&self) -> bool {
+        self.header().filled.is_settled()
+    }
 }
 
 impl Poison for Segment<WriteSlots> {
     fn poison(&self) {
         self.header().free.poison();
+    }
+
+    fn has_news(&self) -> bool {
+        self.header().free.is_settled()
     }
 }
 

@@ -37,7 +37,7 @@ mod builder;
 pub use builder::ServerBuilder;
 
 /// How long to leave a failing system alone before requests are taken again.
-const PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const PAUSE: Duration = Duration::from_millis(100);
 
 /// A server that has its address, and does not take requests yet: [`serve`](Self::serve) does.
 ///
@@ -69,7 +69,7 @@ type Requested = ShmTransfer<Sender, Starting>;
 
 /// What is told of errors, once there is something.
 #[derive(Default)]
-struct Hook(OnceLock<Box<OnError>>);
+pub(crate) struct Hook(OnceLock<Box<OnError>>);
 
 type OnError = dyn Fn(&ServeError) + Send + Sync;
 
@@ -164,7 +164,7 @@ impl Server {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn on_error(self, hook: impl Fn(&ServeError) + Send + Sync + 'static) -> Server {
-        let _ = self.hook.0.set(Box::new(hook));
+        self.hook.set(hook);
         self
     }
 
@@ -228,7 +228,12 @@ impl fmt::Debug for Server {
 }
 
 impl Hook {
-    fn tell(&self, error: &ServeError) {
+    /// Only the first counts.
+    pub(crate) fn set(&self, hook: impl Fn(&ServeError) + Send + Sync + 'static) {
+        let _ = self.0.set(Box::new(hook));
+    }
+
+    pub(crate) fn tell(&self, error: &ServeError) {
         #[cfg(feature = "tracing")]
         match error.fault() {
             Fault::Peer | Fault::Time => tracing::debug!("{error}"),
@@ -246,7 +251,7 @@ impl Hook {
 }
 
 /// What a panic says.
-fn message_of(panic: &(dyn Any + Send)) -> String {
+pub(crate) fn message_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message").to_owned()
 }

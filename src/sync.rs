@@ -20,7 +20,7 @@ pub(crate) use blocking::{OnDrop, at_place};
 pub use deadline::Deadline;
 #[cfg(unix)]
 pub(crate) use deadline::wait_ready;
-pub(crate) use fair_semaphore::FairSemaphore;
+pub(crate) use fair_semaphore::{FairSemaphore, Place};
 pub(crate) use semaphore::{Interrupted, Permit, Semaphore};
 pub(crate) use spin::{BUDGET, Presence, Spinner, current_cpu};
 

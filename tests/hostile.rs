@@ -221,7 +221,9 @@ impl Bystander {
 
 /// Writes to a word of a ring.
 fn spoil_ring(memory: &Memory, random: &mut Random) {
-    let at = [POSTED, TAKEN, NEED_WAKEUP, 8 * random.below(RING_LEN / 8)][random.below(4)];
+    let words =
+        [POSTED, TAKEN, NEED_WAKEUP, CLIENT_ASKS, SERVER_ASKS, 8 * random.below(RING_LEN / 8)];
+    let at = words[random.below(words.len())];
     let near = memory.long(at).load(SeqCst).wrapping_add(random.next() % 5).wrapping_sub(2);
     memory.long(at).store([near, random.next(), 0, 1, u64::MAX][random.below(5)], SeqCst);
 }
@@ -252,7 +254,7 @@ const POOL: u64 = 77;
 
 fn hello(slots: u32, slot_len: u32) -> Vec<u8> {
     let numbers = [
-        &2u32.to_le_bytes()[..],
+        &VERSION.to_le_bytes()[..],
         &POOL.to_le_bytes(),
         &slots.to_le_bytes(),
         &slot_len.to_le_bytes(),
@@ -294,7 +296,7 @@ fn memfd(len: u64, flags: MemfdFlags) -> OwnedFd {
 fn unsealed(index: u32) -> OwnedFd {
     let fd = memfd(LEN as u64, MemfdFlags::empty());
     rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, LEN as u64).unwrap();
-    let numbers = [2, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
+    let numbers = [VERSION, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
     let header = [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &index.to_ne_bytes()].concat();
     rustix::io::pwrite(&fd, &header, 0).unwrap();
     fd
@@ -934,7 +936,7 @@ fn memory_that_only_looks_allocated_costs_a_server_no_more_than_its_limit() {
                 let fd = memfd(LEN as u64, MemfdFlags::empty());
                 let beyond = FallocateFlags::KEEP_SIZE;
                 rustix::fs::fallocate(&fd, beyond, LEN as u64, LEN as u64).unwrap();
-                let numbers = [2, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
+                let numbers = [VERSION, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
                 let header =
                     [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &index.to_ne_bytes()]
                         .concat();

@@ -614,7 +614,11 @@ fn answer(key: &str, deal: &Deal<'_>) -> bool {
             deal.lend(id, 0, len);
         }
         "a client's message" => {
-            deal.line.say(&[7], &[]);
+            deal.line.say(&[3, 0, 0, 0, 0], &[]);
+            deal.lend(NEXT.fetch_add(1, SeqCst), 0, len);
+        }
+        "signals that nobody asked for" => {
+            (0..100).for_each(|_| deal.line.say(&[7], &[]));
             deal.lend(NEXT.fetch_add(1, SeqCst), 0, len);
         }
         "ten thousand unasked" => {
@@ -749,6 +753,7 @@ fn a_server_that_lends_what_it_should_not_is_told_and_harms_nobody() {
         ("of unknown size", "a lent answer of unknown size"),
         ("a message cut short", MALFORMED),
         ("a client's message", MALFORMED),
+        ("signals that nobody asked for", UNKNOWN),
         ("rubbish", MALFORMED),
         ("introductions without end", UNKNOWN),
         ("after a farewell", ""),
@@ -833,7 +838,7 @@ fn hello(kinds: u32, bytes: u64, count: u32) -> Vec<u8> {
     [
         &[1][..],
         b"shmferry",
-        &2u32.to_le_bytes(),
+        &VERSION.to_le_bytes(),
         &POOL.to_le_bytes(),
         &SLOTS.to_le_bytes(),
         &SLOT_LEN.to_le_bytes(),
@@ -855,7 +860,7 @@ impl RawClient {
         let flags = MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC;
         let fd = rustix::fs::memfd_create("segment", flags).unwrap();
         rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, SEGMENT_LEN as u64).unwrap();
-        let numbers = [2, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
+        let numbers = [VERSION, 4096, SLOTS, SLOT_LEN].map(u32::to_ne_bytes).concat();
         let header =
             [&b"shmferry"[..], &numbers, &POOL.to_ne_bytes(), &0u32.to_ne_bytes()].concat();
         rustix::io::pwrite(&fd, &header, 0).unwrap();

@@ -864,7 +864,7 @@ impl Stranger {
 }
 
 /// Of the layout.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 fn hello(version: u32, slots: u32, slot_len: u32) -> Vec<u8> {
     let mut bytes = vec![1];

@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
+use std::time::Duration;
 
 use crossbeam_channel::{
     Receiver as Outlet, Select, SelectedOperation, Sender as Inlet, TrySendError, bounded,
@@ -57,6 +59,8 @@ pub struct InProcess {
     /// Taken, and so disconnected, when the queue is closed.
     open: Own<Arc<Mutex<Option<Inlet<()>>>>>,
     closed: Own<Outlet<()>>,
+    /// Of the tasks that wait for a request.
+    tasks: Arc<Mutex<Vec<Waker>>>,
     link: Arc<Link>,
 }
 
@@ -69,7 +73,7 @@ impl InProcess {
         let link = Arc::new(Link::within());
         let open = Own::new(Arc::new(Mutex::new(Some(open))));
         let (inlet, outlet, closed) = (Own::new(inlet), Own::new(outlet), Own::new(closed));
-        InProcess { inlet, outlet, open, closed, link }
+        InProcess { inlet, outlet, open, closed, tasks: Arc::default(), link }
     }
 
     fn is_closed(&self) -> bool {
@@ -97,6 +101,34 @@ impl InProcess {
             }
             None => Some((transfer, Error::Timeout(Awaited::QueueRoom))),
         }
+    }
+
+    /// As [`recv`](RequestQueue::recv), without waiting: if there is no request, `task` is woken once
+    /// there may be one. Needs a queue with room for requests.
+    ///
+    /// # Errors
+    /// Those of [`recv`](RequestQueue::recv), but for [`Error::Timeout`].
+    pub fn poll_recv(&self, task: &Waker) -> Poll<Result<ShmTransfer<Sender, Starting>>> {
+        let attempt = || match self.recv(Deadline::after(Duration::ZERO)) {
+            Err(Error::Timeout(_)) => Poll::Pending,
+            taken => Poll::Ready(taken),
+        };
+        let taken = attempt();
+        if taken.is_ready() {
+            return taken;
+        }
+        // Before the second try: what is sent after it wakes the task.
+        let mut tasks = lock(&self.tasks);
+        if !tasks.iter().any(|waiting| waiting.will_wake(task)) {
+            tasks.push(task.clone());
+        }
+        drop(tasks);
+        attempt()
+    }
+
+    fn wake_tasks(&self) {
+        let tasks = std::mem::take(&mut *lock(&self.tasks));
+        tasks.into_iter().for_each(Waker::wake);
     }
 
     /// Aborts the requests left in the closed queue.
@@ -133,6 +165,7 @@ impl<B: Backing> Requester<B> for InProcess {
             }
             None => {
                 request.sent_over(&self.link);
+                self.wake_tasks();
                 if self.is_closed() {
                     self.drain(); // closed meanwhile, perhaps after its drain
                 }
@@ -169,6 +202,7 @@ impl RequestQueue for InProcess {
         }
         lock(&self.open).take();
         self.drain();
+        self.wake_tasks();
     }
 }
 

@@ -1,21 +1,27 @@
 //! The epoll on which all workers of a queue wait; each event wakes one of them.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 
 use crate::error::{Error, Result};
 use crate::process::Origin;
 use crate::sync::Deadline;
 
-/// The tokens of the two eventfds; no other descriptor has them.
+/// The tokens of the two eventfds; no other descriptor of a queue has these, or that of the timer.
 const CLOSER: u64 = u64::MAX;
 const WAKE_ONE: u64 = u64::MAX - 1;
+/// The token of the timer: see [`Poller::wake_after`].
+pub(super) const TIMER: u64 = u64::MAX - 2;
 
 /// The pause before the next attempt when the kernel is out of memory.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -29,6 +35,7 @@ pub(super) struct Poller {
     closed: AtomicBool,
     /// An eventfd that wakes one worker each time it is written to; never read.
     wake_one: OwnedFd,
+    timer: OwnedFd,
     /// A child of `fork` shares the epoll and both eventfds with its parent, and leaves them alone.
     origin: Origin,
 }
@@ -45,8 +52,16 @@ impl Poller {
         let each_write = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, &wake_one, epoll::EventData::new_u64(WAKE_ONE), each_write)
             .map_err(Error::os("epoll_ctl"))?;
+        let timer = timerfd_create(
+            TimerfdClockId::Monotonic,
+            TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
+        )
+        .map_err(Error::os("timerfd_create"))?;
+        epoll::add(&epoll, &timer, epoll::EventData::new_u64(TIMER), each_write)
+            .map_err(Error::os("epoll_ctl"))?;
         Ok(Poller {
             epoll,
+            timer,
             closer,
             closed: AtomicBool::new(false),
             wake_one,
@@ -116,6 +131,18 @@ impl Poller {
         let _ = rustix::io::write(&self.wake_one, &1u64.to_ne_bytes());
     }
 
+    /// Reports the token [`TIMER`] to one worker, once so much time has passed.
+    pub(super) fn wake_after(&self, time: Duration) {
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let once = Itimerspec {
+            it_interval: zero,
+            it_value: time.try_into().unwrap_or(Timespec { tv_sec: 1, ..zero }),
+        };
+        // Cannot fail: the timer is ours, and the time is valid.
+        let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
+        debug_assert!(set.is_ok(), "timerfd_settime: {set:?}");
+    }
+
     /// Ends every wait, now and later.
     pub(super) fn close(&self) {
         if !self.origin.is_here() {
@@ -124,6 +151,13 @@ impl Poller {
         self.closed.store(true, Ordering::Release);
         // Can fail only by overflow, and then it is readable already.
         let _ = rustix::io::write(&self.closer, &1u64.to_ne_bytes());
+    }
+}
+
+/// Readable when a worker has something to do.
+impl AsFd for Poller {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
     }
 }
 

@@ -22,6 +22,11 @@ pub(super) trait Connect {
     /// Connects; `None` when no server is there now.
     fn connect(&self, deadline: Deadline) -> Result<Option<Self::Connection>>;
 
+    /// Told of each new connection, once it is made.
+    fn connected(&self, _: &Arc<Self::Connection>) -> Result<()> {
+        Ok(())
+    }
+
     /// Sends one request; [`Error::Disconnected`] when the server is gone, and it was not sent.
     fn deliver(
         &self,
@@ -75,6 +80,15 @@ impl<C: Connect> Reconnecting<C> {
             connecting: FairSemaphore::new(1),
             origin: Origin::here(),
         }
+    }
+
+    pub(super) fn connector(&self) -> &C {
+        &self.connector
+    }
+
+    /// Fails in a child of `fork`.
+    pub(super) fn check_origin(&self) -> Result<()> {
+        Ok(self.origin.check()?)
     }
 
     /// The server, if there is a connection to it. `None` in a child of `fork`.
@@ -150,8 +164,7 @@ impl<C: Connect> Reconnecting<C> {
         deadline: Deadline,
         connect_timeout: ConnectTimeout,
     ) -> Result<Arc<C::Connection>> {
-        let after_loss = connect_timeout.after_loss.filter(|_| self.was_connected.load(Relaxed));
-        let timeout = [connect_timeout.always, after_loss].into_iter().flatten().min();
+        let timeout = self.shorter(connect_timeout);
         let limit = || timeout.map_or(deadline, |timeout| deadline.min(Deadline::after(timeout)));
         let mut absent = limit();
         for attempt in 0.. {
@@ -175,6 +188,18 @@ impl<C: Connect> Reconnecting<C> {
         unreachable!("the loop has no end of its own")
     }
 
+    /// How long a server that is not there is waited for from now on.
+    fn shorter(&self, timeout: ConnectTimeout) -> Option<Duration> {
+        let after_loss = timeout.after_loss.filter(|_| self.was_connected.load(Relaxed));
+        [timeout.always, after_loss].into_iter().flatten().min()
+    }
+
+    /// As [`patience`](super::Requester::patience): while a server is being replaced, its successor
+    /// is waited for.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        self.shorter(self.connect_timeout).filter(|_| !self.is_being_replaced())
+    }
+
     /// Connects, unless another thread just did; `None` when no server is there now.
     fn try_connect(&self, deadline: Deadline) -> Result<Option<Arc<C::Connection>>> {
         if let Some(connection) = self.living() {
@@ -182,6 +207,7 @@ impl<C: Connect> Reconnecting<C> {
         }
         let opened = self.connector.connect(deadline)?.map(Arc::new);
         if let Some(connection) = &opened {
+            self.connector.connected(connection)?;
             self.was_connected.store(true, Relaxed);
             let before = lock(&self.current).replace(Arc::clone(connection));
             drop(before); // not under the lock: this may close the connection

@@ -25,12 +25,14 @@ mod address;
 mod borrower;
 mod client;
 mod lender;
+mod lines;
 #[cfg(all(test, loom))]
 mod model;
 mod packets;
 mod queue;
 mod requester;
 pub(crate) mod ring;
+mod signal;
 mod wake_policy;
 pub(crate) mod wire;
 
@@ -303,9 +305,10 @@ fn send(
             }
             // Too many descriptors are in flight in the system; there is no event for the end of
             // that.
-            Err(Errno::TOOMANYREFS) if !deadline.has_passed() => {
-                workers::blocking(|| pause(0, deadline))
+            Err(Errno::TOOMANYREFS) if deadline.has_passed() => {
+                return Err(Error::Timeout(Awaited::QueueRoom));
             }
+            Err(Errno::TOOMANYREFS) => workers::blocking(|| pause(0, deadline)),
             Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => {
                 return Err(Error::Disconnected);
             }

@@ -100,6 +100,15 @@ impl LentBody {
         Ok(bytes.into())
     }
 
+    /// Consumes all that is still to come, if it is sealed memory.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn take_sealed(&mut self) -> Option<Lent> {
+        let Source::Sealed(lent) = &self.source else { return None };
+        let rest = lent.slice(self.at as usize..lent.len());
+        self.at = self.len;
+        Some(rest)
+    }
+
     /// Copies what is still to come to a socket, pipe or file; returns the bytes that this call
     /// copied. Goes by `sendfile`, without a copy in this process, with two exceptions. To a socket
     /// or pipe in blocking mode, that could block for ever. To a socket whose other end is on this

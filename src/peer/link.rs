@@ -1,15 +1,31 @@
-//! The link to one peer: what is poisoned when the connection hangs up, and why it did.
+//! The link to one peer: what is poisoned when the connection hangs up, and why it did; and which
+//! tasks wait for that peer.
+//!
+//! # Tasks
+//! A thread that waits sleeps on the segment's semaphore. A task has no thread: it leaves its waker
+//! here, and the process *asks* its peer to be woken. A side that has posted looks whether the other
+//! has asked, and if so, [`Signal`]s it, once, whatever number of tasks wait. That side then *looks*:
+//! it asks anew, and wakes those tasks that have something to take.
+//!
+//! No wake-up is lost. A task leaves its waker, sees to it that its process has asked, and only then
+//! tries once more. Task: ask, `fence(SeqCst)`, read the semaphore. Poster: change the semaphore,
+//! `fence(SeqCst)` (in [`Semaphore::wake`](crate::sync::Semaphore::wake)), read whether the peer has
+//! asked. The fences are totally ordered: the task sees what was posted, or the poster that it is to
+//! signal. A process that has asked is not asked for again before the signal has come; the look that
+//! follows asks first, and then reads the semaphores of all who wait by then, with the same fence
+//! between.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-#[cfg(target_os = "linux")]
-use std::sync::OnceLock;
+use std::mem;
+use std::sync::{Arc, OnceLock};
+use std::task::Waker;
 
 use crate::error::{Error, Rejection};
 #[cfg(target_os = "linux")]
 use crate::loan::Lender;
 use crate::process::Origin;
 use crate::sync::Deadline;
+use crate::sync::atomic::{AtomicBool, Relaxed, SeqCst, fence};
 use crate::sync::modelled::{Mutex, lock};
 
 use super::Peer;
@@ -19,6 +35,29 @@ use super::pidfd::PeerProcess;
 pub(crate) trait Poison: Send + Sync {
     /// Ends every wait, now and later.
     fn poison(&self);
+
+    /// Whether a wait would end now.
+    fn has_news(&self) -> bool;
+}
+
+/// How two processes tell each other that tasks have something to take.
+pub(crate) trait Signal: Send + Sync {
+    /// Asks the peer to signal this process after its next post.
+    fn ask(&self);
+
+    /// Whether the peer has asked.
+    fn is_asked(&self) -> bool;
+
+    /// Signals the peer, which has asked. Never waits.
+    fn signal(&self);
+}
+
+/// Where the other side's tasks are.
+enum Other {
+    /// In this process: they wait on this very link. Whether they have asked.
+    Here(AtomicBool),
+    /// In another process, which can be signalled once there is something for that.
+    There(OnceLock<Box<dyn Signal>>),
 }
 
 /// A connection to one peer: ends the waits for that peer, and knows why.
@@ -29,6 +68,7 @@ pub(crate) struct Link {
     /// A child of `fork` leaves the link alone.
     origin: Origin,
     state: Mutex<LinkState>,
+    other: Other,
     /// Lends to the receiver, if it takes loans.
     #[cfg(target_os = "linux")]
     lender: OnceLock<Arc<dyn Lender>>,
@@ -39,9 +79,38 @@ struct LinkState {
     severed: bool,
     leaving: bool,
     rejection: Option<Rejection>,
-    registered: BTreeMap<u64, Option<Arc<dyn Poison>>>,
+    registered: BTreeMap<u64, Registered>,
     next: u64,
     relief: Option<Relief>,
+    /// Whether the peer has been asked for a signal that has not come yet.
+    has_asked: bool,
+}
+
+/// A transfer under way.
+#[derive(Default)]
+struct Registered {
+    subject: Option<Arc<dyn Poison>>,
+    /// Of the task that waits for the peer.
+    waker: Option<Waker>,
+}
+
+impl LinkState {
+    fn is_awaited(&self) -> bool {
+        self.registered.values().any(|registered| registered.waker.is_some())
+    }
+
+    /// The wakers of those that have something to take.
+    fn take_ready(&mut self) -> Vec<Waker> {
+        let all = self.registered.values_mut();
+        let ready = all.filter(|registered| registered.waker.is_some() && registered.has_news());
+        ready.filter_map(|registered| registered.waker.take()).collect()
+    }
+}
+
+impl Registered {
+    fn has_news(&self) -> bool {
+        self.subject.as_ref().is_some_and(|subject| subject.has_news())
+    }
 }
 
 /// A call to make once fewer than `below` are registered.
@@ -59,7 +128,7 @@ impl Link {
 
     /// To a receiver in another process.
     pub(crate) fn to_receiver(peer: Peer) -> Link {
-        Link { peer: Some(peer), ..Link::within() }
+        Link { peer: Some(peer), other: Other::There(OnceLock::new()), ..Link::within() }
     }
 
     /// To this same process, whose death needs no detection.
@@ -69,6 +138,7 @@ impl Link {
             process: PeerProcess::default(),
             origin: Origin::here(),
             state: Mutex::default(),
+            other: Other::Here(AtomicBool::new(false)),
             #[cfg(target_os = "linux")]
             lender: OnceLock::new(),
         }
@@ -100,7 +170,74 @@ impl Link {
             state.rejection = why();
             state.severed = true;
         }
-        state.registered.values().flatten().for_each(|registered| registered.poison());
+        let all = state.registered.values_mut();
+        let wakers: Vec<Waker> = all
+            .filter_map(|registered| {
+                registered.subject.iter().for_each(|subject| subject.poison());
+                registered.waker.take()
+            })
+            .collect();
+        drop(state);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Tells the peer's process by `signal` that tasks have something to take, and is told so in the
+    /// same way. Only the first counts.
+    pub(crate) fn signal_by(&self, signal: Box<dyn Signal>) {
+        if let Other::There(other) = &self.other {
+            let _ = other.set(signal);
+        }
+    }
+
+    /// To be called after each post to the peer and the [`wake`](crate::sync::Semaphore::wake) that
+    /// follows it: signals the peer, if it has asked.
+    #[inline]
+    pub(crate) fn wake_tasks(&self) {
+        match &self.other {
+            Other::Here(asked) if asked.load(Relaxed) => self.look(),
+            Other::There(other) => match other.get() {
+                Some(signal) if signal.is_asked() => signal.signal(),
+                _ => {}
+            },
+            Other::Here(_) => {}
+        }
+    }
+
+    /// The peer has signalled: wakes the tasks that have something to take. While others wait, asks
+    /// anew, and looks again at what came before the peer could see that.
+    pub(crate) fn look(&self) {
+        let mut state = lock(&self.state);
+        if !state.has_asked {
+            return; // nobody waits
+        }
+        let mut wakers = state.take_ready();
+        state.has_asked = state.is_awaited();
+        if state.has_asked {
+            self.ask();
+            wakers.extend(state.take_ready());
+        } else if let Other::Here(asked) = &self.other {
+            asked.store(false, Relaxed);
+        }
+        drop(state);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Whether a peer that has been asked can signal this process.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn can_be_signalled(&self) -> bool {
+        match &self.other {
+            Other::Here(_) => true,
+            Other::There(other) => other.get().is_some(),
+        }
+    }
+
+    /// Asks the peer for a signal. What it posted before is seen from here on.
+    fn ask(&self) {
+        match &self.other {
+            Other::Here(asked) => asked.store(true, Relaxed),
+            Other::There(other) => other.get().into_iter().for_each(|signal| signal.ask()),
+        }
+        fence(SeqCst);
     }
 
     pub(crate) fn is_severed(&self) -> bool {
@@ -133,7 +270,7 @@ impl Link {
         let mut state = lock(&self.state);
         let number = state.next;
         state.next += 1;
-        state.registered.insert(number, None);
+        state.registered.insert(number, Registered::default());
         Registration { link: Arc::clone(self), number }
     }
 
@@ -174,7 +311,25 @@ impl Registration {
         if state.severed {
             subject.poison();
         }
-        state.registered.insert(self.number, Some(subject));
+        state.registered.insert(self.number, Registered { subject: Some(subject), waker: None });
+    }
+
+    /// Has a task woken as soon as the wait for the peer can have ended. The caller tries once more
+    /// after this. Nobody is woken if the two processes have nothing to signal each other by.
+    pub(crate) fn wake_later(&self, waker: &Waker) {
+        let mut state = lock(&self.link.state);
+        if let Some(registered) = state.registered.get_mut(&self.number) {
+            match &mut registered.waker {
+                Some(before) => before.clone_from(waker),
+                none => *none = Some(waker.clone()),
+            }
+        }
+        // Under the lock: who finds that it has been asked relies on it.
+        if mem::replace(&mut state.has_asked, true) {
+            fence(SeqCst);
+        } else {
+            self.link.ask();
+        }
     }
 
     pub(crate) fn link(&self) -> &Arc<Link> {

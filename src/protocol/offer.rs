@@ -1,6 +1,8 @@
 //! What a request and its transfer share: whether the request was sent, and over which link.
 
+use std::mem;
 use std::sync::Arc;
+use std::task::Waker;
 
 use crate::peer::{Link, Registration};
 use crate::segment::{Phase, ReadSlots, Segment};
@@ -25,8 +27,8 @@ pub(crate) struct Offer {
 }
 
 enum OfferState {
-    /// The request has not been sent yet.
-    Unsent,
+    /// The request has not been sent yet. A task may wait for the answer nevertheless.
+    Unsent(Option<Waker>),
     /// It went over a link, whose end poisons the segment.
     Sent(Registration),
     /// The transfer is over, and another transfer may have the segment.
@@ -37,7 +39,7 @@ impl OfferState {
     fn link(&self) -> Option<Arc<Link>> {
         match self {
             OfferState::Sent(registration) => Some(Arc::clone(registration.link())),
-            OfferState::Unsent | OfferState::Over => None,
+            OfferState::Unsent(_) | OfferState::Over => None,
         }
     }
 }
@@ -53,7 +55,7 @@ impl Offer {
         Offer {
             segment,
             generation,
-            state: Mutex::new(OfferState::Unsent),
+            state: Mutex::new(OfferState::Unsent(None)),
             connection: Mutex::new(None),
             #[cfg(target_os = "linux")]
             given: Mutex::new(None),
@@ -70,18 +72,20 @@ impl Offer {
     pub(crate) fn sent_over(&self, link: &Arc<Link>) {
         let mut state = lock(&self.state);
         if !matches!(*state, OfferState::Over) {
-            *state = OfferState::Sent(link.register(Arc::clone(&self.segment) as _));
+            let sent = OfferState::Sent(link.register(Arc::clone(&self.segment) as _));
+            wake(mem::replace(&mut *state, sent)); // to wait for the link
         }
     }
 
     /// Withdraws the offer, because the request was dropped unsent: no answer will come.
     pub(crate) fn abandon(&self) {
-        let state = lock(&self.state);
-        if matches!(*state, OfferState::Unsent) {
+        let mut state = lock(&self.state);
+        if let OfferState::Unsent(waker) = &mut *state {
             let header = self.segment.header();
             // Fails only if a sender has accepted it after all: that sender will answer.
             if header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn).is_ok() {
                 header.filled.poison();
+                waker.take().into_iter().for_each(Waker::wake);
             }
         }
     }
@@ -122,6 +126,28 @@ impl Offer {
         lock(&self.connection).clone()
     }
 
+    /// Has a task woken as soon as the answer, or more of it, can have come.
+    pub(super) fn wake_later(&self, task: &Waker) {
+        match &mut *lock(&self.state) {
+            OfferState::Unsent(waker) => *waker = Some(task.clone()),
+            OfferState::Sent(registration) => registration.wake_later(task),
+            OfferState::Over => {}
+        }
+    }
+
+    /// To be called after each post to the sender.
+    pub(super) fn wake_tasks(&self) {
+        if let OfferState::Sent(registration) = &*lock(&self.state) {
+            registration.link().wake_tasks();
+        }
+    }
+
+    /// Whether a task that waits for the answer is woken; otherwise it has to try from time to time.
+    #[cfg(feature = "tokio")]
+    pub(super) fn wakes(&self) -> bool {
+        self.link().is_none_or(|link| link.can_be_signalled())
+    }
+
     pub(super) fn is_severed(&self) -> bool {
         self.link().is_some_and(|link| link.is_severed())
     }
@@ -134,5 +160,12 @@ impl Offer {
     pub(super) fn end(&self) -> Option<Arc<Link>> {
         let over = std::mem::replace(&mut *lock(&self.state), OfferState::Over);
         over.link()
+    }
+}
+
+/// Wakes the task that waited for the request to be sent.
+fn wake(before: OfferState) {
+    if let OfferState::Unsent(Some(waker)) = before {
+        waker.wake();
     }
 }

@@ -3,13 +3,16 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::task::{Poll, Waker, ready};
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::segment::{Ended, Header, MAX_METADATA, Phase, ReadSlots, Segment, SegmentGuard};
 use crate::sync::atomic::Relaxed;
 use crate::sync::{Deadline, Permit};
 
-use super::wait::{Wait, Waiter, publish_cpu, why_interrupted};
+#[cfg(feature = "tokio")]
+use super::wait::Awaiting;
+use super::wait::{Until, Wait, Waiter, or_pending, publish_cpu, why_interrupted};
 use super::{FOUND, Offer, Refusal, ShmTransfer, Size};
 #[cfg(target_os = "linux")]
 use super::{FOUND_FOR_WANT_OF_ROOM, LENT};
@@ -99,9 +102,36 @@ impl ShmTransfer<Receiver, Offered> {
     pub fn wait(&mut self, deadline: Deadline) -> Result<()> {
         self.side.check_origin()?;
         if self.state.permit.is_none() {
-            self.state.permit = Some(self.side.await_filled(deadline, Awaited::Reply)?);
+            let until = Until::Deadline(deadline);
+            self.state.permit = Some(self.side.await_filled(until, Awaited::Reply)?);
         }
         Ok(())
+    }
+
+    /// As [`wait`](Self::wait), without waiting: if nothing has come yet, `task` is woken once it
+    /// may have. After a wake-up, call this again.
+    ///
+    /// # Errors
+    /// Those of [`reply`](Self::reply).
+    pub fn poll_wait(&mut self, task: &Waker) -> Poll<Result<()>> {
+        self.wait_until(Until::Woken(task))
+    }
+
+    /// As [`poll_wait`](Self::poll_wait), and nobody is woken.
+    ///
+    /// # Errors
+    /// Those of [`reply`](Self::reply).
+    pub fn try_wait(&mut self) -> Poll<Result<()>> {
+        self.wait_until(Until::Now)
+    }
+
+    pub(crate) fn wait_until(&mut self, until: Until<'_>) -> Poll<Result<()>> {
+        self.side.check_origin()?;
+        if self.state.permit.is_none() {
+            let waited = self.side.await_filled(until, Awaited::Reply);
+            self.state.permit = Some(ready!(or_pending(waited))?);
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Waits for the sender's answer. A small file has arrived whole by then (rule P2).
@@ -130,7 +160,7 @@ impl ShmTransfer<Receiver, Offered> {
         self.side.check_origin()?;
         let permit = match self.state.permit.take() {
             Some(permit) => permit,
-            None => self.side.await_filled(deadline, Awaited::Reply)?,
+            None => self.side.await_filled(Until::Deadline(deadline), Awaited::Reply)?,
         };
         let announcement = &self.side.header().announcement;
         // Each word is read once, checked, and only then used (rule P3).
@@ -257,15 +287,16 @@ impl Receiver {
         self.guard.is_wanted()
     }
 
-    fn await_filled(&mut self, deadline: Deadline, awaited: Awaited) -> Result<Permit> {
+    fn await_filled(&mut self, until: Until<'_>, awaited: Awaited) -> Result<Permit> {
         let Receiver { guard, offer, waiter, .. } = self;
         let header = guard.segment.header();
         let permit = waiter.wait(Wait {
             semaphore: &header.filled,
             our_cpu: &header.receiver.cpu,
             peer_cpu: &header.announcement.cpu,
-            deadline,
+            until,
             is_severed: || offer.is_severed(),
+            wake_later: |task: &Waker| offer.wake_later(task),
         });
         permit.map_err(|why| why_interrupted(why, awaited, || self.why_poisoned()))
     }
@@ -291,8 +322,24 @@ impl Receiver {
         if let Some(Phase::Accepted | Phase::Announced) = header.turn.phase_of(self.generation) {
             header.receiver.cancelled.store(1, Relaxed); // published by the poison
             header.free.poison();
+            link.iter().for_each(|link| link.wake_tasks());
         }
         Ended::new(self.generation, link)
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl Awaiting for Receiver {
+    fn is_woken(&self) -> bool {
+        self.offer.wakes()
+    }
+
+    fn begin_tries(&mut self) -> bool {
+        self.waiter.begin_tries(&self.guard.segment.header().announcement.cpu)
+    }
+
+    fn end_tries(&mut self, in_time: bool) {
+        self.waiter.end_tries(in_time);
     }
 }
 

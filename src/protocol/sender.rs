@@ -4,15 +4,18 @@ use std::fmt;
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::task::Waker;
 use std::time::Instant;
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::peer::{Link, Peer, Registration};
 use crate::segment::{Header, Phase, Segment, SlotWriter, WriteSlots};
 use crate::sync::atomic::Relaxed;
-use crate::sync::{BUDGET, Deadline, Permit};
+use crate::sync::{BUDGET, Permit};
 
-use super::wait::{Idle, Wait, Waiter, publish_cpu, why_interrupted};
+#[cfg(feature = "tokio")]
+use super::wait::Awaiting;
+use super::wait::{Idle, Until, Wait, Waiter, publish_cpu, why_interrupted};
 use super::{FOUND, METADATA_LIMIT, Metadata, Offer, Refusal, ShmTransfer, Size};
 
 #[cfg(unix)]
@@ -157,6 +160,13 @@ impl Stand {
         }
     }
 
+    /// Has a task woken as soon as the receiver may have freed a slot.
+    fn wake_later(&self, task: &Waker) {
+        if let Stand::On(writer) = self {
+            writer.wake_later(task);
+        }
+    }
+
     /// Takes the writer out of a sender that leaves with this phase; `None` unless it has accepted.
     fn leave(&mut self, phase: Phase) -> Option<SlotWriter> {
         match mem::replace(self, Stand::Off(phase)) {
@@ -231,17 +241,21 @@ impl Sender {
     /// Waits for a free slot as long as the receiver makes progress: until it has taken no byte for
     /// the whole timeout.
     fn await_progress(&mut self) -> Result<Permit> {
-        let progress = |sender: &Sender| sender.header().receiver.progress.load(Relaxed);
-        let mut idle = Idle::new(self.waiter.timeout(), progress(self));
+        let mut idle = Idle::new(self.waiter.timeout(), self.progress());
         loop {
-            match self.await_free(idle.look_again()) {
-                Err(Error::Timeout(_)) if !idle.is_over(progress(self)) => {}
+            match self.await_free(Until::Deadline(idle.look_again())) {
+                Err(Error::Timeout(_)) if !idle.is_over(self.progress()) => {}
                 settled => return settled,
             }
         }
     }
 
-    fn await_free(&mut self, deadline: Deadline) -> Result<Permit> {
+    /// Changes whenever the receiver takes bytes (rule P9).
+    pub(crate) fn progress(&self) -> u32 {
+        self.header().receiver.progress.load(Relaxed)
+    }
+
+    fn await_free(&mut self, until: Until<'_>) -> Result<Permit> {
         let Sender { segment, stand, waiter, .. } = self;
         let header = segment.header();
         // Unlike the receiver, the sender does not drain permits after poison: no receiver is left
@@ -253,8 +267,9 @@ impl Sender {
             semaphore: &header.free,
             our_cpu: &header.announcement.cpu,
             peer_cpu: &header.receiver.cpu,
-            deadline,
+            until,
             is_severed: || stand.link().is_some_and(Link::is_severed),
+            wake_later: |task: &Waker| stand.wake_later(task),
         });
         permit.map_err(|why| why_interrupted(why, Awaited::FreeSlot, || self.why_poisoned()))
     }
@@ -277,6 +292,7 @@ impl Sender {
         header.filled.add(permit);
         if !is_late {
             header.filled.wake();
+            self.stand.link().into_iter().for_each(Link::wake_tasks);
         }
     }
 
@@ -302,8 +318,9 @@ impl Sender {
         let Some(writer) = self.stand.leave(phase) else { return Err(Misuse::TransferOver.into()) };
         let header = self.segment.header();
         header.filled.add(permit);
-        let left = writer.leave(phase);
+        let (left, link) = writer.leave(phase);
         header.filled.wake(); // reads only
+        link.wake_tasks();
         Ok(left?)
     }
 
@@ -319,8 +336,24 @@ impl Sender {
         let header = self.segment.header();
         header.filled.set_poison();
         // Fails only if the peer corrupted the word; the receiver cannot be told then.
-        let _ = writer.leave(Phase::Aborted);
+        let (_, link) = writer.leave(Phase::Aborted);
         header.filled.wake(); // reads only
+        link.wake_tasks();
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl Awaiting for Sender {
+    fn is_woken(&self) -> bool {
+        self.stand.link().is_none_or(Link::can_be_signalled)
+    }
+
+    fn begin_tries(&mut self) -> bool {
+        self.waiter.begin_tries(&self.segment.header().receiver.cpu)
+    }
+
+    fn end_tries(&mut self, in_time: bool) {
+        self.waiter.end_tries(in_time);
     }
 }
 

@@ -1,6 +1,7 @@
 //! How each side of a transfer waits for the other's permits (rules P7 to P9).
 
 use std::sync::atomic::AtomicUsize;
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::error::{Awaited, Error};
@@ -23,16 +24,36 @@ pub(super) struct Waiter {
     timeout: u64,
 }
 
+/// How long to wait.
+#[derive(Clone, Copy)]
+pub(crate) enum Until<'w> {
+    /// As long as it takes, and no longer than this.
+    Deadline(Deadline),
+    /// Not at all.
+    Now,
+    /// Not at all: this is woken, once it may be worth while to try again.
+    Woken(&'w Waker),
+}
+
+#[cfg(feature = "tokio")]
+impl<'w> From<Option<&'w Waker>> for Until<'w> {
+    fn from(task: Option<&'w Waker>) -> Until<'w> {
+        task.map_or(Until::Now, Until::Woken)
+    }
+}
+
 /// One wait: for a permit of a semaphore, which the peer posts.
-pub(super) struct Wait<'h, F> {
+pub(super) struct Wait<'h, F, L> {
     pub(super) semaphore: &'h Semaphore,
     /// Where this side publishes the processor it runs on.
     pub(super) our_cpu: &'h AtomicU32,
     /// Where the peer publishes its processor.
     pub(super) peer_cpu: &'h AtomicU32,
-    pub(super) deadline: Deadline,
+    pub(super) until: Until<'h>,
     /// Whether the link to the peer has ended.
     pub(super) is_severed: F,
+    /// Has a task woken later.
+    pub(super) wake_later: L,
 }
 
 impl Waiter {
@@ -49,19 +70,28 @@ impl Waiter {
         Duration::from_nanos(self.timeout)
     }
 
+    /// The end of a wait that begins now.
+    pub(super) fn until(&self) -> Until<'static> {
+        Until::Deadline(Deadline::after(self.timeout()))
+    }
+
     /// Sets the timeout; 584 years at most.
     pub(super) fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
     }
 
     /// Takes a permit: at once, after a short spin where that can pay (rule P8), or after a sleep.
-    /// The sleep is [`blocking`]; its place at work is free meanwhile.
+    /// The sleep is [`blocking`]; its place at work is free meanwhile. Where it is not to wait, it
+    /// has timed out if there is no permit now.
     pub(super) fn wait(
         &mut self,
-        wait: Wait<'_, impl Fn() -> bool>,
+        wait: Wait<'_, impl Fn() -> bool, impl FnOnce(&Waker)>,
     ) -> Result<Permit, Interrupted> {
-        let Wait { semaphore, our_cpu, peer_cpu, deadline, is_severed } = wait;
+        let Wait { semaphore, our_cpu, peer_cpu, until, is_severed, wake_later } = wait;
         let cpu = publish_cpu(our_cpu);
+        let Until::Deadline(deadline) = until else {
+            return try_now(semaphore, until, is_severed, wake_later);
+        };
         let can_pay = cpu != peer_cpu.load(Relaxed) && !self.presence.is_crowded();
         match self.spinner.try_wait(semaphore, can_pay) {
             Err(Interrupted::TimedOut) => {}
@@ -96,6 +126,54 @@ impl Waiter {
     }
 }
 
+/// Takes a permit if there is one; if not, has the task woken that waits for it.
+#[inline(never)] // keeps the wait of a thread as short as it was
+fn try_now(
+    semaphore: &Semaphore,
+    until: Until<'_>,
+    is_severed: impl Fn() -> bool,
+    wake_later: impl FnOnce(&Waker),
+) -> Result<Permit, Interrupted> {
+    let settled = semaphore.try_wait();
+    let (Err(Interrupted::TimedOut), Until::Woken(waker)) = (&settled, until) else {
+        return settled;
+    };
+    wake_later(waker);
+    match semaphore.try_wait() {
+        // A peer that hangs up and lives on can remove the poison.
+        Err(Interrupted::TimedOut) if is_severed() => {
+            semaphore.try_wait().map_err(|_| Interrupted::Poisoned)
+        }
+        settled => settled,
+    }
+}
+
+/// The side of a transfer that a task waits for, as far as that wait needs it.
+#[cfg(feature = "tokio")]
+pub(crate) trait Awaiting {
+    /// Whether the peer can signal this process; otherwise the task has to try from time to time.
+    fn is_woken(&self) -> bool;
+
+    /// Whether to try for a moment before sleeping, where that can pay (rule P8).
+    fn begin_tries(&mut self) -> bool;
+
+    /// Whether the peer came within that moment.
+    fn end_tries(&mut self, in_time: bool);
+}
+
+#[cfg(feature = "tokio")]
+impl Waiter {
+    /// As [`Awaiting::begin_tries`], given where the peer last ran.
+    pub(super) fn begin_tries(&mut self, peer_cpu: &AtomicU32) -> bool {
+        let is_elsewhere = current_cpu() != peer_cpu.load(Relaxed);
+        is_elsewhere && !self.presence.is_crowded() && self.spinner.begin()
+    }
+
+    pub(super) fn end_tries(&mut self, in_time: bool) {
+        self.spinner.end(in_time);
+    }
+}
+
 /// The error for a wait for `awaited` that took no permit.
 #[cold]
 pub(super) fn why_interrupted(
@@ -107,6 +185,14 @@ pub(super) fn why_interrupted(
         Interrupted::TimedOut => Error::Timeout(awaited),
         Interrupted::Poisoned => why_poisoned(),
         Interrupted::Os(source) => Error::os("futex")(source),
+    }
+}
+
+/// A step that did not wait: pending where a wait would have timed out.
+pub(crate) fn or_pending<T>(step: Result<T, Error>) -> Poll<Result<T, Error>> {
+    match step {
+        Err(Error::Timeout(_)) => Poll::Pending,
+        settled => Poll::Ready(settled),
     }
 }
 

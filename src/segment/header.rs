@@ -15,7 +15,7 @@ use super::geometry::{Geometry, HEADER_LEN, MAX_SLOTS};
 pub(crate) const MAX_METADATA: usize = if cfg!(loom) { 4 } else { 1024 };
 /// Version of this layout and its rules. It includes the kind of parker: processes with different
 /// parkers cannot wake each other.
-pub(crate) const LAYOUT_VERSION: u32 = 2 | Parker::KIND << 16;
+pub(crate) const LAYOUT_VERSION: u32 = 3 | Parker::KIND << 16;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"shmferry");
 
@@ -90,7 +90,7 @@ pub(crate) struct ReceiverGroup {
 const _: () = {
     use std::mem::{offset_of, size_of};
     assert!(size_of::<Header>() <= HEADER_LEN as usize);
-    assert!(LAYOUT_VERSION == if Parker::KIND == 0 { 2 } else { 65_538 });
+    assert!(LAYOUT_VERSION == if Parker::KIND == 0 { 3 } else { 65_539 });
     assert!(offset_of!(Header, geometry) == 0);
     assert!(offset_of!(Header, turn) == 128);
     assert!(offset_of!(Header, announcement) == 256);

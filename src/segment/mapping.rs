@@ -364,6 +364,26 @@ mod by_kernel {
             usize::try_from(read).map_err(|_| io::Error::last_os_error())
         }
 
+        /// As [`pread_slot`](Self::pread_slot) at the slot's begin, with what of the file is in
+        /// memory: fails with `EAGAIN` rather than wait for a disk.
+        #[cfg(feature = "tokio")]
+        pub(crate) fn pread_slot_now(
+            &self,
+            slot: u32,
+            len: usize,
+            file: BorrowedFd<'_>,
+            file_offset: u64,
+        ) -> io::Result<usize> {
+            assert!(self.slots_writable, "slots are mapped read-only");
+            let to = self.slot_range(slot, 0, len);
+            let file_offset = FileOffset::try_from(file_offset).map_err(io::Error::other)?;
+            let part = libc::iovec { iov_base: to.cast::<c_void>(), iov_len: len };
+            // SAFETY: as for `pread_slot`; `part` describes just these bytes.
+            let read =
+                unsafe { libc::preadv2(file.as_raw_fd(), &part, 1, file_offset, libc::RWF_NOWAIT) };
+            usize::try_from(read).map_err(|_| io::Error::last_os_error())
+        }
+
         /// Sends bytes of a slot to a socket or pipe without blocking, or writes them to another
         /// kind of descriptor. Returns how many were written.
         pub(crate) fn send_slot(

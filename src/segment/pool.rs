@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Result};
@@ -18,6 +19,7 @@ use super::geometry::check_range;
 use super::{Backing, Geometry};
 
 mod lease;
+mod leasing;
 #[cfg(all(test, loom))]
 mod model;
 mod quarantine;
@@ -26,7 +28,8 @@ mod shared;
 mod tests;
 
 pub use lease::Lease;
-pub(crate) use lease::SegmentGuard;
+pub(crate) use lease::{Again, SegmentGuard};
+pub use leasing::Leasing;
 pub(crate) use quarantine::{Ended, PooledSegment};
 use shared::Shared;
 
@@ -110,7 +113,30 @@ impl<B: Backing> SegmentPool<B> {
         if !pool.available.try_enter() && !blocking(|| pool.available.enter(deadline)) {
             return Err(Error::Timeout(Awaited::Lease));
         }
-        Ok(Lease::new(pool.take()?, Arc::clone(pool)))
+        Ok(Lease::new(pool.take(pool.grace)?, Arc::clone(pool)))
+    }
+
+    /// As [`lease`](Self::lease), if a segment is free now.
+    ///
+    /// # Errors
+    /// Those of [`lease`](Self::lease), but for [`Error::Timeout`].
+    pub fn try_lease(&self) -> Poll<Result<Lease<B>>> {
+        let pool = &self.shared;
+        pool.origin.check()?;
+        if !pool.available.try_enter() {
+            return Poll::Pending;
+        }
+        Poll::Ready(pool.take(Duration::ZERO).map(|taken| Lease::new(taken, Arc::clone(pool))))
+    }
+
+    /// As [`lease`](Self::lease), for a task: a future, which any runtime can wait for. It waits as
+    /// long as it takes, in turn with threads that wait, and gives its turn up when it is dropped. A
+    /// segment that a late sender may still write to is replaced at once.
+    ///
+    /// # Errors
+    /// Those of [`lease`](Self::lease), but for [`Error::Timeout`].
+    pub fn lease_soon(&self) -> Leasing<B> {
+        Leasing::new(Arc::clone(&self.shared))
     }
 
     /// The pool's random identifier.

@@ -1,6 +1,7 @@
 //! The right to write to a segment's slots: at most one sender of this process has it at a time.
 
 use std::sync::Arc;
+use std::task::Waker;
 
 use crate::error::PeerFault;
 use crate::peer::{Link, Registration};
@@ -62,16 +63,23 @@ impl SlotWriter {
         self.registration.link()
     }
 
+    /// Has a task woken as soon as the receiver may have freed a slot.
+    pub(crate) fn wake_later(&self, task: &Waker) {
+        self.registration.wake_later(task);
+    }
+
     /// The memory, for writing its slots.
     pub(crate) fn slots(&self) -> &Mapping {
         &self.segment.mapping
     }
 
     /// Leaves the segment with this phase. The turn word is the last write: a process that reads
-    /// the phase knows that this sender has left (rule P6), and finds the segment unclaimed.
-    pub(crate) fn leave(self, phase: Phase) -> Result<(), PeerFault> {
+    /// the phase knows that this sender has left (rule P6), and finds the segment unclaimed. Returns
+    /// the link, since the receiver is still to be woken.
+    pub(crate) fn leave(self, phase: Phase) -> (Result<(), PeerFault>, Arc<Link>) {
+        let link = Arc::clone(self.registration.link());
         drop(self.registration);
         self.segment.is_claimed.store(false, Release);
-        self.segment.header().turn.advance(self.generation, self.phase, phase)
+        (self.segment.header().turn.advance(self.generation, self.phase, phase), link)
     }
 }

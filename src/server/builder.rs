@@ -1,11 +1,12 @@
 //! The bounds of a server, and how it takes its address.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::address::Address;
 #[cfg(feature = "posix-mq")]
 use crate::channel::PosixMq;
-use crate::channel::{RequestQueue, Seqpacket};
+use crate::channel::{RequestQueue, Seqpacket, SeqpacketQueue};
 use crate::error::{Error, Result};
 use crate::loan::LoanLimits;
 use crate::peer::Peer;
@@ -67,35 +68,11 @@ impl ServerBuilder {
         Error: From<A::Error>,
     {
         let hook = Arc::<Hook>::default();
-        let on_rejected = {
-            let hook = Arc::clone(&hook);
-            move |peer: Option<Peer>, error: &Error| {
-                hook.tell(&ServeError::Rejected { peer, reason: error.to_string() });
-            }
-        };
         let queue: Arc<dyn RequestQueue> = match address.try_into()? {
-            Address::Unix(path) => {
-                let mut socket = Seqpacket::new(path).on_rejected(on_rejected);
-                for uid in self.users {
-                    socket = socket.allow_user(uid);
-                }
-                if let Some(clients) = self.max_clients {
-                    socket = socket.max_clients(clients);
-                }
-                if let Some(segments) = self.max_segments {
-                    socket = socket.max_segments(segments);
-                }
-                if let Some(bytes) = self.max_bytes {
-                    socket = socket.max_bytes(bytes);
-                }
-                if let Some(LoanLimits { bytes, count }) = self.loans {
-                    socket = socket.lend_at_most(bytes, count);
-                }
-                Arc::new(socket.bind()?)
-            }
+            Address::Unix(path) => Arc::new(self.socket(path, &hook)?),
             #[cfg(feature = "posix-mq")]
             Address::Mq(name) => {
-                let mut queue = PosixMq::new(name)?.on_rejected(on_rejected);
+                let mut queue = PosixMq::new(name)?.on_rejected(tell_rejected(&hook));
                 if let Some(segments) = self.max_segments {
                     queue = queue.max_segments(segments);
                 }
@@ -106,4 +83,30 @@ impl ServerBuilder {
         };
         Ok(Server { queue, timeout: DEFAULT_TIMEOUT, hook })
     }
+
+    pub(crate) fn socket(self, path: PathBuf, hook: &Arc<Hook>) -> Result<SeqpacketQueue> {
+        let mut socket = Seqpacket::new(path).on_rejected(tell_rejected(hook));
+        for uid in self.users {
+            socket = socket.allow_user(uid);
+        }
+        if let Some(clients) = self.max_clients {
+            socket = socket.max_clients(clients);
+        }
+        if let Some(segments) = self.max_segments {
+            socket = socket.max_segments(segments);
+        }
+        if let Some(bytes) = self.max_bytes {
+            socket = socket.max_bytes(bytes);
+        }
+        if let Some(LoanLimits { bytes, count }) = self.loans {
+            socket = socket.lend_at_most(bytes, count);
+        }
+        socket.bind()
+    }
+}
+
+/// Has the hook told of clients that are rejected.
+fn tell_rejected(hook: &Arc<Hook>) -> impl Fn(Option<Peer>, &Error) + Send + Sync + 'static {
+    let hook = Arc::clone(hook);
+    move |peer, error| hook.tell(&ServeError::Rejected { peer, reason: error.to_string() })
 }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::task::Waker;
 
 use super::Deadline;
 use super::modelled::{Condvar, Mutex, lock};
@@ -27,7 +28,13 @@ struct State {
 #[derive(Debug, Default)]
 struct Waiter {
     called: Condvar,
+    /// Of a task, which waits instead of a thread.
+    task: Mutex<Option<Waker>>,
 }
+
+/// A task's place in the queue; none before it has to wait.
+#[derive(Debug, Default)]
+pub(crate) struct Place(Option<Arc<Waiter>>);
 
 impl FairSemaphore {
     pub(crate) fn new(permits: usize) -> FairSemaphore {
@@ -72,6 +79,46 @@ impl FairSemaphore {
         }
     }
 
+    /// Takes a permit if this task is the next to have one; otherwise has it woken when it is. Who
+    /// does not come back [gives up](Self::give_up).
+    pub(crate) fn poll_enter(&self, place: &mut Place, task: &Waker) -> bool {
+        let mut state = lock(&self.state);
+        match &place.0 {
+            None if state.permits > 0 => {
+                state.permits -= 1;
+                return true;
+            }
+            None => {
+                let me = Arc::new(Waiter::default());
+                *lock(&me.task) = Some(task.clone());
+                state.queue.push_back(Arc::clone(&me));
+                place.0 = Some(me);
+            }
+            Some(me) if state.queue.iter().any(|waiter| Arc::ptr_eq(waiter, me)) => {
+                *lock(&me.task) = Some(task.clone());
+            }
+            Some(_) => {
+                place.0 = None; // it has been given a permit
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Gives a place up, and a permit that was given to it.
+    pub(crate) fn give_up(&self, place: &mut Place) {
+        let Some(me) = place.0.take() else { return };
+        let mut state = lock(&self.state);
+        let at = state.queue.iter().position(|waiter| Arc::ptr_eq(waiter, &me));
+        match at {
+            Some(at) => _ = state.queue.remove(at),
+            None => {
+                drop(state);
+                self.leave();
+            }
+        }
+    }
+
     /// Releases a permit: to the first waiter, if there is one.
     pub(crate) fn leave(&self) {
         let mut state = lock(&self.state);
@@ -79,6 +126,8 @@ impl FairSemaphore {
             Some(first) => {
                 drop(state); // `first` locks it as soon as it wakes
                 first.called.notify_one();
+                let task = lock(&first.task).take();
+                task.into_iter().for_each(Waker::wake);
             }
             None => state.permits += 1,
         }

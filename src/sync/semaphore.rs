@@ -92,6 +92,11 @@ impl Semaphore {
         self.word.load(Relaxed) & !POISON
     }
 
+    /// Whether a wait would end now, with a permit or without.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.word.load(Acquire) != 0
+    }
+
     /// Takes a permit if there is one. Fails with `Poisoned` only when none is left (rule P7: what
     /// was filled stays readable), otherwise with `TimedOut`.
     pub(crate) fn try_wait(&self) -> Result<Permit, Interrupted> {

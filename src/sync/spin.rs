@@ -65,28 +65,39 @@ impl Spinner {
         mut attempt: impl FnMut() -> Option<T>,
     ) -> Option<T> {
         let settled = attempt();
-        if settled.is_some() || !can_pay {
+        if settled.is_some() || !can_pay || !self.begin() {
             return settled;
         }
-        if self.credit == 0 && self.unspun < PROBE {
-            self.unspun += 1;
-            return None;
-        }
-        self.unspun = 0;
         let start = Instant::now();
         loop {
             for _ in 0..ROUNDS {
                 hint::spin_loop();
                 if let Some(settled) = attempt() {
-                    self.credit = MOST_CREDIT.min(self.credit + 1);
+                    self.end(true);
                     return Some(settled);
                 }
             }
             if start.elapsed() >= budget {
-                self.credit = self.credit.saturating_sub(PENALTY);
+                self.end(false);
                 return None;
             }
         }
+    }
+
+    /// Whether to spin now, as far as this record tells.
+    pub(crate) fn begin(&mut self) -> bool {
+        let has_credit = self.credit > 0 || self.unspun >= PROBE;
+        self.unspun = if has_credit { 0 } else { self.unspun + 1 };
+        has_credit
+    }
+
+    /// Learns from a spin: whether the answer came in time.
+    pub(crate) fn end(&mut self, in_time: bool) {
+        self.credit = if in_time {
+            MOST_CREDIT.min(self.credit + 1)
+        } else {
+            self.credit.saturating_sub(PENALTY)
+        };
     }
 
     /// Learns from a sleep: after one shorter than the budget, a spin would have succeeded.

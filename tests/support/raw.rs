@@ -142,10 +142,15 @@ pub const ANNOUNCED: u64 = 3;
 pub const FINISHED: u64 = 4;
 pub const LAST: u32 = 1 << 31;
 
+/// Of the segments' layout, and of the messages.
+pub const VERSION: u32 = 3;
+
 /// The words of a ring of requests.
 pub const POSTED: usize = 0;
 pub const TAKEN: usize = 128;
 pub const NEED_WAKEUP: usize = 256;
+pub const CLIENT_ASKS: usize = 16_768;
+pub const SERVER_ASKS: usize = 16_896;
 pub const ENTRY: usize = 384;
 pub const ENTRIES: u64 = 64;
 pub const RING_LEN: usize = 20_480;

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use crate::error::{Error, PeerFault, ProtocolError, Rejection, Result};
 use crate::loan::{Borrower, Content, KeptLoans, LoanLimits, SEALED};
 use crate::peer::{ReceivedFds, Socket};
+use crate::sync::atomic::{AtomicBool, Relaxed};
 use crate::sync::modelled::{Mutex, lock};
 
 use super::client::Received;
@@ -29,6 +30,8 @@ pub(super) struct SocketBorrower<P = Socket> {
     limits: LoanLimits,
     /// Locked while the connection is read: who comes second finds what the first has read.
     inbox: Mutex<Inbox>,
+    /// A signal has been read, and the tasks not looked after yet.
+    signalled: AtomicBool,
     /// Let go of, and the server not told yet.
     returned: Mutex<Vec<u64>>,
 }
@@ -40,6 +43,12 @@ struct Inbox {
     loans: VecDeque<NewLoan>,
     /// The server's farewell has been read, with its reason.
     farewell: Option<Option<Rejection>>,
+}
+
+/// One message of the server.
+enum Heard {
+    Loan(NewLoan),
+    Signal,
 }
 
 /// A loan as the server has introduced it, not examined yet.
@@ -58,38 +67,51 @@ impl<P: Packets> SocketBorrower<P> {
             kept: KeptLoans::new(limits),
             limits,
             inbox: Mutex::new(Inbox::default()),
+            signalled: AtomicBool::new(false),
             returned: Mutex::new(Vec::new()),
         }
     }
 
-    /// Why the server hung up, if it sent a farewell. Sets loans that come first aside, and leaves
-    /// it to `borrow` to examine them: that can take its time, and this is called by the thread
-    /// that watches all connections.
+    /// Why the server hung up, if it sent a farewell.
     pub(super) fn last_words(&self) -> Option<Rejection> {
+        self.read_all();
+        lock(&self.inbox).farewell.flatten()
+    }
+
+    /// Reads all that has come. Sets loans aside, and leaves it to `borrow` to examine them: that
+    /// can take its time, and this is called by threads that serve others as well. `false` if there
+    /// may be more.
+    pub(super) fn read_all(&self) -> bool {
         let mut inbox = lock(&self.inbox);
         for _ in 0..MOST_READ {
             match self.read_one(&mut inbox) {
-                Ok(Some(loan)) if inbox.loans.len() < self.limits.count as usize => {
+                Ok(Some(Heard::Loan(loan))) if inbox.loans.len() < self.limits.count as usize => {
                     inbox.loans.push_back(loan);
                 }
-                Ok(Some(_too_many)) => {}
-                Ok(None) | Err(_) => break,
+                Ok(Some(Heard::Loan(_too_many))) => {}
+                Ok(Some(Heard::Signal)) => {}
+                Ok(None) | Err(_) => return true,
             }
         }
-        inbox.farewell.flatten()
+        false
+    }
+
+    /// Whether a signal has been read since the last call.
+    pub(super) fn was_signalled(&self) -> bool {
+        self.signalled.load(Relaxed) && self.signalled.swap(false, Relaxed)
     }
 
     /// The next loan that was introduced, if one has come.
-    fn next_loan(&self, inbox: &mut Inbox) -> Result<Option<NewLoan>> {
+    fn next_loan(&self, inbox: &mut Inbox) -> Result<Option<Heard>> {
         match inbox.loans.pop_front() {
-            Some(loan) => Ok(Some(loan)),
+            Some(loan) => Ok(Some(Heard::Loan(loan))),
             None => self.read_one(inbox),
         }
     }
 
-    /// Reads one message, if one has come: a loan, or a farewell, which the inbox keeps. Nothing
-    /// counts after a farewell.
-    fn read_one(&self, inbox: &mut Inbox) -> Result<Option<NewLoan>> {
+    /// Reads one message, if one has come: a loan, a signal, or a farewell, which the inbox keeps.
+    /// Nothing counts after a farewell.
+    fn read_one(&self, inbox: &mut Inbox) -> Result<Option<Heard>> {
         if inbox.farewell.is_some() {
             return Ok(None);
         }
@@ -109,7 +131,11 @@ impl<P: Packets> SocketBorrower<P> {
                     1 => Ok(fds),
                     _ => Err(malformed().into()),
                 };
-                Ok(Some(NewLoan { id, kind, len, fd }))
+                Ok(Some(Heard::Loan(NewLoan { id, kind, len, fd })))
+            }
+            Message::Wakeup => {
+                self.signalled.store(true, Relaxed);
+                Ok(Some(Heard::Signal))
             }
             farewell @ Message::Farewell { .. } => {
                 inbox.farewell = Some(farewell.rejection());
@@ -125,7 +151,8 @@ impl<P: Packets> SocketBorrower<P> {
         let mut left = self.limits.bytes;
         for _ in 0..MOST_READ {
             match self.next_loan(&mut inbox) {
-                Ok(Some(loan)) => self.examine(loan, None, &mut left),
+                Ok(Some(Heard::Loan(loan))) => self.examine(loan, None, &mut left),
+                Ok(Some(Heard::Signal)) => {}
                 Ok(None) | Err(_) => return, // the connection's end is noticed by others
             }
         }
@@ -199,7 +226,8 @@ impl<P: Packets> Borrower for SocketBorrower<P> {
                 return Ok(Some(content));
             }
             match self.next_loan(&mut inbox) {
-                Ok(Some(loan)) => self.examine(loan, Some(id), &mut left),
+                Ok(Some(Heard::Loan(loan))) => self.examine(loan, Some(id), &mut left),
+                Ok(Some(Heard::Signal)) => {}
                 Err(error @ Error::Peer(_)) => return Err(error),
                 Ok(None) | Err(_) => break,
             }

@@ -20,6 +20,7 @@ use crate::sync::lock;
 use super::Policy;
 use super::lender::SocketLender;
 use super::ring::{RING_LEN, Taker};
+use super::signal::SocketSignal;
 use super::wake_policy::Watched;
 use super::wire::{MAX_MESSAGE, Message, VERSION};
 
@@ -132,10 +133,11 @@ impl Client {
             }
             (Message::Ring, Some(_), [fd]) => {
                 let ring = Taker::new(attach_words(fd, RING_LEN)?);
+                self.link.signal_by(Box::new(SocketSignal::of_server(ring.words(), &self.socket)));
                 self.ring.set(ring).map_err(|_| malformed)?;
                 fds.0.clear();
             }
-            (Message::Wakeup, Some(_), _) if self.ring.get().is_some() => {}
+            (Message::Wakeup, Some(_), _) if self.ring.get().is_some() => self.link.look(),
             (Message::Returned { ids }, Some(_), _) => {
                 let lender = state.lender.as_ref().ok_or(malformed)?;
                 lender.take_back(ids)?;

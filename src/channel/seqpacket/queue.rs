@@ -7,10 +7,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -18,7 +20,7 @@ use rustix::net::SocketFlags;
 
 use crate::channel::RequestQueue;
 use crate::channel::leaving::Leaving;
-use crate::channel::poller::Poller;
+use crate::channel::poller::{Poller, TIMER};
 use crate::error::{Error, Rejection, Result};
 use crate::peer::{Link, Peer, Socket, is_behind, on_hang_up};
 use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
@@ -74,8 +76,6 @@ pub struct SeqpacketQueue {
 struct Shared {
     poller: Arc<Poller>,
     listener: Socket,
-    /// True while the listener is not armed, for lack of descriptors.
-    listener_resting: AtomicBool,
     policy: Policy,
     clients: Mutex<Clients>,
     wake_policy: Arc<WakePolicy<Client>>,
@@ -112,7 +112,6 @@ impl SeqpacketQueue {
         let shared = Arc::new(Shared {
             poller,
             listener,
-            listener_resting: AtomicBool::new(false),
             policy,
             clients: Mutex::new(Clients { next: FIRST_CLIENT, connected: BTreeMap::new() }),
             wake_policy: Arc::new(WakePolicy::new()),
@@ -134,6 +133,35 @@ impl SeqpacketQueue {
     }
 }
 
+impl SeqpacketQueue {
+    /// Takes the next request, if there is one, and wakes the tasks that have something to take
+    /// ([`poll_slot`](ShmTransfer::poll_slot)). Never waits. Once this is pending, the queue's
+    /// descriptor ([`AsFd`]) becomes readable when it is to be called again.
+    ///
+    /// # Errors
+    /// Those of [`recv`](RequestQueue::recv), but for [`Error::Timeout`].
+    pub fn try_recv(&self) -> Poll<Result<ShmTransfer<Sender, Starting>>> {
+        match self.recv(Deadline::after(Duration::ZERO)) {
+            Err(Error::Timeout(_)) => Poll::Pending,
+            taken => Poll::Ready(taken),
+        }
+    }
+
+    /// Wakes the tasks that have something to take. For a queue that was closed, and so is not
+    /// attended to any more.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn look(&self) {
+        self.shared.clients().iter().for_each(|client| client.link.look());
+    }
+}
+
+/// Readable when [`try_recv`](SeqpacketQueue::try_recv) has something to do.
+impl AsFd for SeqpacketQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared.poller.as_fd()
+    }
+}
+
 /// What [`WakePolicy::recv`] needs of this queue.
 impl WorkSource for Shared {
     type Ring = Client;
@@ -147,21 +175,18 @@ impl WorkSource for Shared {
 
     fn sleep(&self, deadline: Deadline) -> Result<Option<u64>> {
         let is_only_a_look = deadline.has_passed();
-        // Polls while descriptors are short: there is no event for a freed descriptor.
-        let resting = self.listener_resting.swap(false, Ordering::Relaxed);
-        let until =
-            if resting { deadline.min(Deadline::after(OUT_OF_DESCRIPTORS)) } else { deadline };
-        let woken = self.poller.wait(until)?;
+        let woken = self.poller.wait(deadline)?;
         if is_only_a_look {
             self.has_backlog.store(woken.is_some(), Ordering::Relaxed);
-        }
-        if resting {
-            self.poller.arm(&self.listener, LISTENER)?;
         }
         Ok(woken)
     }
 
     fn attend(&self, token: u64) -> Result<Attended<Client, Self::Request>> {
+        if token == TIMER {
+            self.poller.arm(&self.listener, LISTENER)?;
+            return Ok(Attended::nothing());
+        }
         if token == LISTENER {
             self.admit_all(ADMITTED_AT_ONCE)?;
             return Ok(Attended::nothing());
@@ -257,7 +282,8 @@ impl Shared {
     }
 
     /// Accepts waiting clients, at most `most`; then arms the listener for the next, unless there
-    /// are no descriptors: then `sleep` arms it, later. Never both, or workers would spin.
+    /// are no descriptors: then the timer has it armed, later, since there is no event for a freed
+    /// descriptor. Never both, or workers would spin.
     fn admit_all(&self, most: usize) -> Result<()> {
         let mut rejected = Vec::new();
         let mut outcome = Admission::NoneWaits;
@@ -268,7 +294,7 @@ impl Shared {
             }
         }
         let armed = if matches!(outcome, Admission::NoDescriptors) {
-            self.listener_resting.store(true, Ordering::Relaxed);
+            self.poller.wake_after(OUT_OF_DESCRIPTORS);
             Ok(())
         } else {
             self.poller.arm(&self.listener, LISTENER)
@@ -370,6 +396,7 @@ impl Shared {
                 }
             }
         }
+        client.link.look(); // a full connection is a signal, too
         self.let_next_in(client);
         Ok(request)
     }

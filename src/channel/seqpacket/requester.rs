@@ -23,7 +23,9 @@ use crate::sync::{Deadline, FairSemaphore, lock, wait_ready};
 use crate::workers;
 
 use super::borrower::SocketBorrower;
+use super::lines::Lines;
 use super::ring::{Posted, Poster, RING_LEN};
+use super::signal::SocketSignal;
 use super::wire::{Message, VERSION};
 use super::{Policy, send, socket, socket_address};
 
@@ -40,6 +42,8 @@ struct Connector {
     address: SocketAddrUnix,
     policy: Policy,
     pool: SegmentPool<Memfd>,
+    /// Readable when a connection is.
+    lines: Lines<Connection>,
 }
 
 impl SeqpacketRequester {
@@ -50,7 +54,8 @@ impl SeqpacketRequester {
     ) -> Result<SeqpacketRequester> {
         pool.origin().check()?;
         let (id, connect_timeout) = (pool.id(), policy.connect_timeout);
-        let connector = Connector { address: socket_address(path)?, policy, pool };
+        let (address, lines) = (socket_address(path)?, Lines::new()?);
+        let connector = Connector { address, policy, pool, lines };
         Ok(SeqpacketRequester {
             path: path.to_owned(),
             line: Reconnecting::new(connector, id, connect_timeout),
@@ -65,6 +70,27 @@ impl SeqpacketRequester {
     pub(super) fn connect(&self, deadline: Deadline) -> Result<()> {
         self.line.connect(deadline)
     }
+
+    /// Reads what the server has sent, and wakes the tasks that have something to take. To be
+    /// called whenever the descriptor ([`AsFd`]) is readable, by a program whose tasks wait
+    /// ([`poll_wait`](crate::protocol::ShmTransfer::poll_wait) and the like). It is not readable any
+    /// more then, until something new comes. `false` if there may be more by now: call it again,
+    /// after others had their turn. Never waits.
+    ///
+    /// # Errors
+    /// [`Error::Os`] when the system fails; [`Error::Misuse`] in a child of `fork`.
+    pub fn attend(&self) -> Result<bool> {
+        self.line.check_origin()?;
+        self.line.connector().lines.attend(|connection| connection.attend())
+    }
+}
+
+/// Readable when [`attend`](SeqpacketRequester::attend) has something to do. The same descriptor
+/// for all connections, one after the other.
+impl AsFd for SeqpacketRequester {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.line.connector().lines.as_fd()
+    }
 }
 
 impl Requester<Memfd> for SeqpacketRequester {
@@ -74,6 +100,10 @@ impl Requester<Memfd> for SeqpacketRequester {
     /// [`Error::Disconnected`].
     fn send(&self, request: Request<Memfd>, deadline: Deadline) -> Result<(), SendError<Memfd>> {
         self.line.send(request, deadline)
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        self.line.patience()
     }
 }
 
@@ -92,6 +122,10 @@ impl Connect for Connector {
         deadline: Deadline,
     ) -> Result<()> {
         over.deliver(&self.pool, request, deadline)
+    }
+
+    fn connected(&self, connection: &Arc<Connection>) -> Result<()> {
+        self.lines.add(&*connection.socket, connection)
     }
 }
 
@@ -164,6 +198,9 @@ impl Connection {
         let (ring, memory) =
             create_words(&format!("shmferry.ring-{}", pool.id()), RING_LEN).ok().unzip();
         let ring = ring.map(Poster::new);
+        if let Some(ring) = &ring {
+            link.signal_by(Box::new(SocketSignal::of_client(ring.words(), &socket)));
+        }
         let origin = Origin::here();
         let connection = Connection {
             socket,
@@ -203,7 +240,7 @@ impl Connection {
         if let Some(ring) = ring {
             self.say(Message::Ring, Some(ring.as_fd()), deadline)?;
         }
-        self.update(pool, deadline)
+        Ok(())
     }
 
     fn deliver(
@@ -311,13 +348,33 @@ impl Connection {
     }
 }
 
+impl Connection {
+    /// Reads all that has come, and wakes the tasks that have something to take. `false` if there
+    /// may be more.
+    fn attend(&self) -> bool {
+        let is_all = self.loans.read_all();
+        self.link.look();
+        is_all
+    }
+
+    /// A signal may have been read by who looked for something else.
+    fn look(&self) {
+        if self.loans.was_signalled() {
+            self.link.look();
+        }
+    }
+}
+
 impl Borrower for Connection {
     fn borrow(&self, id: u64) -> Result<Option<Content>> {
-        self.loans.borrow(id)
+        let borrowed = self.loans.borrow(id);
+        self.look();
+        borrowed
     }
 
     fn make_room(&self, bytes: u64) {
         self.loans.make_room(bytes);
+        self.look();
     }
 }
 

@@ -22,6 +22,7 @@
 //! change it by read-modify-write: with plain stores on the server's side, loom finds a value that
 //! is lowered too late.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::PeerFault;
@@ -36,7 +37,7 @@ pub(crate) const ENTRIES: u64 = if cfg!(loom) { 2 } else { 64 };
 pub(crate) const KEY_ROOM: usize = (ENTRY_WORDS - 2) * size_of::<u64>();
 /// Bytes of a ring: whole pages.
 pub(crate) const RING_LEN: usize = (RING_WORDS * size_of::<u64>()).next_multiple_of(4096);
-pub(super) const RING_WORDS: usize = FIRST_ENTRY + ENTRIES as usize * ENTRY_WORDS;
+pub(super) const RING_WORDS: usize = SERVER_ASKS + GROUP;
 
 // Positions in the ring, in words.
 /// Groups written by different sides are 128 bytes apart.
@@ -55,6 +56,11 @@ pub(crate) const FIRST_ENTRY: usize = 3 * GROUP;
 /// and the key.
 pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
 
+/// Behind the entries: not zero while the client's tasks ask for a signal, and the server's; see
+/// [`signal`](super::signal).
+pub(crate) const CLIENT_ASKS: usize = FIRST_ENTRY + ENTRIES as usize * ENTRY_WORDS;
+pub(crate) const SERVER_ASKS: usize = CLIENT_ASKS + GROUP;
+
 /// In the key's length: the answer may be lent.
 const TAKES_LOANS: u64 = 1 << 31;
 
@@ -69,6 +75,8 @@ const _: () = {
             && SERVER_CPU == 17
             && NEED_WAKEUP == 32
             && FIRST_ENTRY == 48
+            && CLIENT_ASKS == 2096
+            && SERVER_ASKS == 2112
     );
     assert!(RING_WORDS * size_of::<u64>() <= RING_LEN);
 };
@@ -81,7 +89,7 @@ const WAKE_UP_AFTER: Duration = Duration::from_micros(10);
 
 /// The client's end, for many threads.
 pub(super) struct Poster {
-    ring: Words,
+    ring: Arc<Words>,
     /// How many requests were posted.
     posted: Mutex<u64>,
     spinner: Mutex<Spinner>,
@@ -92,7 +100,13 @@ impl Poster {
     pub(super) fn new(ring: Words) -> Poster {
         ring[NEED_WAKEUP].store(NEW, Relaxed);
         ring[SERVER_CPU].store(u64::from(current_cpu()), Relaxed); // not known yet: do not spin
+        let ring = Arc::new(ring);
         Poster { ring, posted: Mutex::new(0), spinner: Mutex::new(Spinner::new()) }
+    }
+
+    /// The memory, which has the words for signals as well.
+    pub(super) fn words(&self) -> &Arc<Words> {
+        &self.ring
     }
 
     /// Posts a request, and returns its number; `None` if it does not fit.
@@ -172,7 +186,7 @@ pub(super) enum Posted {
 
 /// The server's end. One worker at a time takes; any worker may check for entries.
 pub(super) struct Taker {
-    ring: Words,
+    ring: Arc<Words>,
     /// How many requests were taken. Private; the copy in the ring is for the client.
     taken: AtomicU64,
     /// How often `NEED_WAKEUP` was raised.
@@ -197,7 +211,12 @@ impl Entry {
 
 impl Taker {
     pub(super) fn new(ring: Words) -> Taker {
-        Taker { ring, taken: AtomicU64::new(0), raised: AtomicU64::new(NEW) }
+        Taker { ring: Arc::new(ring), taken: AtomicU64::new(0), raised: AtomicU64::new(NEW) }
+    }
+
+    /// The memory, which has the words for signals as well.
+    pub(super) fn words(&self) -> &Arc<Words> {
+        &self.ring
     }
 
     /// Whether there are entries, valid or not.

@@ -16,7 +16,8 @@ pub(crate) const VERSION: u32 = LAYOUT_VERSION;
 
 const MAGIC: [u8; 8] = *b"shmferry";
 
-/// One message. All but `Loan` and `Farewell` go from client to server.
+/// One message. `Loan` and `Farewell` go from server to client, `Wakeup` in both directions, all
+/// others from client to server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Message<'a> {
     /// The first message: the client's version and pool, the geometry of all its segments, and how
@@ -35,7 +36,8 @@ pub(crate) enum Message<'a> {
     Retire { index: u32 },
     /// The accompanying descriptor is the ring for further requests.
     Ring,
-    /// There is a request in the ring.
+    /// There is something to take: for a server, a request in the ring, or a free slot; for a
+    /// client, a filled one.
     Wakeup,
     /// A request: put what `key` names into this segment, in this generation; or lend it, if the
     /// request takes loans.

@@ -3,12 +3,13 @@
 use std::any::type_name;
 use std::fmt;
 use std::io;
+use std::task::{Poll, Waker, ready};
 use std::time::Duration;
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 #[cfg(target_os = "linux")]
 use crate::loan::LentBody;
-use crate::protocol::wait::publish_cpu;
+use crate::protocol::wait::{Until, or_pending, publish_cpu};
 use crate::protocol::{Metadata, ShmTransfer, Size};
 use crate::segment::ChunkLen;
 #[cfg(not(loom))]
@@ -86,11 +87,34 @@ impl ShmTransfer<Receiver, Receiving> {
     /// [`Error::Timeout`], after which it may be called again; or, for good, what ended the
     /// transfer, once everything filled before that has been read (rule P7).
     pub fn next_chunk(&mut self, deadline: Deadline) -> Result<Option<Chunk<'_>>> {
-        Ok(self.open_chunk(deadline)?.then_some(Chunk { source: ChunkSource::Slot(self) }))
+        let until = Until::Deadline(deadline);
+        Ok(self.open_chunk(until)?.then_some(Chunk { source: ChunkSource::Slot(self) }))
+    }
+
+    /// As [`next_chunk`](Self::next_chunk), without waiting: if none has come yet, `task` is woken
+    /// once one may have. After a wake-up, call this again.
+    ///
+    /// # Errors
+    /// What ended the transfer.
+    pub fn poll_chunk(&mut self, task: &Waker) -> Poll<Result<Option<Chunk<'_>>>> {
+        self.chunk_until(Until::Woken(task))
+    }
+
+    /// As [`poll_chunk`](Self::poll_chunk), and nobody is woken.
+    ///
+    /// # Errors
+    /// What ended the transfer.
+    pub fn try_chunk(&mut self) -> Poll<Result<Option<Chunk<'_>>>> {
+        self.chunk_until(Until::Now)
+    }
+
+    fn chunk_until(&mut self, until: Until<'_>) -> Poll<Result<Option<Chunk<'_>>>> {
+        let is_open = ready!(or_pending(self.open_chunk(until)))?;
+        Poll::Ready(Ok(is_open.then_some(Chunk { source: ChunkSource::Slot(self) })))
     }
 
     /// Opens a chunk if none is open; `false` at the end. An empty last chunk is the end.
-    pub(in crate::protocol) fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
+    pub(in crate::protocol) fn open_chunk(&mut self, until: Until<'_>) -> Result<bool> {
         self.side.check_origin()?;
         while self.state.open.is_none() {
             match self.state.end {
@@ -101,7 +125,7 @@ impl ShmTransfer<Receiver, Receiving> {
             let permit = match self.state.permit.take() {
                 Some(permit) => permit,
                 None => {
-                    self.side.await_filled(deadline, Awaited::FilledSlot).inspect_err(|error| {
+                    self.side.await_filled(until, Awaited::FilledSlot).inspect_err(|error| {
                         if !matches!(error, Error::Timeout(_)) {
                             self.state.end = End::Failed;
                         }
@@ -144,7 +168,7 @@ impl ShmTransfer<Receiver, Receiving> {
     }
 
     /// Unread bytes of the open chunk.
-    pub(super) fn unread(&self) -> usize {
+    pub(crate) fn unread(&self) -> usize {
         self.state.open.as_ref().map_or(0, |open| open.chunk.len as usize - open.read)
     }
 
@@ -171,6 +195,21 @@ impl ShmTransfer<Receiver, Receiving> {
         len
     }
 
+    /// Copies unread bytes of the open chunk, and closes it with the last; returns how many.
+    pub(crate) fn read_open(&mut self, into: &mut [u8]) -> usize {
+        let read = self.consume(into);
+        if self.unread() == 0 {
+            self.close_chunk();
+        }
+        read
+    }
+
+    /// As [`open_chunk`](Self::open_chunk), for a task.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn poll_open(&mut self, until: Until<'_>) -> Poll<Result<bool>> {
+        or_pending(self.open_chunk(until))
+    }
+
     /// Returns the current chunk's slot to the sender, read or not.
     pub(in crate::protocol) fn close_chunk(&mut self) {
         if self.side.check_origin().is_err() {
@@ -187,6 +226,7 @@ impl ShmTransfer<Receiver, Receiving> {
             header.free.add(permit);
             if !self.side.waiter.can_put_off(&header.filled, slots) {
                 header.free.wake();
+                self.side.offer.wake_tasks();
             }
         }
     }
@@ -196,14 +236,10 @@ impl io::Read for ShmTransfer<Receiver, Receiving> {
     /// Blocks until there are bytes. Returns `Ok(0)` only at the true end. A transfer that ends
     /// early is an error, whose source is an [`Error`].
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if into.is_empty() || !self.open_chunk(Deadline::after(self.side.waiter.timeout()))? {
+        if into.is_empty() || !self.open_chunk(self.side.waiter.until())? {
             return Ok(0);
         }
-        let read = self.consume(into);
-        if self.unread() == 0 {
-            self.close_chunk();
-        }
-        Ok(read)
+        Ok(self.read_open(into))
     }
 }
 

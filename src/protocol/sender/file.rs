@@ -56,6 +56,34 @@ impl ShmTransfer<Sender, Sending> {
     }
 }
 
+#[cfg(feature = "tokio")]
+impl ShmTransfer<Sender, Sending> {
+    /// Fills the slot that it has from a file, and sends it; returns its length.
+    pub(crate) fn fill(&mut self, file: impl AsFd, offset: u64, limit: usize) -> Result<usize> {
+        Slot { transfer: self }.fill_from(file, offset, limit)
+    }
+
+    /// As [`fill`](Self::fill), with what of the file is in memory; `None` if that is nothing.
+    pub(crate) fn fill_now(
+        &mut self,
+        file: impl AsFd,
+        offset: u64,
+        limit: usize,
+    ) -> Result<Option<usize>> {
+        let capacity = Slot { transfer: self }.capacity().min(limit);
+        let slots = self.side.writer()?.slots();
+        match slots.pread_slot_now(self.state.cursor, capacity, file.as_fd(), offset) {
+            Ok(0) => Ok(Some(0)),
+            Ok(filled) => {
+                self.publish(filled, false)?;
+                Ok(Some(filled))
+            }
+            // Not in memory; or a file system that does not say. Other errors come again.
+            Err(_) => Ok(None),
+        }
+    }
+}
+
 impl Slot<'_> {
     /// Sends one chunk read from a file at `offset`, as long as fits the slot; returns its length.
     /// Zero means that the file ends there, and that nothing was sent.

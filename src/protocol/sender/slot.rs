@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::io;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use crate::error::{Error, Misuse, Result};
-use crate::protocol::wait::publish_cpu;
+use crate::protocol::wait::{Until, or_pending, publish_cpu};
 use crate::protocol::{ShmTransfer, Size};
 use crate::segment::{ChunkLen, Phase};
 use crate::sync::{Deadline, Permit};
@@ -60,7 +61,24 @@ impl ShmTransfer<Sender, Sending> {
     /// [`Error::Timeout`], after which it may be called again; [`Error::Cancelled`] or
     /// [`Error::Disconnected`] when the receiver has given up or died.
     pub fn next_slot(&mut self, deadline: Deadline) -> Result<Slot<'_>> {
-        self.free_slot(Some(deadline))
+        self.free_slot(Some(Until::Deadline(deadline)))
+    }
+
+    /// As [`next_slot`](Self::next_slot), without waiting: if none is free, `task` is woken once one
+    /// may be. After a wake-up, call this again.
+    ///
+    /// # Errors
+    /// Those of [`next_slot`](Self::next_slot), but for [`Error::Timeout`].
+    pub fn poll_slot(&mut self, task: &Waker) -> Poll<Result<Slot<'_>>> {
+        or_pending(self.free_slot(Some(Until::Woken(task))))
+    }
+
+    /// As [`poll_slot`](Self::poll_slot), and nobody is woken.
+    ///
+    /// # Errors
+    /// Those of [`poll_slot`](Self::poll_slot).
+    pub fn try_slot(&mut self) -> Poll<Result<Slot<'_>>> {
+        or_pending(self.free_slot(Some(Until::Now)))
     }
 
     /// Ends the transfer; returns the bytes sent. Needed after `io::Write`, and for a transfer of
@@ -81,11 +99,24 @@ impl ShmTransfer<Sender, Sending> {
         Ok(self.state.sent)
     }
 
-    /// As [`next_slot`](Self::next_slot). Without a deadline, the timeout applies.
-    pub(super) fn free_slot(&mut self, deadline: Option<Deadline>) -> Result<Slot<'_>> {
+    /// As [`next_slot`](Self::next_slot). Without an end of its own, the timeout applies.
+    pub(super) fn free_slot(&mut self, until: Option<Until<'_>>) -> Result<Slot<'_>> {
         self.publish_pending()?;
-        self.take_slot(deadline)?;
+        self.take_slot(until)?;
         Ok(Slot { transfer: self })
+    }
+
+    /// Whether [`finish`](Self::finish) needs a slot: the last byte has not ended the transfer.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn needs_end(&self) -> bool {
+        !matches!(self.side.stand, Stand::Off(_))
+    }
+
+    /// Takes the permit for the next slot, unless it has it. After that, writing does not wait before
+    /// that slot is full.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn poll_room(&mut self, until: Until<'_>) -> Poll<Result<()>> {
+        or_pending(self.take_slot(Some(until)))
     }
 
     /// Bytes that may still be sent, those included that `io::Write` has buffered.
@@ -94,7 +125,7 @@ impl ShmTransfer<Sender, Sending> {
     }
 
     /// Bytes that may still be written.
-    pub(super) fn unwritten(&self) -> u64 {
+    pub(crate) fn unwritten(&self) -> u64 {
         self.room() - u64::from(self.state.pending)
     }
 
@@ -106,13 +137,13 @@ impl ShmTransfer<Sender, Sending> {
         self.side.segment.geometry().slot_len() as usize
     }
 
-    /// Takes the permit for the slot at the cursor, unless it has it. Without a deadline, the
-    /// timeout applies.
-    fn take_slot(&mut self, deadline: Option<Deadline>) -> Result<()> {
+    /// Takes the permit for the slot at the cursor, unless it has it. Without an end of
+    /// its own, the timeout applies.
+    fn take_slot(&mut self, until: Option<Until<'_>>) -> Result<()> {
         self.side.writer()?;
         if self.state.permit.is_none() {
-            self.state.permit = Some(match deadline {
-                Some(deadline) => self.side.await_free(deadline)?,
+            self.state.permit = Some(match until {
+                Some(until) => self.side.await_free(until)?,
                 None => self.side.await_progress()?,
             });
         }

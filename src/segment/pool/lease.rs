@@ -29,17 +29,9 @@ impl<B: Backing> Lease<B> {
         &self.pooled.segment
     }
 
-    /// Leases the same segment again, or its replacement, once its transfer has ended: without
-    /// queueing behind callers that wait for a segment.
-    pub(crate) fn again(&self) -> impl FnOnce(Ended) -> Result<Lease<B>> + use<B> {
-        let (pooled, pool) = (Arc::clone(&self.pooled), Arc::clone(&self.pool));
-        move |ended| match pool.recover(Quarantined { pooled, ended }, pool.grace) {
-            Ok(pooled) => Ok(Lease::new(pooled, pool)),
-            Err((quarantined, error)) => {
-                pool.put_quarantined(quarantined);
-                Err(error)
-            }
-        }
+    /// To lease the same segment again, once its transfer has ended.
+    pub(crate) fn again(&self) -> Again<B> {
+        Again { pooled: Arc::clone(&self.pooled), pool: Arc::clone(&self.pool) }
     }
 
     /// Splits the lease into the request's part and the transfer's part.
@@ -48,6 +40,27 @@ impl<B: Backing> Lease<B> {
         let segment = Arc::clone(&self.pooled.segment);
         let guard = SegmentGuard { segment, pool: Arc::clone(&self.pool) as _ };
         (Arc::clone(&self.pooled), guard)
+    }
+}
+
+/// The segment of a transfer, to be leased again.
+pub(crate) struct Again<B: Backing> {
+    pooled: Arc<PooledSegment<B>>,
+    pool: Arc<Shared<B>>,
+}
+
+impl<B: Backing> Again<B> {
+    /// Leases the segment again, or its replacement, once its transfer has ended: without queueing
+    /// behind callers that wait for a segment.
+    pub(crate) fn lease(self, ended: Ended) -> Result<Lease<B>> {
+        let Again { pooled, pool } = self;
+        match pool.recover(Quarantined { pooled, ended }, pool.grace) {
+            Ok(pooled) => Ok(Lease::new(pooled, pool)),
+            Err((quarantined, error)) => {
+                pool.put_quarantined(quarantined);
+                Err(error)
+            }
+        }
     }
 }
 

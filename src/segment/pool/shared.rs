@@ -100,8 +100,9 @@ impl<B: Backing> Shared<B> {
         }
     }
 
-    /// A segment to lease. The caller has a permit of `available`, so there is one.
-    pub(super) fn take(&self) -> Result<Arc<PooledSegment<B>>> {
+    /// A segment to lease. The caller has a permit of `available`, so there is one. Waits at most
+    /// for `grace`, if a late sender may still write to the only one left.
+    pub(super) fn take(&self, grace: Duration) -> Result<Arc<PooledSegment<B>>> {
         let (first, is_alone) = {
             let mut state = lock(&self.state);
             (state.idle.pop(), state.quarantined.is_empty())
@@ -109,7 +110,7 @@ impl<B: Backing> Shared<B> {
         match first {
             // The common case.
             Some(first) if is_alone && first.is_sound() => Ok(first),
-            first => self.take_slowly(first),
+            first => self.take_slowly(first, grace),
         }
     }
 
@@ -120,8 +121,8 @@ impl<B: Backing> Shared<B> {
     fn take_slowly(
         &self,
         mut in_hand: Option<Arc<PooledSegment<B>>>,
+        mut grace: Duration,
     ) -> Result<Arc<PooledSegment<B>>> {
-        let mut grace = self.grace;
         let mut failed = None;
         for attempt in 1.. {
             let (idle, quarantined, segments, has_others) = {
@@ -153,6 +154,21 @@ impl<B: Backing> Shared<B> {
             grace = Duration::ZERO; // a lease waits for one late sender only
         }
         unreachable!("the loop has no end of its own")
+    }
+
+    /// Whether `take` would find one that is idle, or that its sender has left: if only quarantined
+    /// ones are left, those that can be are made idle.
+    #[cfg(feature = "tokio")]
+    pub(super) fn has_settled(&self) -> bool {
+        let mut state = lock(&self.state);
+        if state.idle.is_empty() {
+            let now = Deadline::after(Duration::ZERO);
+            let (settled, late) =
+                state.quarantined.drain(..).partition::<VecDeque<_>, _>(|one| one.settle(now));
+            state.quarantined = late;
+            state.idle.extend(settled.into_iter().map(|one| one.pooled));
+        }
+        !state.idle.is_empty()
     }
 
     pub(super) fn put_idle(&self, pooled: Arc<PooledSegment<B>>) {

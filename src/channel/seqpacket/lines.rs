@@ -1,0 +1,82 @@
+//! The connections of one client, as one descriptor to wait on.
+
+use std::collections::BTreeMap;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+use crate::sync::{Deadline, lock};
+
+/// How many connections are taken from the epoll at once, and how often.
+const AT_ONCE: usize = 8;
+const ROUNDS: usize = 64;
+
+/// An epoll of connections, which it does not keep open. Each is reported once for all that has come
+/// by then: one that was hung up on stays readable for ever.
+pub(super) struct Lines<C> {
+    epoll: OwnedFd,
+    connections: Mutex<Connections<C>>,
+}
+
+struct Connections<C> {
+    next: u64,
+    open: BTreeMap<u64, Weak<C>>,
+}
+
+impl<C> Lines<C> {
+    pub(super) fn new() -> Result<Lines<C>> {
+        let epoll =
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
+        let connections = Mutex::new(Connections { next: 0, open: BTreeMap::new() });
+        Ok(Lines { epoll, connections })
+    }
+
+    /// Adds a connection. Its socket leaves the epoll when it is closed.
+    pub(super) fn add(&self, socket: impl AsFd, connection: &Arc<C>) -> Result<()> {
+        let mut connections = lock(&self.connections);
+        connections.open.retain(|_, connection| connection.strong_count() > 0);
+        let number = connections.next;
+        connections.next += 1;
+        connections.open.insert(number, Arc::downgrade(connection));
+        epoll::add(&self.epoll, socket, epoll::EventData::new_u64(number), ONCE)
+            .map_err(Error::os("epoll_ctl"))
+    }
+
+    /// Has `attend` read from each connection that has something; it says whether it has read all.
+    /// `false` if there may be more.
+    pub(super) fn attend(&self, attend: impl Fn(&C) -> bool) -> Result<bool> {
+        for _ in 0..ROUNDS {
+            let mut events = [MaybeUninit::uninit(); AT_ONCE];
+            let now = Deadline::after(Duration::ZERO).timespec();
+            let events = match epoll::wait(&self.epoll, &mut events, now.as_ref()) {
+                Ok((events, _)) => events,
+                Err(Errno::INTR) => continue,
+                Err(errno) => return Err(Error::os("epoll_wait")(errno)),
+            };
+            if events.is_empty() {
+                return Ok(true);
+            }
+            for event in &*events {
+                let connection = lock(&self.connections).open.get(&event.data.u64()).cloned();
+                if let Some(connection) = connection.and_then(|connection| connection.upgrade()) {
+                    // A few turns for one that is flooded; then it is given up.
+                    let _ = (0..ROUNDS).any(|_| attend(&connection));
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+impl<C> AsFd for Lines<C> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
+const ONCE: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::ET);

@@ -1,0 +1,410 @@
+//! Serves each request with a task.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::fs::File;
+use std::future::{Future, poll_fn};
+use std::os::fd::OwnedFd;
+use std::panic::{self, AssertUnwindSafe};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::task::coop::consume_budget;
+use tokio::time::{sleep, timeout};
+
+use crate::address::Address;
+use crate::channel::{InProcess, RequestQueue, SeqpacketQueue};
+use crate::error::{Error, Misuse, Result};
+use crate::loan::Loan;
+use crate::peer::Peer;
+use crate::protocol::{
+    DEFAULT_TIMEOUT, Lending, Metadata, Refusal, Sender, ShmTransfer, Size, Starting,
+};
+use crate::server::{Hook, PAUSE, ServeError, ServerBuilder, message_of};
+
+use super::descriptor::readable;
+use super::outgoing::Outgoing;
+
+/// How often tasks are looked after once the queue is closed: nobody attends to it any more.
+const LOOK: Duration = Duration::from_millis(1);
+
+type Requested = ShmTransfer<Sender, Starting>;
+
+/// A server that has its address, and does not take requests yet: [`crate::Server`], with a task for
+/// each request instead of a thread.
+///
+/// ```no_run
+/// use shmferry::Refusal;
+/// use shmferry::tokio::Server;
+/// use std::fs::File;
+///
+/// # async fn serve() -> shmferry::Result<()> {
+/// let server = Server::bind("unix:/run/me/cache.sock")?.serve(|request| async move {
+///     match request.key() {
+///         b"/a.jpg" => request.send_file(&File::open("/srv/a.jpg")?).await,
+///         _ => request.refuse(Refusal::NotFound),
+///     }
+/// })?;
+/// server.wait().await;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "it serves nobody before `serve`"]
+pub struct Server {
+    queue: Queue,
+    timeout: Duration,
+    hook: Arc<Hook>,
+}
+
+#[derive(Clone)]
+enum Queue {
+    Socket(Arc<SeqpacketQueue>),
+    Within(InProcess),
+}
+
+impl Server {
+    /// Takes an address, `unix:PATH`, for this process: as [`crate::Server::bind`].
+    ///
+    /// # Errors
+    /// Those of [`crate::Server::bind`]; and [`Error::Misuse`] for a message queue, over which tasks
+    /// cannot wait.
+    pub fn bind<A>(address: A) -> Result<Server>
+    where
+        A: TryInto<Address>,
+        Error: From<A::Error>,
+    {
+        ServerBuilder::default().bind_tokio(address)
+    }
+
+    /// A server of a queue within this process, which has room for requests.
+    pub fn in_process(queue: InProcess) -> Server {
+        let queue = Queue::Within(queue);
+        Server { queue, timeout: DEFAULT_TIMEOUT, hook: Arc::default() }
+    }
+
+    /// How long a transfer waits for a client that takes nothing; 30 seconds by default. One that
+    /// reads slowly but steadily is never given up.
+    pub fn timeout(mut self, timeout: Duration) -> Server {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Has `hook` told of every error, as [`crate::Server::on_error`] does. It is called by the task
+    /// that met the error.
+    pub fn on_error(self, hook: impl Fn(&ServeError) + Send + Sync + 'static) -> Server {
+        self.hook.set(hook);
+        self
+    }
+
+    /// Serves requests until it is [stopped](Serving::stop): each by a task of its own, which runs
+    /// `handler`. There are as many at a time as clients ask: each has at most a few more under way
+    /// than it has segments.
+    ///
+    /// An error of the handler ends its transfer, and so does a panic: its client is told
+    /// ([`Error::Aborted`]) unless it had its answer already, [`on_error`](Self::on_error) is told
+    /// the error, and the server goes on.
+    ///
+    /// # Errors
+    /// [`Error::Os`] when the system refuses to watch the queue.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with its I/O and time enabled.
+    pub fn serve<F, A, E>(self, handler: F) -> Result<Serving>
+    where
+        F: Fn(Incoming) -> A + Send + Sync + 'static,
+        A: Future<Output = std::result::Result<(), E>> + Send + 'static,
+        E: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        let Server { queue, timeout, hook } = self;
+        let source = Source::of(&queue)?;
+        let (done, is_done) = watch::channel(false);
+        let (handler, at) = (Arc::new(handler), queue.clone());
+        tokio::spawn(async move {
+            let mut answers = JoinSet::new();
+            loop {
+                match source.next().await {
+                    Ok(transfer) => {
+                        let (handler, hook) = (Arc::clone(&handler), Arc::clone(&hook));
+                        answers.spawn(async move {
+                            answer(transfer, timeout, &*handler, &hook).await;
+                        });
+                    }
+                    Err(Error::Closed | Error::Misuse(_)) => break,
+                    Err(error) => {
+                        hook.tell(&ServeError::Queue(error));
+                        sleep(PAUSE).await;
+                    }
+                }
+                while answers.try_join_next().is_some() {}
+            }
+            drop(source);
+            wind_down(&at, &mut answers).await;
+            drop(at);
+            done.send_replace(true);
+        });
+        Ok(Serving { inner: Arc::new(Inner { queue, is_done }) })
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("tokio::Server").field("timeout", &self.timeout).finish_non_exhaustive()
+    }
+}
+
+impl ServerBuilder {
+    /// As [`bind`](Self::bind), for a server of tasks.
+    ///
+    /// # Errors
+    /// Those of [`bind`](Self::bind); and [`Error::Misuse`] for a message queue, over which tasks
+    /// cannot wait.
+    pub fn bind_tokio<A>(self, address: A) -> Result<Server>
+    where
+        A: TryInto<Address>,
+        Error: From<A::Error>,
+    {
+        let Address::Unix(path) = address.try_into()? else {
+            return Err(Misuse::NoTasksOverQueues.into());
+        };
+        let hook = Arc::<Hook>::default();
+        let queue = Queue::Socket(Arc::new(self.socket(path, &hook)?));
+        Ok(Server { queue, timeout: DEFAULT_TIMEOUT, hook })
+    }
+}
+
+/// Where requests come from, as a task waits for them.
+enum Source {
+    Socket(Arc<SeqpacketQueue>, AsyncFd<OwnedFd>),
+    Within(InProcess),
+}
+
+impl Source {
+    fn of(queue: &Queue) -> Result<Source> {
+        match queue {
+            Queue::Socket(queue) => {
+                let descriptor = readable(&**queue).map_err(Error::os("epoll_ctl"))?;
+                Ok(Source::Socket(Arc::clone(queue), descriptor))
+            }
+            Queue::Within(queue) => Ok(Source::Within(queue.clone())),
+        }
+    }
+
+    /// The next request. Meanwhile, the tasks that clients signal are woken.
+    async fn next(&self) -> Result<Requested> {
+        consume_budget().await;
+        match self {
+            Source::Socket(queue, descriptor) => loop {
+                if let Poll::Ready(taken) = queue.try_recv() {
+                    return taken;
+                }
+                let Ok(mut ready) = descriptor.readable().await else {
+                    return Err(Error::Closed); // the runtime ends
+                };
+                ready.clear_ready();
+            },
+            Source::Within(queue) => poll_fn(|context| queue.poll_recv(context.waker())).await,
+        }
+    }
+}
+
+impl Queue {
+    fn close(&self) {
+        match self {
+            Queue::Socket(queue) => queue.close(),
+            Queue::Within(queue) => RequestQueue::close(queue),
+        }
+    }
+}
+
+/// Waits for the answers under way, and looks after them meanwhile.
+async fn wind_down(queue: &Queue, answers: &mut JoinSet<()>) {
+    while let Ok(Some(_)) | Err(_) = timeout(LOOK, answers.join_next()).await {
+        if let Queue::Socket(queue) = queue {
+            queue.look();
+        }
+    }
+}
+
+/// Has one request answered, and tells what went wrong.
+async fn answer<F, A, E>(transfer: Requested, timeout: Duration, handler: &F, hook: &Hook)
+where
+    F: Fn(Incoming) -> A,
+    A: Future<Output = std::result::Result<(), E>>,
+    E: Into<Box<dyn StdError + Send + Sync>>,
+{
+    let (key, peer) = (transfer.shared_key(), transfer.peer());
+    let unanswered = Arc::new(AtomicBool::new(false));
+    let duty = Duty(Some(Arc::clone(&unanswered)));
+    let incoming = Incoming { transfer, timeout, duty };
+    let outcome = match panic::catch_unwind(AssertUnwindSafe(|| handler(incoming))) {
+        Ok(answering) => {
+            let mut answering = pin!(answering);
+            poll_fn(|context| {
+                let polled =
+                    panic::catch_unwind(AssertUnwindSafe(|| answering.as_mut().poll(context)));
+                match polled {
+                    Ok(Poll::Pending) => Poll::Pending,
+                    Ok(Poll::Ready(answered)) => Poll::Ready(Ok(answered)),
+                    Err(panic) => Poll::Ready(Err(panic)),
+                }
+            })
+            .await
+        }
+        Err(panic) => Err(panic),
+    };
+    let error = match outcome {
+        Ok(Ok(())) if unanswered.load(Relaxed) => ServeError::Unanswered { key, peer },
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => ServeError::Handler { key, peer, error: error.into() },
+        Err(panic) => ServeError::Panic { key, peer, message: message_of(&*panic) },
+    };
+    hook.tell(&error);
+}
+
+/// A server at work. Cheap to clone; when the last clone is dropped, it stops, and transfers under
+/// way go on.
+#[derive(Clone)]
+pub struct Serving {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    queue: Queue,
+    is_done: watch::Receiver<bool>,
+}
+
+impl Serving {
+    /// Stops taking requests, as [`crate::Serving::stop`] does. Transfers under way go on:
+    /// [`wait`](Self::wait) for them.
+    pub fn stop(&self) {
+        self.inner.queue.close();
+    }
+
+    /// Waits until it is stopped and its last transfer has ended: for ever, if nobody stops it.
+    pub async fn wait(&self) {
+        // Fails if the runtime of the server has ended: then it has ended, too.
+        let _ = self.inner.is_done.clone().wait_for(|is_done| *is_done).await;
+    }
+}
+
+impl fmt::Debug for Serving {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_done = *self.inner.is_done.borrow();
+        f.debug_struct("tokio::Serving").field("is_done", &is_done).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}
+
+/// Notes that a request is dropped, unless it is answered.
+#[derive(Debug)]
+struct Duty(Option<Arc<AtomicBool>>);
+
+impl Drop for Duty {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|unanswered| unanswered.store(true, Relaxed));
+    }
+}
+
+/// A request, and the duty to answer it: [`crate::Incoming`], for a task.
+///
+/// Dropped unanswered, it tells its client so ([`Error::Aborted`]).
+#[derive(Debug)]
+#[must_use = "a request that is dropped is aborted"]
+pub struct Incoming {
+    transfer: Requested,
+    timeout: Duration,
+    duty: Duty,
+}
+
+impl Incoming {
+    /// What is asked for.
+    pub fn key(&self) -> &[u8] {
+        self.transfer.key()
+    }
+
+    /// The process that asks; `None` within one process.
+    pub fn peer(&self) -> Option<Peer> {
+        self.transfer.peer()
+    }
+
+    /// Answers that there will be no bytes, and why. Does not wait.
+    ///
+    /// # Errors
+    /// Those of [`crate::Incoming::refuse`].
+    pub fn refuse(self, why: Refusal) -> Result<()> {
+        self.answered().0.refuse(why)
+    }
+
+    /// Answers with these bytes.
+    ///
+    /// # Errors
+    /// Those of [`crate::Incoming::send_bytes`].
+    pub async fn send_bytes(self, bytes: &[u8]) -> Result<()> {
+        let mut outgoing = self.accept(bytes.len() as u64)?;
+        outgoing.send(bytes).await?;
+        outgoing.finish().await.map(drop)
+    }
+
+    /// Answers with a file, from its beginning to its end.
+    ///
+    /// # Errors
+    /// Those of [`crate::Incoming::send_file`].
+    pub async fn send_file(self, file: &File) -> Result<()> {
+        let size = Size::of_file(file).map_err(Error::Source)?;
+        self.accept(size)?.send_file(file).await.map(drop)
+    }
+
+    /// Answers from a loan: without a copy, if the client takes loans and has room for this one.
+    ///
+    /// # Errors
+    /// Those of [`crate::Incoming::lend`].
+    pub async fn lend(self, loan: &Loan) -> Result<()> {
+        self.lend_with(loan, &()).await
+    }
+
+    /// As [`lend`](Self::lend), with metadata beside the size.
+    ///
+    /// # Errors
+    /// Those of [`crate::Incoming::lend_with`].
+    pub async fn lend_with(self, loan: &Loan, metadata: &impl Metadata) -> Result<()> {
+        let (transfer, timeout) = self.answered();
+        match transfer.try_lend(loan, metadata)? {
+            Lending::Lent => Ok(()),
+            Lending::Send(sending) => Outgoing::new(sending, timeout).send_loan(loan).await,
+        }
+    }
+
+    /// Accepts the request, and announces `size` bytes ([`Size::Unknown`] for a stream); they are
+    /// then sent bit by bit. Does not wait.
+    ///
+    /// # Errors
+    /// Those of [`crate::Incoming::accept`].
+    pub fn accept(self, size: impl Into<Size>) -> Result<Outgoing> {
+        self.accept_with(size, &())
+    }
+
+    /// As [`accept`](Self::accept), with metadata beside the size.
+    ///
+    /// # Errors
+    /// Those of [`crate::Incoming::accept_with`].
+    pub fn accept_with(self, size: impl Into<Size>, metadata: &impl Metadata) -> Result<Outgoing> {
+        let (transfer, timeout) = self.answered();
+        Ok(Outgoing::new(transfer.accept_with(size, metadata)?, timeout))
+    }
+
+    fn answered(mut self) -> (Requested, Duration) {
+        self.duty.0 = None;
+        (self.transfer, self.timeout)
+    }
+}
