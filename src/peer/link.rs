@@ -79,37 +79,25 @@ struct LinkState {
     severed: bool,
     leaving: bool,
     rejection: Option<Rejection>,
-    registered: BTreeMap<u64, Registered>,
+    registered: BTreeMap<u64, Option<Arc<dyn Poison>>>,
+    /// Of the tasks among them that wait for the peer.
+    wakers: BTreeMap<u64, Waker>,
     next: u64,
     relief: Option<Relief>,
     /// Whether the peer has been asked for a signal that has not come yet.
     has_asked: bool,
 }
 
-/// A transfer under way.
-#[derive(Default)]
-struct Registered {
-    subject: Option<Arc<dyn Poison>>,
-    /// Of the task that waits for the peer.
-    waker: Option<Waker>,
-}
-
 impl LinkState {
-    fn is_awaited(&self) -> bool {
-        self.registered.values().any(|registered| registered.waker.is_some())
-    }
-
     /// The wakers of those that have something to take.
     fn take_ready(&mut self) -> Vec<Waker> {
-        let all = self.registered.values_mut();
-        let ready = all.filter(|registered| registered.waker.is_some() && registered.has_news());
-        ready.filter_map(|registered| registered.waker.take()).collect()
-    }
-}
-
-impl Registered {
-    fn has_news(&self) -> bool {
-        self.subject.as_ref().is_some_and(|subject| subject.has_news())
+        let LinkState { registered, wakers, .. } = self;
+        let has_news = |number: &u64| match registered.get(number) {
+            Some(Some(subject)) => subject.has_news(),
+            _ => false,
+        };
+        let ready: Vec<u64> = wakers.keys().copied().filter(has_news).collect();
+        ready.iter().filter_map(|number| wakers.remove(number)).collect()
     }
 }
 
@@ -170,15 +158,10 @@ impl Link {
             state.rejection = why();
             state.severed = true;
         }
-        let all = state.registered.values_mut();
-        let wakers: Vec<Waker> = all
-            .filter_map(|registered| {
-                registered.subject.iter().for_each(|subject| subject.poison());
-                registered.waker.take()
-            })
-            .collect();
+        state.registered.values().flatten().for_each(|registered| registered.poison());
+        let wakers = mem::take(&mut state.wakers);
         drop(state);
-        wakers.into_iter().for_each(Waker::wake);
+        wakers.into_values().for_each(Waker::wake);
     }
 
     /// Tells the peer's process by `signal` that tasks have something to take, and is told so in the
@@ -211,7 +194,7 @@ impl Link {
             return; // nobody waits
         }
         let mut wakers = state.take_ready();
-        state.has_asked = state.is_awaited();
+        state.has_asked = !state.wakers.is_empty();
         if state.has_asked {
             self.ask();
             wakers.extend(state.take_ready());
@@ -270,7 +253,7 @@ impl Link {
         let mut state = lock(&self.state);
         let number = state.next;
         state.next += 1;
-        state.registered.insert(number, Registered::default());
+        state.registered.insert(number, None);
         Registration { link: Arc::clone(self), number }
     }
 
@@ -311,19 +294,14 @@ impl Registration {
         if state.severed {
             subject.poison();
         }
-        state.registered.insert(self.number, Registered { subject: Some(subject), waker: None });
+        state.registered.insert(self.number, Some(subject));
     }
 
     /// Has a task woken as soon as the wait for the peer can have ended. The caller tries once more
     /// after this. Nobody is woken if the two processes have nothing to signal each other by.
     pub(crate) fn wake_later(&self, waker: &Waker) {
         let mut state = lock(&self.link.state);
-        if let Some(registered) = state.registered.get_mut(&self.number) {
-            match &mut registered.waker {
-                Some(before) => before.clone_from(waker),
-                none => *none = Some(waker.clone()),
-            }
-        }
+        state.wakers.insert(self.number, waker.clone());
         // Under the lock: who finds that it has been asked relies on it.
         if mem::replace(&mut state.has_asked, true) {
             fence(SeqCst);
@@ -344,6 +322,9 @@ impl Drop for Registration {
         }
         let mut state = lock(&self.link.state);
         state.registered.remove(&self.number);
+        if !state.wakers.is_empty() {
+            state.wakers.remove(&self.number);
+        }
         let registered = state.registered.len();
         let relief = state.relief.take_if(|relief| registered < relief.below);
         drop(state);

@@ -12,7 +12,7 @@ use crate::sync::{Deadline, Permit};
 
 #[cfg(feature = "tokio")]
 use super::wait::Awaiting;
-use super::wait::{Until, Wait, Waiter, or_pending, publish_cpu, why_interrupted};
+use super::wait::{Wait, Waiter, or_pending, poll_permit, publish_cpu, why_interrupted};
 use super::{FOUND, Offer, Refusal, ShmTransfer, Size};
 #[cfg(target_os = "linux")]
 use super::{FOUND_FOR_WANT_OF_ROOM, LENT};
@@ -102,8 +102,7 @@ impl ShmTransfer<Receiver, Offered> {
     pub fn wait(&mut self, deadline: Deadline) -> Result<()> {
         self.side.check_origin()?;
         if self.state.permit.is_none() {
-            let until = Until::Deadline(deadline);
-            self.state.permit = Some(self.side.await_filled(until, Awaited::Reply)?);
+            self.state.permit = Some(self.side.await_filled(deadline, Awaited::Reply)?);
         }
         Ok(())
     }
@@ -114,7 +113,7 @@ impl ShmTransfer<Receiver, Offered> {
     /// # Errors
     /// Those of [`reply`](Self::reply).
     pub fn poll_wait(&mut self, task: &Waker) -> Poll<Result<()>> {
-        self.wait_until(Until::Woken(task))
+        self.poll_reply(Some(task))
     }
 
     /// As [`poll_wait`](Self::poll_wait), and nobody is woken.
@@ -122,14 +121,14 @@ impl ShmTransfer<Receiver, Offered> {
     /// # Errors
     /// Those of [`reply`](Self::reply).
     pub fn try_wait(&mut self) -> Poll<Result<()>> {
-        self.wait_until(Until::Now)
+        self.poll_reply(None)
     }
 
-    pub(crate) fn wait_until(&mut self, until: Until<'_>) -> Poll<Result<()>> {
+    pub(crate) fn poll_reply(&mut self, task: Option<&Waker>) -> Poll<Result<()>> {
         self.side.check_origin()?;
         if self.state.permit.is_none() {
-            let waited = self.side.await_filled(until, Awaited::Reply);
-            self.state.permit = Some(ready!(or_pending(waited))?);
+            let polled = self.side.poll_filled(task, Awaited::Reply);
+            self.state.permit = Some(ready!(or_pending(polled))?);
         }
         Poll::Ready(Ok(()))
     }
@@ -160,7 +159,7 @@ impl ShmTransfer<Receiver, Offered> {
         self.side.check_origin()?;
         let permit = match self.state.permit.take() {
             Some(permit) => permit,
-            None => self.side.await_filled(Until::Deadline(deadline), Awaited::Reply)?,
+            None => self.side.await_filled(deadline, Awaited::Reply)?,
         };
         let announcement = &self.side.header().announcement;
         // Each word is read once, checked, and only then used (rule P3).
@@ -287,17 +286,26 @@ impl Receiver {
         self.guard.is_wanted()
     }
 
-    fn await_filled(&mut self, until: Until<'_>, awaited: Awaited) -> Result<Permit> {
+    fn await_filled(&mut self, deadline: Deadline, awaited: Awaited) -> Result<Permit> {
         let Receiver { guard, offer, waiter, .. } = self;
         let header = guard.segment.header();
         let permit = waiter.wait(Wait {
             semaphore: &header.filled,
             our_cpu: &header.receiver.cpu,
             peer_cpu: &header.announcement.cpu,
-            until,
+            deadline,
             is_severed: || offer.is_severed(),
-            wake_later: |task: &Waker| offer.wake_later(task),
         });
+        permit.map_err(|why| why_interrupted(why, awaited, || self.why_poisoned()))
+    }
+
+    /// As [`await_filled`](Self::await_filled), without waiting: times out at once, and has the task
+    /// woken later, if there is one.
+    fn poll_filled(&mut self, task: Option<&Waker>, awaited: Awaited) -> Result<Permit> {
+        let header = self.header();
+        publish_cpu(&header.receiver.cpu);
+        let wake_later = task.map(|task| || self.offer.wake_later(task));
+        let permit = poll_permit(&header.filled, || self.offer.is_severed(), wake_later);
         permit.map_err(|why| why_interrupted(why, awaited, || self.why_poisoned()))
     }
 

@@ -11,11 +11,11 @@ use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 use crate::peer::{Link, Peer, Registration};
 use crate::segment::{Header, Phase, Segment, SlotWriter, WriteSlots};
 use crate::sync::atomic::Relaxed;
-use crate::sync::{BUDGET, Permit};
+use crate::sync::{BUDGET, Deadline, Permit};
 
 #[cfg(feature = "tokio")]
 use super::wait::Awaiting;
-use super::wait::{Idle, Until, Wait, Waiter, publish_cpu, why_interrupted};
+use super::wait::{Idle, Wait, Waiter, poll_permit, publish_cpu, why_interrupted};
 use super::{FOUND, METADATA_LIMIT, Metadata, Offer, Refusal, ShmTransfer, Size};
 
 #[cfg(unix)]
@@ -243,7 +243,7 @@ impl Sender {
     fn await_progress(&mut self) -> Result<Permit> {
         let mut idle = Idle::new(self.waiter.timeout(), self.progress());
         loop {
-            match self.await_free(Until::Deadline(idle.look_again())) {
+            match self.await_free(idle.look_again()) {
                 Err(Error::Timeout(_)) if !idle.is_over(self.progress()) => {}
                 settled => return settled,
             }
@@ -255,7 +255,7 @@ impl Sender {
         self.header().receiver.progress.load(Relaxed)
     }
 
-    fn await_free(&mut self, until: Until<'_>) -> Result<Permit> {
+    fn await_free(&mut self, deadline: Deadline) -> Result<Permit> {
         let Sender { segment, stand, waiter, .. } = self;
         let header = segment.header();
         // Unlike the receiver, the sender does not drain permits after poison: no receiver is left
@@ -267,10 +267,23 @@ impl Sender {
             semaphore: &header.free,
             our_cpu: &header.announcement.cpu,
             peer_cpu: &header.receiver.cpu,
-            until,
+            deadline,
             is_severed: || stand.link().is_some_and(Link::is_severed),
-            wake_later: |task: &Waker| stand.wake_later(task),
         });
+        permit.map_err(|why| why_interrupted(why, Awaited::FreeSlot, || self.why_poisoned()))
+    }
+
+    /// As [`await_free`](Self::await_free), without waiting: times out at once, and has the task
+    /// woken later, if there is one.
+    fn poll_free(&mut self, task: Option<&Waker>) -> Result<Permit> {
+        let header = self.segment.header();
+        if header.free.is_poisoned() {
+            return Err(self.why_poisoned());
+        }
+        publish_cpu(&header.announcement.cpu);
+        let is_severed = || self.stand.link().is_some_and(Link::is_severed);
+        let wake_later = task.map(|task| || self.stand.wake_later(task));
+        let permit = poll_permit(&header.free, is_severed, wake_later);
         permit.map_err(|why| why_interrupted(why, Awaited::FreeSlot, || self.why_poisoned()))
     }
 

@@ -18,7 +18,6 @@ use crate::random::random;
 use crate::sync::{Deadline, wait_ready};
 
 use super::sink::send_all_telling;
-use super::wait::Until;
 use super::{Receiver, Receiving, ShmTransfer};
 
 /// How many bytes of a spooled body are read at a time.
@@ -140,7 +139,7 @@ impl ShmTransfer<Receiver, Receiving> {
     fn set_aside(&mut self, file: &File, socket: BorrowedFd<'_>) -> Result<bool> {
         let start = Instant::now();
         loop {
-            match self.open_chunk(Until::Deadline(Deadline::after(QUICK))) {
+            match self.open_chunk(Deadline::after(QUICK)) {
                 Ok(true) => {}
                 Ok(false) => return Ok(true),
                 Err(Error::Timeout(_)) => return Ok(false),

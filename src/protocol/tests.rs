@@ -3,10 +3,9 @@
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::task::Waker;
 use std::time::Duration;
 
-use super::wait::{Until, Wait, Waiter, publish_cpu};
+use super::wait::{Wait, Waiter, publish_cpu};
 use super::*;
 use crate::channel::{InProcess, Request, RequestQueue, Requester};
 use crate::error::{Error, Fault, Misuse, PeerFault, Result};
@@ -542,9 +541,8 @@ fn what_was_filled_just_before_a_death_is_not_lost() {
             semaphore: &header.filled,
             our_cpu: &cpu,
             peer_cpu: &cpu,
-            until: Until::Deadline(soon()),
+            deadline: soon(),
             is_severed,
-            wake_later: |_: &Waker| {},
         })
     };
     assert!(wait(&is_severed).is_ok(), "the slot that was filled");

@@ -1,7 +1,7 @@
 //! How each side of a transfer waits for the other's permits (rules P7 to P9).
 
 use std::sync::atomic::AtomicUsize;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crate::error::{Awaited, Error};
@@ -24,36 +24,16 @@ pub(super) struct Waiter {
     timeout: u64,
 }
 
-/// How long to wait.
-#[derive(Clone, Copy)]
-pub(crate) enum Until<'w> {
-    /// As long as it takes, and no longer than this.
-    Deadline(Deadline),
-    /// Not at all.
-    Now,
-    /// Not at all: this is woken, once it may be worth while to try again.
-    Woken(&'w Waker),
-}
-
-#[cfg(feature = "tokio")]
-impl<'w> From<Option<&'w Waker>> for Until<'w> {
-    fn from(task: Option<&'w Waker>) -> Until<'w> {
-        task.map_or(Until::Now, Until::Woken)
-    }
-}
-
 /// One wait: for a permit of a semaphore, which the peer posts.
-pub(super) struct Wait<'h, F, L> {
+pub(super) struct Wait<'h, F> {
     pub(super) semaphore: &'h Semaphore,
     /// Where this side publishes the processor it runs on.
     pub(super) our_cpu: &'h AtomicU32,
     /// Where the peer publishes its processor.
     pub(super) peer_cpu: &'h AtomicU32,
-    pub(super) until: Until<'h>,
+    pub(super) deadline: Deadline,
     /// Whether the link to the peer has ended.
     pub(super) is_severed: F,
-    /// Has a task woken later.
-    pub(super) wake_later: L,
 }
 
 impl Waiter {
@@ -70,28 +50,19 @@ impl Waiter {
         Duration::from_nanos(self.timeout)
     }
 
-    /// The end of a wait that begins now.
-    pub(super) fn until(&self) -> Until<'static> {
-        Until::Deadline(Deadline::after(self.timeout()))
-    }
-
     /// Sets the timeout; 584 years at most.
     pub(super) fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
     }
 
     /// Takes a permit: at once, after a short spin where that can pay (rule P8), or after a sleep.
-    /// The sleep is [`blocking`]; its place at work is free meanwhile. Where it is not to wait, it
-    /// has timed out if there is no permit now.
+    /// The sleep is [`blocking`]; its place at work is free meanwhile.
     pub(super) fn wait(
         &mut self,
-        wait: Wait<'_, impl Fn() -> bool, impl FnOnce(&Waker)>,
+        wait: Wait<'_, impl Fn() -> bool>,
     ) -> Result<Permit, Interrupted> {
-        let Wait { semaphore, our_cpu, peer_cpu, until, is_severed, wake_later } = wait;
+        let Wait { semaphore, our_cpu, peer_cpu, deadline, is_severed } = wait;
         let cpu = publish_cpu(our_cpu);
-        let Until::Deadline(deadline) = until else {
-            return try_now(semaphore, until, is_severed, wake_later);
-        };
         let can_pay = cpu != peer_cpu.load(Relaxed) && !self.presence.is_crowded();
         match self.spinner.try_wait(semaphore, can_pay) {
             Err(Interrupted::TimedOut) => {}
@@ -126,19 +97,18 @@ impl Waiter {
     }
 }
 
-/// Takes a permit if there is one; if not, has the task woken that waits for it.
-#[inline(never)] // keeps the wait of a thread as short as it was
-fn try_now(
+/// Takes a permit if there is one, without waiting. If there is none, `wake_later` is to have the
+/// task woken, if there is a task; then this tries once more.
+pub(super) fn poll_permit(
     semaphore: &Semaphore,
-    until: Until<'_>,
     is_severed: impl Fn() -> bool,
-    wake_later: impl FnOnce(&Waker),
+    wake_later: Option<impl FnOnce()>,
 ) -> Result<Permit, Interrupted> {
     let settled = semaphore.try_wait();
-    let (Err(Interrupted::TimedOut), Until::Woken(waker)) = (&settled, until) else {
+    let (Err(Interrupted::TimedOut), Some(wake_later)) = (&settled, wake_later) else {
         return settled;
     };
-    wake_later(waker);
+    wake_later();
     match semaphore.try_wait() {
         // A peer that hangs up and lives on can remove the poison.
         Err(Interrupted::TimedOut) if is_severed() => {

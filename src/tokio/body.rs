@@ -268,7 +268,7 @@ impl Step for Chunk<'_> {
     type Output = Result<bool>;
 
     fn attempt(&mut self, task: Option<&Waker>) -> Poll<Result<bool>> {
-        self.0.poll_open(task.into())
+        self.0.poll_open(task)
     }
 
     fn side(&mut self) -> &mut dyn Awaiting {

@@ -313,7 +313,7 @@ impl Step for Answer<'_> {
     type Output = Result<()>;
 
     fn attempt(&mut self, task: Option<&Waker>) -> Poll<Result<()>> {
-        self.0.wait_until(task.into())
+        self.0.poll_reply(task)
     }
 
     fn side(&mut self) -> &mut dyn Awaiting {

@@ -262,7 +262,7 @@ impl Step for Room<'_> {
     type Output = Result<()>;
 
     fn attempt(&mut self, task: Option<&Waker>) -> Poll<Result<()>> {
-        self.0.poll_room(task.into())
+        self.0.poll_room(task)
     }
 
     fn side(&mut self) -> &mut dyn Awaiting {

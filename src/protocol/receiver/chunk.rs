@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
 #[cfg(target_os = "linux")]
 use crate::loan::LentBody;
-use crate::protocol::wait::{Until, or_pending, publish_cpu};
+use crate::protocol::wait::{or_pending, publish_cpu};
 use crate::protocol::{Metadata, ShmTransfer, Size};
 use crate::segment::ChunkLen;
 #[cfg(not(loom))]
@@ -87,8 +87,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// [`Error::Timeout`], after which it may be called again; or, for good, what ended the
     /// transfer, once everything filled before that has been read (rule P7).
     pub fn next_chunk(&mut self, deadline: Deadline) -> Result<Option<Chunk<'_>>> {
-        let until = Until::Deadline(deadline);
-        Ok(self.open_chunk(until)?.then_some(Chunk { source: ChunkSource::Slot(self) }))
+        Ok(self.open_chunk(deadline)?.then_some(Chunk { source: ChunkSource::Slot(self) }))
     }
 
     /// As [`next_chunk`](Self::next_chunk), without waiting: if none has come yet, `task` is woken
@@ -97,7 +96,7 @@ impl ShmTransfer<Receiver, Receiving> {
     /// # Errors
     /// What ended the transfer.
     pub fn poll_chunk(&mut self, task: &Waker) -> Poll<Result<Option<Chunk<'_>>>> {
-        self.chunk_until(Until::Woken(task))
+        self.poll_next(Some(task))
     }
 
     /// As [`poll_chunk`](Self::poll_chunk), and nobody is woken.
@@ -105,16 +104,27 @@ impl ShmTransfer<Receiver, Receiving> {
     /// # Errors
     /// What ended the transfer.
     pub fn try_chunk(&mut self) -> Poll<Result<Option<Chunk<'_>>>> {
-        self.chunk_until(Until::Now)
+        self.poll_next(None)
     }
 
-    fn chunk_until(&mut self, until: Until<'_>) -> Poll<Result<Option<Chunk<'_>>>> {
-        let is_open = ready!(or_pending(self.open_chunk(until)))?;
+    fn poll_next(&mut self, task: Option<&Waker>) -> Poll<Result<Option<Chunk<'_>>>> {
+        let is_open = ready!(self.poll_open(task))?;
         Poll::Ready(Ok(is_open.then_some(Chunk { source: ChunkSource::Slot(self) })))
     }
 
     /// Opens a chunk if none is open; `false` at the end. An empty last chunk is the end.
-    pub(in crate::protocol) fn open_chunk(&mut self, until: Until<'_>) -> Result<bool> {
+    pub(in crate::protocol) fn open_chunk(&mut self, deadline: Deadline) -> Result<bool> {
+        self.open_with(|side| side.await_filled(deadline, Awaited::FilledSlot))
+    }
+
+    /// As [`open_chunk`](Self::open_chunk), without waiting; has the task woken later, if there is
+    /// one.
+    pub(crate) fn poll_open(&mut self, task: Option<&Waker>) -> Poll<Result<bool>> {
+        or_pending(self.open_with(|side| side.poll_filled(task, Awaited::FilledSlot)))
+    }
+
+    #[inline(always)]
+    fn open_with(&mut self, take: impl Fn(&mut Receiver) -> Result<Permit>) -> Result<bool> {
         self.side.check_origin()?;
         while self.state.open.is_none() {
             match self.state.end {
@@ -124,13 +134,11 @@ impl ShmTransfer<Receiver, Receiving> {
             }
             let permit = match self.state.permit.take() {
                 Some(permit) => permit,
-                None => {
-                    self.side.await_filled(until, Awaited::FilledSlot).inspect_err(|error| {
-                        if !matches!(error, Error::Timeout(_)) {
-                            self.state.end = End::Failed;
-                        }
-                    })?
-                }
+                None => take(&mut self.side).inspect_err(|error| {
+                    if !matches!(error, Error::Timeout(_)) {
+                        self.state.end = End::Failed;
+                    }
+                })?,
             };
             let word = &self.side.header().chunks[self.state.cursor as usize];
             let chunk =
@@ -204,12 +212,6 @@ impl ShmTransfer<Receiver, Receiving> {
         read
     }
 
-    /// As [`open_chunk`](Self::open_chunk), for a task.
-    #[cfg(feature = "tokio")]
-    pub(crate) fn poll_open(&mut self, until: Until<'_>) -> Poll<Result<bool>> {
-        or_pending(self.open_chunk(until))
-    }
-
     /// Returns the current chunk's slot to the sender, read or not.
     pub(in crate::protocol) fn close_chunk(&mut self) {
         if self.side.check_origin().is_err() {
@@ -236,7 +238,7 @@ impl io::Read for ShmTransfer<Receiver, Receiving> {
     /// Blocks until there are bytes. Returns `Ok(0)` only at the true end. A transfer that ends
     /// early is an error, whose source is an [`Error`].
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if into.is_empty() || !self.open_chunk(self.side.waiter.until())? {
+        if into.is_empty() || !self.open_chunk(Deadline::after(self.side.waiter.timeout()))? {
             return Ok(0);
         }
         Ok(self.read_open(into))

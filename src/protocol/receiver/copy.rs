@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use crate::error::{Error, Result};
 use crate::protocol::ShmTransfer;
 use crate::protocol::sink::SinkWait;
+use crate::sync::Deadline;
 
 use super::chunk::ChunkSource;
 use super::{Chunk, Receiver, Receiving};
@@ -32,7 +33,7 @@ impl ShmTransfer<Receiver, Receiving> {
     ) -> Result<(u64, bool)> {
         let mut copied = 0;
         // A chunk that the sink took only in part stays open: a second call continues there.
-        while self.open_chunk(self.side.waiter.until())? {
+        while self.open_chunk(Deadline::after(self.side.waiter.timeout()))? {
             let before = self.unread();
             let is_written = self.write_open(sink, wait, &is_ended)?;
             copied += (before - self.unread()) as u64;

@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::task::{Poll, Waker};
+use std::task::{Poll, Waker, ready};
 use std::time::Duration;
 
 use crate::error::{Error, Misuse, Result};
-use crate::protocol::wait::{Until, or_pending, publish_cpu};
+use crate::protocol::wait::{or_pending, publish_cpu};
 use crate::protocol::{ShmTransfer, Size};
 use crate::segment::{ChunkLen, Phase};
 use crate::sync::{Deadline, Permit};
@@ -61,7 +61,7 @@ impl ShmTransfer<Sender, Sending> {
     /// [`Error::Timeout`], after which it may be called again; [`Error::Cancelled`] or
     /// [`Error::Disconnected`] when the receiver has given up or died.
     pub fn next_slot(&mut self, deadline: Deadline) -> Result<Slot<'_>> {
-        self.free_slot(Some(Until::Deadline(deadline)))
+        self.free_slot(Some(deadline))
     }
 
     /// As [`next_slot`](Self::next_slot), without waiting: if none is free, `task` is woken once one
@@ -70,7 +70,7 @@ impl ShmTransfer<Sender, Sending> {
     /// # Errors
     /// Those of [`next_slot`](Self::next_slot), but for [`Error::Timeout`].
     pub fn poll_slot(&mut self, task: &Waker) -> Poll<Result<Slot<'_>>> {
-        or_pending(self.free_slot(Some(Until::Woken(task))))
+        self.poll_free_slot(Some(task))
     }
 
     /// As [`poll_slot`](Self::poll_slot), and nobody is woken.
@@ -78,7 +78,7 @@ impl ShmTransfer<Sender, Sending> {
     /// # Errors
     /// Those of [`poll_slot`](Self::poll_slot).
     pub fn try_slot(&mut self) -> Poll<Result<Slot<'_>>> {
-        or_pending(self.free_slot(Some(Until::Now)))
+        self.poll_free_slot(None)
     }
 
     /// Ends the transfer; returns the bytes sent. Needed after `io::Write`, and for a transfer of
@@ -99,10 +99,10 @@ impl ShmTransfer<Sender, Sending> {
         Ok(self.state.sent)
     }
 
-    /// As [`next_slot`](Self::next_slot). Without an end of its own, the timeout applies.
-    pub(super) fn free_slot(&mut self, until: Option<Until<'_>>) -> Result<Slot<'_>> {
+    /// As [`next_slot`](Self::next_slot). Without a deadline, the timeout applies.
+    pub(super) fn free_slot(&mut self, deadline: Option<Deadline>) -> Result<Slot<'_>> {
         self.publish_pending()?;
-        self.take_slot(until)?;
+        self.take_slot(deadline)?;
         Ok(Slot { transfer: self })
     }
 
@@ -112,11 +112,20 @@ impl ShmTransfer<Sender, Sending> {
         !matches!(self.side.stand, Stand::Off(_))
     }
 
-    /// Takes the permit for the next slot, unless it has it. After that, writing does not wait before
-    /// that slot is full.
-    #[cfg(feature = "tokio")]
-    pub(crate) fn poll_room(&mut self, until: Until<'_>) -> Poll<Result<()>> {
-        or_pending(self.take_slot(Some(until)))
+    fn poll_free_slot(&mut self, task: Option<&Waker>) -> Poll<Result<Slot<'_>>> {
+        self.publish_pending()?;
+        ready!(self.poll_room(task))?;
+        Poll::Ready(Ok(Slot { transfer: self }))
+    }
+
+    /// Takes the permit for the next slot, unless it has it; has the task woken later, if there is
+    /// one. After that, writing does not wait before that slot is full.
+    pub(crate) fn poll_room(&mut self, task: Option<&Waker>) -> Poll<Result<()>> {
+        self.side.writer()?;
+        if self.state.permit.is_none() {
+            self.state.permit = Some(ready!(or_pending(self.side.poll_free(task)))?);
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Bytes that may still be sent, those included that `io::Write` has buffered.
@@ -137,13 +146,13 @@ impl ShmTransfer<Sender, Sending> {
         self.side.segment.geometry().slot_len() as usize
     }
 
-    /// Takes the permit for the slot at the cursor, unless it has it. Without an end of
-    /// its own, the timeout applies.
-    fn take_slot(&mut self, until: Option<Until<'_>>) -> Result<()> {
+    /// Takes the permit for the slot at the cursor, unless it has it. Without a deadline, the
+    /// timeout applies.
+    fn take_slot(&mut self, deadline: Option<Deadline>) -> Result<()> {
         self.side.writer()?;
         if self.state.permit.is_none() {
-            self.state.permit = Some(match until {
-                Some(until) => self.side.await_free(until)?,
+            self.state.permit = Some(match deadline {
+                Some(deadline) => self.side.await_free(deadline)?,
                 None => self.side.await_progress()?,
             });
         }

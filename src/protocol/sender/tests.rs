@@ -5,7 +5,6 @@ use std::time::Duration;
 use super::*;
 use crate::channel::{InProcess, RequestQueue, Requester};
 use crate::segment::{Memfd, SegmentPool};
-use crate::sync::Deadline;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
