@@ -65,8 +65,20 @@ impl Spinner {
         mut attempt: impl FnMut() -> Option<T>,
     ) -> Option<T> {
         let settled = attempt();
-        if settled.is_some() || !can_pay || !self.begin() {
+        if settled.is_some() || !can_pay {
             return settled;
+        }
+        self.spin_on(budget, attempt)
+    }
+
+    #[inline(never)] // keeps what need not spin short
+    fn spin_on<T>(
+        &mut self,
+        budget: Duration,
+        mut attempt: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        if !self.begin() {
+            return None;
         }
         let start = Instant::now();
         loop {
