@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::error::{Awaited, Error, Misuse, Result};
 use crate::loan::Loan;
 use crate::protocol::{Awaiting, Sender, Sending, ShmTransfer, Size};
 
+use super::server::Progress;
 use super::wait::{Step, Wait};
 
 type Transfer = Box<ShmTransfer<Sender, Sending>>;
@@ -39,11 +41,17 @@ struct Patience {
     wait: Wait,
     /// What the client had taken when this was last looked at, and when that was found.
     seen: Option<(u32, Instant)>,
+    /// Of the handler.
+    progress: Arc<Progress>,
 }
 
 impl Outgoing {
-    pub(super) fn new(transfer: ShmTransfer<Sender, Sending>, timeout: Duration) -> Outgoing {
-        let patience = Patience { timeout, wait: Wait::default(), seen: None };
+    pub(super) fn new(
+        transfer: ShmTransfer<Sender, Sending>,
+        timeout: Duration,
+        progress: Arc<Progress>,
+    ) -> Outgoing {
+        let patience = Patience { timeout, wait: Wait::default(), seen: None, progress };
         Outgoing { transfer: Some(Box::new(transfer)), patience }
     }
 
@@ -199,6 +207,10 @@ impl Patience {
         context: &mut Context<'_>,
         transfer: &mut ShmTransfer<Sender, Sending>,
     ) -> Poll<Result<()>> {
+        if transfer.sent() > 0 && self.progress.keeps_others_waiting() {
+            context.waker().wake_by_ref();
+            return Poll::Pending; // and on as a task
+        }
         loop {
             let progress = transfer.side().progress();
             let since = match self.seen {

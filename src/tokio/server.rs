@@ -102,9 +102,12 @@ impl Server {
         self
     }
 
-    /// Serves requests until it is [stopped](Serving::stop): each by a task of its own, which runs
-    /// `handler`. There are as many at a time as clients ask: each has at most a few more under way
-    /// than it has segments.
+    /// Serves requests until it is [stopped](Serving::stop): has `handler` run for each. There are as
+    /// many at a time as clients ask: each has at most a few more under way than it has segments.
+    ///
+    /// A handler begins where requests are taken. If it has to wait, or fills more than one slot, it
+    /// goes on as a task of its own. So what computes for long is to be done on another thread, as
+    /// ever with tasks, or others wait for it.
     ///
     /// An error of the handler ends its transfer, and so does a panic: its client is told
     /// ([`Error::Aborted`]) unless it had its answer already, [`on_error`](Self::on_error) is told
@@ -131,9 +134,21 @@ impl Server {
                 match source.next().await {
                     Ok(transfer) => {
                         let (handler, hook) = (Arc::clone(&handler), Arc::clone(&hook));
-                        answers.spawn(async move {
-                            answer(transfer, timeout, &*handler, &hook).await;
+                        let progress = Arc::new(Progress::default());
+                        let mut answering = Box::pin({
+                            let progress = Arc::clone(&progress);
+                            async move {
+                                answer(transfer, timeout, progress, &*handler, &hook).await;
+                            }
                         });
+                        // Most answers need no task of their own.
+                        let first =
+                            poll_fn(|context| Poll::Ready(answering.as_mut().poll(context)));
+                        let is_done = first.await.is_ready();
+                        progress.is_past.store(true, Relaxed);
+                        if !is_done {
+                            answers.spawn(answering);
+                        }
                     }
                     Err(Error::Closed | Error::Misuse(_)) => break,
                     Err(error) => {
@@ -231,16 +246,36 @@ async fn wind_down(queue: &Queue, answers: &mut JoinSet<()>) {
     }
 }
 
+/// How far a handler has come.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// Its request was dropped unanswered.
+    unanswered: AtomicBool,
+    /// Its first step is past: what follows runs as a task of its own, or of the handler's making.
+    is_past: AtomicBool,
+}
+
+impl Progress {
+    /// Whether it may still run where requests are taken.
+    pub(super) fn keeps_others_waiting(&self) -> bool {
+        !self.is_past.load(Relaxed)
+    }
+}
+
 /// Has one request answered, and tells what went wrong.
-async fn answer<F, A, E>(transfer: Requested, timeout: Duration, handler: &F, hook: &Hook)
-where
+async fn answer<F, A, E>(
+    transfer: Requested,
+    timeout: Duration,
+    progress: Arc<Progress>,
+    handler: &F,
+    hook: &Hook,
+) where
     F: Fn(Incoming) -> A,
     A: Future<Output = std::result::Result<(), E>>,
     E: Into<Box<dyn StdError + Send + Sync>>,
 {
     let (key, peer) = (transfer.shared_key(), transfer.peer());
-    let unanswered = Arc::new(AtomicBool::new(false));
-    let duty = Duty(Some(Arc::clone(&unanswered)));
+    let duty = Duty { progress: Arc::clone(&progress), is_done: false };
     let incoming = Incoming { transfer, timeout, duty };
     let outcome = match panic::catch_unwind(AssertUnwindSafe(|| handler(incoming))) {
         Ok(answering) => {
@@ -259,7 +294,7 @@ where
         Err(panic) => Err(panic),
     };
     let error = match outcome {
-        Ok(Ok(())) if unanswered.load(Relaxed) => ServeError::Unanswered { key, peer },
+        Ok(Ok(())) if progress.unanswered.load(Relaxed) => ServeError::Unanswered { key, peer },
         Ok(Ok(())) => return,
         Ok(Err(error)) => ServeError::Handler { key, peer, error: error.into() },
         Err(panic) => ServeError::Panic { key, peer, message: message_of(&*panic) },
@@ -308,11 +343,16 @@ impl Drop for Inner {
 
 /// Notes that a request is dropped, unless it is answered.
 #[derive(Debug)]
-struct Duty(Option<Arc<AtomicBool>>);
+struct Duty {
+    progress: Arc<Progress>,
+    is_done: bool,
+}
 
 impl Drop for Duty {
     fn drop(&mut self) {
-        self.0.iter().for_each(|unanswered| unanswered.store(true, Relaxed));
+        if !self.is_done {
+            self.progress.unanswered.store(true, Relaxed);
+        }
     }
 }
 
@@ -343,7 +383,7 @@ impl Incoming {
     /// # Errors
     /// Those of [`crate::Incoming::refuse`].
     pub fn refuse(self, why: Refusal) -> Result<()> {
-        self.answered().0.refuse(why)
+        self.answered(|transfer, _, _| transfer.refuse(why))
     }
 
     /// Answers with these bytes.
@@ -378,10 +418,15 @@ impl Incoming {
     /// # Errors
     /// Those of [`crate::Incoming::lend_with`].
     pub async fn lend_with(self, loan: &Loan, metadata: &impl Metadata) -> Result<()> {
-        let (transfer, timeout) = self.answered();
-        match transfer.try_lend(loan, metadata)? {
-            Lending::Lent => Ok(()),
-            Lending::Send(sending) => Outgoing::new(sending, timeout).send_loan(loan).await,
+        let sent = self.answered(|transfer, timeout, progress| {
+            Ok(match transfer.try_lend(loan, metadata)? {
+                Lending::Lent => None,
+                Lending::Send(sending) => Some(Outgoing::new(sending, timeout, progress)),
+            })
+        });
+        match sent? {
+            Some(outgoing) => outgoing.send_loan(loan).await,
+            None => Ok(()),
         }
     }
 
@@ -399,12 +444,16 @@ impl Incoming {
     /// # Errors
     /// Those of [`crate::Incoming::accept_with`].
     pub fn accept_with(self, size: impl Into<Size>, metadata: &impl Metadata) -> Result<Outgoing> {
-        let (transfer, timeout) = self.answered();
-        Ok(Outgoing::new(transfer.accept_with(size, metadata)?, timeout))
+        self.answered(|transfer, timeout, progress| {
+            Ok(Outgoing::new(transfer.accept_with(size, metadata)?, timeout, progress))
+        })
     }
 
-    fn answered(mut self) -> (Requested, Duration) {
-        self.duty.0 = None;
-        (self.transfer, self.timeout)
+    fn answered<T>(
+        mut self,
+        answer: impl FnOnce(Requested, Duration, Arc<Progress>) -> Result<T>,
+    ) -> Result<T> {
+        self.duty.is_done = true;
+        answer(self.transfer, self.timeout, Arc::clone(&self.duty.progress))
     }
 }

@@ -1,5 +1,6 @@
-//! How a task waits for one step of its peer: it tries, lets others run, and sleeps until woken.
+//! How a task waits for one step of its peer: it tries for a moment, and then sleeps until woken.
 
+use std::hint;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant as Real};
@@ -8,7 +9,11 @@ use tokio::task::coop::poll_proceed;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::protocol::Awaiting;
-use crate::sync::BUDGET;
+
+/// How long a task tries before it sleeps, where that can pay: others share its processor.
+const MOMENT: Duration = Duration::from_micros(10);
+/// Tries between two readings of the clock.
+const TRIES: usize = 16;
 
 /// How often a task tries again that nobody wakes: the two processes have nothing to signal by.
 const UNWOKEN: Duration = Duration::from_millis(1);
@@ -18,10 +23,6 @@ const UNWOKEN: Duration = Duration::from_millis(1);
 pub(super) struct Wait {
     /// Made when it is first needed.
     timer: Option<Pin<Box<Sleep>>>,
-    /// When the tries of this wait began.
-    since: Option<Real>,
-    /// Whether it has given up to try: it sleeps.
-    sleeps: bool,
     /// The end of this wait, where the caller has not fixed one.
     end: Option<Instant>,
 }
@@ -47,18 +48,13 @@ impl Wait {
     ) -> Poll<Option<S::Output>> {
         // As all that tokio offers: after many steps in a row, others have their turn.
         let budget = ready!(poll_proceed(context));
-        if let Poll::Ready(done) = step.attempt(None) {
+        let tried = match try_for_a_moment(step) {
+            Poll::Pending => step.attempt(Some(context.waker())),
+            done => done,
+        };
+        if let Poll::Ready(done) = tried {
             budget.made_progress();
-            self.end(true, step);
-            return Poll::Ready(Some(done));
-        }
-        if self.tries_on(step) {
-            context.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        if let Poll::Ready(done) = step.attempt(Some(context.waker())) {
-            budget.made_progress();
-            self.end(true, step);
+            self.end = None;
             return Poll::Ready(Some(done));
         }
         loop {
@@ -68,34 +64,14 @@ impl Wait {
             };
             ready!(self.poll_timer(context, until));
             if end.is_some_and(|end| end <= Instant::now()) {
-                self.end(false, step);
+                self.end = None;
                 return Poll::Ready(None);
             }
             if let Poll::Ready(done) = step.attempt(None) {
-                self.end(true, step);
+                self.end = None;
                 return Poll::Ready(Some(done));
             }
         }
-    }
-
-    /// Whether to try again soon, instead of sleeping.
-    fn tries_on<S: Step>(&mut self, step: &mut S) -> bool {
-        if self.sleeps {
-            return false;
-        }
-        let since = match self.since {
-            Some(since) => since,
-            None if step.side().begin_tries() => *self.since.insert(Real::now()),
-            None => {
-                self.sleeps = true;
-                return false;
-            }
-        };
-        self.sleeps = since.elapsed() >= BUDGET;
-        if self.sleeps {
-            step.side().end_tries(false);
-        }
-        !self.sleeps
     }
 
     /// The end of this wait, `timeout` after its begin.
@@ -106,14 +82,6 @@ impl Wait {
         self.end
     }
 
-    fn end<S: Step>(&mut self, in_time: bool, step: &mut S) {
-        if self.since.take().is_some() && !self.sleeps && in_time {
-            step.side().end_tries(true);
-        }
-        self.sleeps = false;
-        self.end = None;
-    }
-
     /// Ready at this time.
     pub(super) fn poll_timer(&mut self, context: &mut Context<'_>, until: Instant) -> Poll<()> {
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(until)));
@@ -121,6 +89,28 @@ impl Wait {
             timer.as_mut().reset(until);
         }
         timer.as_mut().poll(context)
+    }
+}
+
+/// Tries, and goes on to try for a moment where that can pay.
+fn try_for_a_moment<S: Step>(step: &mut S) -> Poll<S::Output> {
+    let first = step.attempt(None);
+    if first.is_ready() || !step.side().begin_tries() {
+        return first;
+    }
+    let start = Real::now();
+    loop {
+        for _ in 0..TRIES {
+            hint::spin_loop();
+            if let Poll::Ready(done) = step.attempt(None) {
+                step.side().end_tries(true);
+                return Poll::Ready(done);
+            }
+        }
+        if start.elapsed() >= MOMENT {
+            step.side().end_tries(false);
+            return Poll::Pending;
+        }
     }
 }
 

@@ -58,15 +58,16 @@ impl<C> Lines<C> {
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(Error::os("epoll_wait")(errno)),
             };
-            if events.is_empty() {
-                return Ok(true);
-            }
             for event in &*events {
                 let connection = lock(&self.connections).open.get(&event.data.u64()).cloned();
                 if let Some(connection) = connection.and_then(|connection| connection.upgrade()) {
                     // A few turns for one that is flooded; then it is given up.
                     let _ = (0..ROUNDS).any(|_| attend(&connection));
                 }
+            }
+            // What comes from here on makes the epoll readable again.
+            if events.len() < AT_ONCE {
+                return Ok(true);
             }
         }
         Ok(false)

@@ -52,6 +52,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// something: clients that connect or send wakeups are not starved by busy ones.
 const RINGS_BEFORE_BACKLOG: u32 = 4;
 
+/// How long a task looks for a request before it sleeps, where that can pay.
+const MOMENT: Duration = Duration::from_micros(10);
+
 /// How many clients are accepted at one event of the listener, which comes up once in a round of
 /// all ready connections.
 const ADMITTED_AT_ONCE: usize = 16;
@@ -135,13 +138,16 @@ impl SeqpacketQueue {
 
 impl SeqpacketQueue {
     /// Takes the next request, if there is one, and wakes the tasks that have something to take
-    /// ([`poll_slot`](ShmTransfer::poll_slot)). Never waits. Once this is pending, the queue's
+    /// ([`poll_slot`](ShmTransfer::poll_slot)). Never waits, but looks for a request for up to 10 µs
+    /// where that can pay. Once this is pending, the queue's
     /// descriptor ([`AsFd`]) becomes readable when it is to be called again.
     ///
     /// # Errors
     /// Those of [`recv`](RequestQueue::recv), but for [`Error::Timeout`].
     pub fn try_recv(&self) -> Poll<Result<ShmTransfer<Sender, Starting>>> {
-        match self.recv(Deadline::after(Duration::ZERO)) {
+        self.shared.poller.check_open()?; // before any lock
+        let (look, now) = (Deadline::after(MOMENT), Deadline::after(Duration::ZERO));
+        match self.shared.wake_policy.recv_looking(&*self.shared, look, now) {
             Err(Error::Timeout(_)) => Poll::Pending,
             taken => Poll::Ready(taken),
         }

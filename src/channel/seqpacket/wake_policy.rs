@@ -127,8 +127,18 @@ impl<R: Watched> WakePolicy<R> {
         source: &D,
         deadline: Deadline,
     ) -> Result<D::Request> {
+        self.recv_looking(source, deadline, deadline)
+    }
+
+    /// As [`recv`](Self::recv), but looks for a request until another deadline than it sleeps.
+    pub(super) fn recv_looking<D: WorkSource<Ring = R>>(
+        &self,
+        source: &D,
+        look: Deadline,
+        deadline: Deadline,
+    ) -> Result<D::Request> {
         let taken = loop {
-            match self.step(source, deadline) {
+            match self.step(source, look, deadline) {
                 Ok(Some(request)) => break Ok(request),
                 Ok(None) => {}
                 Err(error) => break Err(error),
@@ -144,12 +154,13 @@ impl<R: Watched> WakePolicy<R> {
     fn step<D: WorkSource<Ring = R>>(
         &self,
         source: &D,
+        look: Deadline,
         deadline: Deadline,
     ) -> Result<Option<D::Request>> {
         source.check_open()?;
         let must_look = source.is_look_due();
         if !must_look {
-            let is_over = || deadline.has_passed() || source.check_open().is_err();
+            let is_over = || look.has_passed() || source.check_open().is_err();
             if let Some(ring) = self.find().or_else(|| self.look(is_over)) {
                 return source.take(&ring);
             }

@@ -199,3 +199,26 @@ fn an_absent_server_is_waited_for_as_long_as_was_said() {
         assert_eq!(asked.await.unwrap().unwrap(), noise(1, 5));
     });
 }
+
+#[test]
+fn an_answer_that_the_handler_hands_to_a_task_of_its_own_is_sent() {
+    let _watchdog = watchdog();
+    on_threads(1, async {
+        let spot = Spot::new();
+        let server = Server::bind(spot.address.as_path()).unwrap();
+        let _serving = server
+            .serve(|request| async move {
+                let bytes = asked(request.key()).unwrap();
+                let mut outgoing = request.accept(Size::Unknown)?;
+                tokio::spawn(async move {
+                    outgoing.send(&bytes).await.unwrap();
+                    outgoing.finish().await.unwrap();
+                });
+                Ok::<(), Error>(())
+            })
+            .unwrap();
+        let client = Client::connect(spot.address.as_path()).unwrap();
+        let bytes = client.get(key(3, 3_000_000)).await.unwrap().read_all().await.unwrap();
+        assert!(bytes == noise(3, 3_000_000));
+    });
+}
