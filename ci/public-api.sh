@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export RUSTDOCFLAGS="" CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/public-api
 command -v cargo-public-api >/dev/null || cargo install --locked --quiet cargo-public-api@0.52.0
 # rustdoc's JSON is not stable: the compiler is told to write it all the same.
-RUSTC_BOOTSTRAP=1 cargo rustdoc --quiet --locked -p shmferry --lib --features tracing,loan-store,bytes -- \
+RUSTC_BOOTSTRAP=1 cargo rustdoc --quiet --locked -p shmferry --lib --features tracing,loan-store,bytes,tokio -- \
     -Zunstable-options --output-format json --cap-lints allow
 found=$(mktemp)
 trap 'rm -f "$found"' EXIT

@@ -130,6 +130,7 @@ impl<B: Backing> Asked<B> {
         answer: Result<Answer>,
         is_late: impl Fn() -> bool,
     ) -> Result<Step<B>> {
+        #[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
         let Asked { transfer, again, takes_loans } = self;
         match answer {
             Ok(Answer::Found(state)) => Ok(Step::Settled(Reply::Found(transfer.receiving(state)))),

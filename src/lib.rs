@@ -152,9 +152,28 @@
 //! - `bytes` (off): what was lent converts into `bytes::Bytes`, without a copy.
 //! - `tracing` (off): errors of servers as events of the crate `tracing`.
 //! - `loan-store` (off): `loan::LoanStore`, which lends files that are asked for again.
+//! - `tokio` (off): [`tokio::Client` and `tokio::Server`](#waiting-without-a-thread).
 //! - `raw-sync` (off): sleep by the crate `raw_sync`, as systems without a futex would have to. For
 //!   testing that; slower, and nothing is promised after a peer is killed. Both processes must be
 //!   built alike, or attaching fails with a mismatch of versions.
+//!
+//! # Waiting without a thread
+//! The feature `tokio` brings a module of that name, with the same front door for tasks. Beneath it are
+//! steps that never wait, for any runtime or none:
+//! [`try_recv`](channel::SeqpacketQueue::try_recv), [`poll_slot`](protocol::ShmTransfer::poll_slot),
+//! [`lease_soon`](segment::SegmentPool::lease_soon), [`poll_wait`](protocol::ShmTransfer::poll_wait),
+//! [`poll_chunk`](protocol::ShmTransfer::poll_chunk); a request is sent with a deadline that has
+//! passed. Over sockets and within a process. The contract:
+//!
+//! - Each side has one descriptor to wait on: a [`SeqpacketQueue`](channel::SeqpacketQueue) for a
+//!   server, a [`SeqpacketRequester`](channel::SeqpacketRequester) for a client. Once it is readable,
+//!   [`try_recv`](channel::SeqpacketQueue::try_recv) until that is pending, or
+//!   [`attend`](channel::SeqpacketRequester::attend): that wakes the tasks that have something to take,
+//!   and from then on the descriptor is not readable, until something new comes.
+//! - A step that is pending wakes its [`Waker`](std::task::Waker) once it may be worth while to try
+//!   again, if somebody attends to the descriptor. A wake-up can be needless: the step is then pending
+//!   again. It is never missing.
+//! - Only the last waker given for a transfer is woken.
 //!
 //! # When not to use it
 //! - If the client can open the file itself, or be handed its descriptor, let it.
