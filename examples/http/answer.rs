@@ -58,7 +58,11 @@ impl Site {
                 if code.is_server_error() {
                     self.pace.warn(format_args!("{path}: {code}: {error}"));
                 }
-                status(code)
+                let mut answer = status(code);
+                if code == StatusCode::SERVICE_UNAVAILABLE {
+                    answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(1));
+                }
+                answer
             }),
         };
         let no_sniff = HeaderValue::from_static("nosniff");
