@@ -1,10 +1,6 @@
 //! What keys ask for beside a path, and what the cache tells of files: the web server's terms.
 
-use std::fs::File;
-use std::io;
-use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use http_range_header::{EndPosition, StartPosition, parse_range_header};
 use shmferry::{Metadata, Size};
@@ -38,14 +34,14 @@ pub struct Stamp {
 
 impl Stamp {
     /// Looks at a file: before it is read, so that what is read is never older than its stamp.
-    pub fn of(file: &File) -> io::Result<Stamp> {
+    pub fn of(file: &std::fs::File) -> std::io::Result<Stamp> {
         let found = file.metadata()?;
         let times = [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()];
         let parts = [found.ino(), found.len()].into_iter().chain(times.map(|time| time as u64));
         // FNV-1a: the same on every machine and in every version.
         let fnv = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
         let version = parts.flat_map(u64::to_le_bytes).fold(0xcbf2_9ce4_8422_2325, fnv);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
         let is_settled = (found.ctime() + 1) < now as i64; // times come in ticks of up to a second
         Ok(Stamp {
             len: Size::of_file(file)?.known().unwrap_or(u64::MAX),
@@ -56,7 +52,7 @@ impl Stamp {
     }
 
     /// The bytes that `bytes=5-9`, `bytes=5-` or `bytes=-5` asks for; `None` if there are none.
-    pub fn part(&self, asked: &str) -> Option<Range<u64>> {
+    pub fn part(&self, asked: &str) -> Option<std::ops::Range<u64>> {
         let [part] = parse_range_header(asked).ok()?.ranges.try_into().ok()?;
         let start = match part.start {
             StartPosition::Index(first) => first,

@@ -1,33 +1,24 @@
 //! From a request to its answer: what to ask the cache, and what to say of what comes.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use bytes::Bytes;
 use futures_util::TryStreamExt;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
-use http_range_header::parse_range_header;
-use hyper::body::{Frame, Incoming};
-use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::body::{Bytes, Frame, Incoming};
+use hyper::header::{self, HeaderMap};
 use hyper::http::response::Builder;
 use hyper::{Method, Request, Response, StatusCode};
-use shmferry::error::{Awaited, Rejection};
-use shmferry::{Error, Metadata, Refusal, Size};
+use shmferry::error::Awaited;
+use shmferry::{Error, Metadata, Refusal};
 use shmferry_examples::asked::{HEAD, LIST, NO_SUCH_PART, Stamp};
 use shmferry_examples::program::Pace;
 use tracing::debug;
 
-use super::metrics::{self, Metrics};
 use super::standin::{Body, Client};
-use super::{page, path};
+use super::{metrics, page, path};
 
 /// The longest list of names that makes a page, in bytes.
 const LONGEST_LIST: u64 = 16 << 20;
-
-/// The longest path: a key has room beside it for what is asked for.
-const LONGEST_PATH: usize = shmferry::channel::KEY_LIMIT - 64;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 
@@ -36,14 +27,20 @@ pub type Answer = Response<UnsyncBoxBody<Bytes, Error>>;
 /// Answers from the cache.
 pub struct Site {
     pub cache: Client,
-    pub metrics: Metrics,
+    pub metrics: metrics::Metrics,
     pub pace: Pace,
+    /// Of connections.
+    pub timeout: Duration,
 }
 
 impl Site {
+    pub fn new(cache: Client, timeout: Duration) -> Site {
+        Site { cache, metrics: metrics::Metrics::new(), pace: Pace::default(), timeout }
+    }
+
     pub async fn answer(&self, request: &Request<Incoming>) -> Answer {
         let began = Instant::now();
-        let mut answer = match request.uri().path() {
+        let answer = match request.uri().path() {
             "/metrics" => {
                 let text = self.metrics.render(&self.cache.stats());
                 with_text(head(StatusCode::OK, metrics::TYPE), text)
@@ -58,15 +55,9 @@ impl Site {
                 if code.is_server_error() {
                     self.pace.warn(format_args!("{path}: {code}: {error}"));
                 }
-                let mut answer = status(code);
-                if code == StatusCode::SERVICE_UNAVAILABLE {
-                    answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(1));
-                }
-                answer
+                status(code)
             }),
         };
-        let no_sniff = HeaderValue::from_static("nosniff");
-        answer.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, no_sniff);
         let status = [("status", answer.status().as_str().to_owned())];
         self.metrics.requests.get_or_create(&status).inc();
         self.metrics.seconds.observe(began.elapsed().as_secs_f64());
@@ -83,7 +74,6 @@ impl Site {
         }
         match path::decode(request.uri().path()) {
             None => Ok(status(StatusCode::BAD_REQUEST)),
-            Some(path) if path.len() > LONGEST_PATH => Ok(status(StatusCode::URI_TOO_LONG)),
             Some(path) if path.ends_with(b"/") => self.page(&path).await,
             Some(path) => self.file(&path, request.headers(), is_head).await,
         }
@@ -114,9 +104,15 @@ impl Site {
             }
         }
         // Several ranges, and those that do not parse, are answered with all of the file.
-        let is_one = |range: &&str| parse_range_header(range).is_ok_and(|it| it.ranges.len() == 1);
+        let is_one = |range: &&str| {
+            http_range_header::parse_range_header(range).is_ok_and(|it| it.ranges.len() == 1)
+        };
         if let Some(range) = of(header::RANGE).filter(is_one) {
-            let holds = |stamp: &Stamp| of(header::IF_RANGE).is_none_or(|it| is_same(it, stamp));
+            // The file may be another than the one that the client has the rest of.
+            let holds = |stamp: &Stamp| match (of(header::IF_RANGE), validators(stamp)) {
+                (Some(asked), found) => found.is_some_and(|it| it.contains(&asked.to_owned())),
+                (None, _) => true,
+            };
             match self.cache.get(key(path, range)).await {
                 Ok(body) => {
                     let stamp = body.metadata::<Stamp>()?;
@@ -126,12 +122,10 @@ impl Site {
                 }
                 Err(Error::Refused(Refusal::Other { code: NO_SUCH_PART, metadata })) => {
                     if let Some(stamp) = Stamp::decode(&metadata).filter(holds) {
-                        let head = head(StatusCode::RANGE_NOT_SATISFIABLE, TEXT);
                         let all = format!("bytes */{}", stamp.len);
-                        return Ok(with_text(
-                            head.header(header::CONTENT_RANGE, all),
-                            "no such part\n",
-                        ));
+                        let head = head(StatusCode::RANGE_NOT_SATISFIABLE, TEXT);
+                        let head = head.header(header::CONTENT_RANGE, all);
+                        return Ok(with_text(head, "no such part\n"));
                     }
                 }
                 Err(error) => return Err(error),
@@ -145,9 +139,7 @@ impl Site {
     fn send(&self, path: &[u8], stamp: Stamp, body: Body, part: bool) -> Result<Answer, Error> {
         let mut head = describe(path, &stamp, body.size().known());
         if part {
-            let Size::Known(len @ 1..) = body.size() else {
-                return Ok(status(StatusCode::BAD_GATEWAY));
-            };
+            let len = body.size().known().filter(|len| *len > 0).ok_or(Error::Aborted)?;
             let last = stamp.start.saturating_add(len - 1);
             let range = format!("bytes {}-{last}/{}", stamp.start, stamp.len);
             head = head.status(StatusCode::PARTIAL_CONTENT).header(header::CONTENT_RANGE, range);
@@ -168,19 +160,18 @@ fn status_of(error: &Error) -> StatusCode {
     match error {
         Error::Refused(Refusal::NotFound | Refusal::Invalid) => StatusCode::NOT_FOUND,
         Error::Refused(Refusal::Failed) => StatusCode::INTERNAL_SERVER_ERROR,
+        Error::Misuse(_) => StatusCode::URI_TOO_LONG,
         Error::Timeout(Awaited::Reply) => StatusCode::GATEWAY_TIMEOUT,
         Error::Timeout(Awaited::Lease | Awaited::QueueRoom)
         | Error::Refused(Refusal::Leaving)
-        | Error::Rejected(Rejection::TooManyClients(_) | Rejection::Resources) => {
-            StatusCode::SERVICE_UNAVAILABLE
-        }
+        | Error::Rejected(_) => StatusCode::SERVICE_UNAVAILABLE,
         _ => StatusCode::BAD_GATEWAY,
     }
 }
 
 /// What the extension of a name says of the content. Text is taken for UTF-8.
 pub fn type_of(name: &[u8]) -> String {
-    let kind = mime_guess::from_path(Path::new(OsStr::from_bytes(name))).first_or_octet_stream();
+    let kind = mime_guess::from_path(&*String::from_utf8_lossy(name)).first_or_octet_stream();
     let charset = if kind.type_() == "text" { "; charset=utf-8" } else { "" };
     format!("{kind}{charset}")
 }
@@ -197,37 +188,30 @@ fn describe(path: &[u8], stamp: &Stamp, len: Option<u64>) -> Builder {
     if let Some(len) = len {
         head = head.header(header::CONTENT_LENGTH, len).header(header::ACCEPT_RANGES, "bytes");
     }
-    match stamp.version {
-        0 => head,
-        _ => head.header(header::ETAG, tag(stamp)).header(header::LAST_MODIFIED, date(stamp)),
+    match validators(stamp) {
+        Some([tag, date]) => head.header(header::ETAG, tag).header(header::LAST_MODIFIED, date),
+        None => head,
     }
 }
 
-/// A strong one.
-fn tag(stamp: &Stamp) -> String {
-    format!("\"{:016x}\"", stamp.version)
-}
-
-fn date(stamp: &Stamp) -> String {
-    httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(stamp.modified))
+/// A strong tag, and the date.
+fn validators(stamp: &Stamp) -> Option<[String; 2]> {
+    let date = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(stamp.modified));
+    (stamp.version != 0).then(|| [format!("\"{:016x}\"", stamp.version), date])
 }
 
 /// Whether the client has it already: by the tag, and only without one by the date.
 fn is_fresh(tags: Option<&str>, since: Option<&str>, stamp: &Stamp) -> bool {
+    let Some([tag, _]) = validators(stamp) else { return false };
     let modified = UNIX_EPOCH + Duration::from_secs(stamp.modified);
     let is_since = |since| httpdate::parse_http_date(since).is_ok_and(|since| modified <= since);
-    let is_tag = |tag_asked: &str| ["*", &tag(stamp)].contains(&tag_asked);
-    let has_tag = |tags: &str| tags.split(',').any(|it| is_tag(it.trim().trim_start_matches("W/")));
-    stamp.version != 0 && tags.map_or_else(|| since.is_some_and(is_since), has_tag)
-}
-
-/// Whether the file is still the one that `If-Range` names: never when that is not certain.
-fn is_same(validator: &str, stamp: &Stamp) -> bool {
-    stamp.version != 0 && [tag(stamp), date(stamp)].iter().any(|it| it == validator)
+    let is_tag = |it: &str| ["*", &tag].contains(&it.trim().trim_start_matches("W/"));
+    tags.map_or_else(|| since.is_some_and(is_since), |tags| tags.split(',').any(is_tag))
 }
 
 fn head(code: StatusCode, content_type: &str) -> Builder {
-    Response::builder().status(code).header(header::CONTENT_TYPE, content_type)
+    let head = Response::builder().status(code).header(header::CONTENT_TYPE, content_type);
+    head.header(header::X_CONTENT_TYPE_OPTIONS, "nosniff")
 }
 
 /// A status, and its name as the body.

@@ -1,12 +1,8 @@
 //! How it goes, for Prometheus.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
-use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
 use prometheus_client::registry::{Metric, Registry};
-use shmferry::segment::PoolStats;
 
 /// The content type of what [`Metrics::render`] gives.
 pub const TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -19,9 +15,7 @@ pub struct Metrics {
     pub lent: Counter,
     pub streamed: Counter,
     pub bytes: Counter,
-    idle: Gauge,
-    quarantined: Gauge,
-    retired: Counter<u64, AtomicU64>,
+    segments: Family<[(&'static str, &'static str); 1], Gauge>,
     registry: Registry,
 }
 
@@ -37,31 +31,26 @@ impl Metrics {
             lent: add(&mut all, "lent", "Bodies that the cache lent"),
             streamed: add(&mut all, "streamed", "Bodies that came through segments"),
             bytes: add(&mut all, "bytes", "Bytes of files sent"),
-            idle: add(&mut all, "segments_idle", "Segments at rest"),
-            quarantined: add(
-                &mut all,
-                "segments_quarantined",
-                "Segments not yet left by the cache",
-            ),
-            retired: add(&mut all, "segments_retired", "Segments that were replaced"),
+            segments: add(&mut all, "segments", "Segments, by state; retired: replaced so far"),
             registry: all,
         }
     }
 
     /// All of it, as text.
-    pub fn render(&self, pool: &PoolStats) -> String {
-        self.idle.set(pool.idle as i64);
-        self.quarantined.set(pool.quarantined as i64);
-        self.retired.inner().store(pool.retired, Relaxed);
+    pub fn render(&self, pool: &shmferry::segment::PoolStats) -> String {
+        let set = |state, count| _ = self.segments.get_or_create(&[("state", state)]).set(count);
+        set("idle", pool.idle as i64);
+        set("quarantined", pool.quarantined as i64);
+        set("retired", pool.retired as i64);
         let mut text = String::new();
-        let _ = encode(&mut text, &self.registry); // a `String` takes everything
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry); // a `String` takes everything
         text
     }
 
     /// The sums, in one line.
     pub fn summary(&self) -> String {
-        let Metrics { hits, lent, streamed, bytes, .. } = self;
-        let [hits, lent, streamed, bytes] = [hits, lent, streamed, bytes].map(Counter::get);
+        let counters = [&self.hits, &self.lent, &self.streamed, &self.bytes];
+        let [hits, lent, streamed, bytes] = counters.map(Counter::get);
         format!("hits={hits} lent={lent} streamed={streamed} bytes={bytes}")
     }
 }

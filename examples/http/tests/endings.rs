@@ -96,7 +96,7 @@ fn who_does_not_read_ends_with_the_grace_or_the_second_signal() {
     let _watchdog = watchdog();
     let large = noise(3, 2 * LARGE);
     for (grace, signals) in [("0.1", 1), ("3600", 2)] {
-        let site = Site::with(&["--grace", grace], &[("large", &large)]);
+        let site = Site::with(&["--timeout", grace], &[("large", &large)]);
         let mut stalled = TcpStream::connect(site.address).unwrap();
         stalled.write_all(b"GET /large HTTP/1.0\r\n\r\n").unwrap();
         stalled.read_exact(&mut [0; 12]).unwrap();

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use shmferry_test_support::watchdog::watchdog;
 use shmferry_test_support::{Program, Signal, noise, wait_until};
-use site::{Answer, Site, curl, has};
+use site::{Answer, IDLE, Site, curl, has};
 
 #[test]
 fn behind_nginx_with_a_cache_everything_arrives() {
@@ -112,6 +112,6 @@ fn a_burst_of_requests_meets_no_error() {
     }
     let sum: u64 = site.metric("shmferry_http_hits_total");
     assert!(sum > 100, "{sum}");
-    wait_until("all segments were back", || site.metric("shmferry_http_segments_idle") == 32);
+    wait_until("all segments were back", || site.metric(IDLE) == 32);
     site.end();
 }

@@ -8,6 +8,9 @@ use std::process::{Command, Output, Stdio};
 
 use shmferry_test_support::{Exit, Place, Program, wait_until};
 
+/// The segments at rest, among the metrics.
+pub const IDLE: &str = "shmferry_http_segments{state=\"idle\"}";
+
 /// A web server and its cache, which serves the directory `files`.
 pub struct Site {
     pub place: Place,
