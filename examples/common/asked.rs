@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use http_range_header::{EndPosition, StartPosition, parse_range_header};
 use shmferry::{Metadata, Size};
 
-/// After a path and a NUL, which no path holds: only what the cache tells of the file.
+/// After a path and a NUL, which no path holds: what the cache tells of the file.
 pub const HEAD: &str = "head";
 /// There: the names in a directory, each as `d` or `f`, its length, a blank, the name, a NUL.
 pub const LIST: &str = "list";
@@ -41,14 +41,13 @@ impl Stamp {
         // FNV-1a: the same on every machine and in every version.
         let fnv = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
         let version = parts.flat_map(u64::to_le_bytes).fold(0xcbf2_9ce4_8422_2325, fnv);
+        let len = Size::of_file(file)?.known();
         let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
-        let is_settled = (found.ctime() + 1) < now as i64; // times come in ticks of up to a second
-        Ok(Stamp {
-            len: Size::of_file(file)?.known().unwrap_or(u64::MAX),
-            start: 0,
-            modified: found.mtime().clamp(0, 253_402_300_799) as u64,
-            version: if is_settled { version.max(1) } else { 0 },
-        })
+        // Times come in ticks of up to a second; those of procfs mean nothing.
+        let is_settled = len.is_some() && found.ctime() + 1 < now as i64;
+        let modified = found.mtime().clamp(0, 253_402_300_799) as u64;
+        let version = if is_settled { version.max(1) } else { 0 };
+        Ok(Stamp { len: len.unwrap_or(u64::MAX), start: 0, modified, version })
     }
 
     /// The bytes that `bytes=5-9`, `bytes=5-` or `bytes=-5` asks for; `None` if there are none.

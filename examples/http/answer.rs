@@ -160,7 +160,7 @@ fn status_of(error: &Error) -> StatusCode {
     match error {
         Error::Refused(Refusal::NotFound | Refusal::Invalid) => StatusCode::NOT_FOUND,
         Error::Refused(Refusal::Failed) => StatusCode::INTERNAL_SERVER_ERROR,
-        Error::Misuse(_) => StatusCode::URI_TOO_LONG,
+        Error::Misuse(shmferry::error::Misuse::KeyTooLong { .. }) => StatusCode::URI_TOO_LONG,
         Error::Timeout(Awaited::Reply) => StatusCode::GATEWAY_TIMEOUT,
         Error::Timeout(Awaited::Lease | Awaited::QueueRoom)
         | Error::Refused(Refusal::Leaving)
