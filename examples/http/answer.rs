@@ -14,8 +14,7 @@ use shmferry_examples::asked::{HEAD, LIST, NO_SUCH_PART, Stamp};
 use shmferry_examples::program::Pace;
 use tracing::debug;
 
-use super::standin::{Body, Client};
-use super::{metrics, page, path};
+use super::{Body, Client, metrics, page, path};
 
 /// The longest list of names that makes a page, in bytes.
 const LONGEST_LIST: u64 = 16 << 20;

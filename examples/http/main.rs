@@ -20,7 +20,8 @@ use tokio::net::TcpListener;
 use tracing::{debug, info};
 
 use answer::Site;
-use standin::ConnectTokio as _;
+// In place of `shmferry::tokio`, until that exists.
+use standin::{Body, Client, ConnectTokio as _};
 
 /// Serve over HTTP what simplecached has.
 #[derive(Parser)]

@@ -77,7 +77,7 @@ fn a_browser_decodes_every_picture_of_a_page() {
     let shot = asked.map_or(profile.path().join("shot.png"), Into::into);
     let flag = format!("--screenshot={}", shot.display());
     let shoot =
-        ["--window-size=860,430", "--hide-scrollbars", "--virtual-time-budget=20000", &flag];
+        ["--window-size=860,560", "--hide-scrollbars", "--virtual-time-budget=20000", &flag];
     chromium(profile.path(), &shoot, &site.url("/pictures/"));
     let image = ImageReader::new(Cursor::new(fs::read(shot).unwrap()));
     let image = image.with_guessed_format().unwrap().decode().unwrap().to_rgb8();

@@ -92,14 +92,17 @@ fn at_its_end_answers_under_way_complete_and_no_connection_is_taken() {
 }
 
 #[test]
-fn who_does_not_read_ends_with_the_grace_or_the_second_signal() {
+fn an_answer_that_takes_longer_ends_short_with_the_time_out_or_the_second_signal() {
     let _watchdog = watchdog();
+    if !has("curl") {
+        return;
+    }
     let large = noise(3, 2 * LARGE);
-    for (grace, signals) in [("0.1", 1), ("3600", 2)] {
-        let site = Site::with(&["--timeout", grace], &[("large", &large)]);
-        let mut stalled = TcpStream::connect(site.address).unwrap();
-        stalled.write_all(b"GET /large HTTP/1.0\r\n\r\n").unwrap();
-        stalled.read_exact(&mut [0; 12]).unwrap();
+    for (timeout, signals) in [("1", 1), ("3600", 2)] {
+        let site = Site::with(&["--timeout", timeout], &[("large", &large)]);
+        // It takes all of it within half a minute, and never stops for as long as the time-out.
+        let slow = start_curl(&site.url("/large"), &["--limit-rate", "2M"]);
+        wait_until("it had begun", || site.metric("shmferry_http_bytes_total") > 0);
         let Site { place, cache, web, address } = site;
         for _ in 0..signals {
             web.signal(Signal::TERM);
@@ -108,8 +111,25 @@ fn who_does_not_read_ends_with_the_grace_or_the_second_signal() {
         let exit = web.finish();
         exit.assert_code(0);
         exit.assert_said(&["leaving with transfers under way"]);
+        let output = slow.wait_with_output().unwrap();
+        assert!(!output.status.success(), "curl took it for whole");
+        assert!(output.stdout.len() < large.len());
         place.wind_up([cache.unwrap()]);
     }
+}
+
+#[test]
+fn a_cache_that_does_not_answer_in_time_is_told_from_one_that_is_gone() {
+    let _watchdog = watchdog();
+    let place = shmferry_test_support::Place::new();
+    place.write("files/a", b"hello");
+    let cache = place.simplecached(["-c", "files", "-d", "2500000"]).listening();
+    let web = site::run_web(&place, "127.0.0.1:0", &["--timeout", "0.5"]).listening();
+    let address = web.address();
+    let site = Site { place, cache: Some(cache), web, address };
+    site.get("/a").assert_status(504);
+    site.get("/healthz").assert_status(503);
+    site.end();
 }
 
 #[test]
