@@ -44,6 +44,12 @@ impl Site {
         Site { place, cache, web, address }
     }
 
+    /// Adds a file of zeros.
+    pub fn add_hole(&self, name: &str, len: u64) {
+        let path = self.place.write(&format!("files/{name}"), b"");
+        std::fs::File::options().write(true).open(path).unwrap().set_len(len).unwrap();
+    }
+
     pub fn take_cache(&mut self) -> Program {
         self.cache.take().unwrap()
     }
