@@ -28,7 +28,7 @@ use standin::{Body, Client, ConnectTokio as _};
 #[command(name = "shmferry-http", version)]
 struct Options {
     /// The address and port to listen on: this machine only, unless told otherwise; 0.0.0.0:8080
-    /// for all of IPv4, [::]:8080 for all of IPv6 and IPv4
+    /// for all of IPv4, `[::]:8080` for all of IPv6 and IPv4
     #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
     listen: std::net::SocketAddr,
     /// Where simplecached is: unix:PATH [default: a socket in the runtime directory]
