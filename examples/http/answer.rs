@@ -40,6 +40,10 @@ impl Site {
     pub async fn answer(&self, request: &Request<Incoming>) -> Answer {
         let began = Instant::now();
         let answer = match request.uri().path() {
+            _ if ![Method::GET, Method::HEAD].contains(request.method()) => {
+                let head = head(StatusCode::METHOD_NOT_ALLOWED, TEXT);
+                with_text(head.header(header::ALLOW, "GET, HEAD"), "only GET and HEAD\n")
+            }
             "/metrics" => {
                 let text = self.metrics.render(&self.cache.stats());
                 with_text(head(StatusCode::OK, metrics::TYPE), text)
@@ -49,13 +53,17 @@ impl Site {
                 Ok(_) | Err(Error::Refused(Refusal::NotFound)) => status(StatusCode::OK),
                 Err(_) => status(StatusCode::SERVICE_UNAVAILABLE),
             },
-            path => self.find(request).await.unwrap_or_else(|error| {
-                let code = status_of(&error);
-                if code.is_server_error() {
-                    self.pace.warn(format_args!("{path}: {code}: {error}"));
-                }
-                status(code)
-            }),
+            path => {
+                let is_head = request.method() == Method::HEAD;
+                let found = self.find(path, request.headers(), is_head).await;
+                found.inspect(|_| _ = self.metrics.hits.inc()).unwrap_or_else(|error| {
+                    let code = status_of(&error);
+                    if code.is_server_error() {
+                        self.pace.warn(format_args!("{path}: {code}: {error}"));
+                    }
+                    status(code)
+                })
+            }
         };
         let status = [("status", answer.status().as_str().to_owned())];
         self.metrics.requests.get_or_create(&status).inc();
@@ -64,17 +72,10 @@ impl Site {
     }
 
     /// Answers with what the cache has.
-    async fn find(&self, request: &Request<Incoming>) -> Result<Answer, Error> {
-        let is_head = request.method() == Method::HEAD;
-        if !is_head && request.method() != Method::GET {
-            let head =
-                head(StatusCode::METHOD_NOT_ALLOWED, TEXT).header(header::ALLOW, "GET, HEAD");
-            return Ok(with_text(head, "only GET and HEAD\n"));
-        }
-        match path::decode(request.uri().path()) {
-            None => Ok(status(StatusCode::BAD_REQUEST)),
-            Some(path) if path.ends_with(b"/") => self.page(&path).await,
-            Some(path) => self.file(&path, request.headers(), is_head).await,
+    async fn find(&self, path: &str, headers: &HeaderMap, is_head: bool) -> Result<Answer, Error> {
+        match path::decode(path).ok_or(Error::Refused(Refusal::Invalid))? {
+            key if key.ends_with(b"/") => self.page(&key).await,
+            key => self.file(&key, headers, is_head).await,
         }
     }
 
@@ -93,7 +94,6 @@ impl Site {
         let (tags, since) = (of(header::IF_NONE_MATCH), of(header::IF_MODIFIED_SINCE));
         if is_head || tags.or(since).is_some() {
             let stamp = self.cache.get(key(path, HEAD)).await?.metadata()?;
-            self.metrics.hits.inc();
             if is_fresh(tags, since, &stamp) {
                 return Ok(with_text(describe(path, &stamp, None).status(304), ""));
             }
@@ -143,7 +143,6 @@ impl Site {
             let range = format!("bytes {}-{last}/{}", stamp.start, stamp.len);
             head = head.status(StatusCode::PARTIAL_CONTENT).header(header::CONTENT_RANGE, range);
         }
-        self.metrics.hits.inc();
         if body.is_lent() { &self.metrics.lent } else { &self.metrics.streamed }.inc();
         let (bytes, shown) = (self.metrics.bytes.clone(), path.escape_ascii().to_string());
         let pieces = body
@@ -157,7 +156,8 @@ impl Site {
 
 fn status_of(error: &Error) -> StatusCode {
     match error {
-        Error::Refused(Refusal::NotFound | Refusal::Invalid) => StatusCode::NOT_FOUND,
+        Error::Refused(Refusal::NotFound) => StatusCode::NOT_FOUND,
+        Error::Refused(Refusal::Invalid) => StatusCode::BAD_REQUEST,
         Error::Refused(Refusal::Failed) => StatusCode::INTERNAL_SERVER_ERROR,
         Error::Misuse(shmferry::error::Misuse::KeyTooLong { .. }) => StatusCode::URI_TOO_LONG,
         Error::Timeout(Awaited::Reply) => StatusCode::GATEWAY_TIMEOUT,

@@ -293,6 +293,7 @@ fn bad_requests_are_told_apart() {
         assert_eq!(answer.header("allow").as_deref(), Some("GET, HEAD"));
     }
     site.curl("/a", &["-d", "a body"]).assert_status(405);
+    site.curl("/metrics", &["-X", "POST"]).assert_status(405);
     site.ask("OPTIONS * HTTP/1.0\r\n\r\n").assert_status(405);
     site.ask("GET a HTTP/1.0\r\n\r\n").assert_status(400);
     site.ask("GET / / HTTP/1.0\r\n\r\n").assert_status(400);
@@ -485,25 +486,28 @@ fn numbers_are_told() {
         site.get("/a").assert(200, &file);
     }
     site.get("/absent").assert_status(404);
+    site.get("/../a").assert_status(400);
+    site.ask("GET /a HTTP/1.0\r\nIf-None-Match: \"other\"\r\n\r\n").assert(200, &file);
+    site.get("/").assert_status(200);
     let text = String::from_utf8(site.get("/metrics").body).unwrap();
     for line in [
-        "shmferry_http_requests_total{status=\"200\"} 5",
+        "shmferry_http_requests_total{status=\"200\"} 7",
         "shmferry_http_requests_total{status=\"404\"} 1",
-        "shmferry_http_hits_total 4",
-        "shmferry_http_bytes_total 200000",
-        "shmferry_http_latency_seconds_count 6",
+        "shmferry_http_hits_total 6",
+        "shmferry_http_bytes_total 250000",
+        "shmferry_http_latency_seconds_count 9",
         "shmferry_http_segments{state=\"retired\"} 0",
         "# EOF",
     ] {
         assert!(text.lines().any(|it| it == line), "no {line} in:\n{text}");
     }
     let sum = ["lent", "streamed"].map(|it| site.metric(&format!("shmferry_http_{it}_total")));
-    assert_eq!(sum.iter().sum::<u64>(), 4);
+    assert_eq!(sum.iter().sum::<u64>(), 5);
     wait_until("all segments were back", || site.metric(IDLE) == 3);
     assert_eq!(site.metric("shmferry_http_segments{state=\"quarantined\"}"), 0);
     let [web, cache] = site.end();
-    assert_eq!((web.count("hits"), web.count("bytes")), (4, 200_000));
-    assert_eq!((cache.count("hits"), cache.count("misses")), (4, 2)); // and one for /healthz
+    assert_eq!((web.count("hits"), web.count("bytes")), (6, 250_000));
+    assert_eq!((cache.count("hits"), cache.count("misses")), (6, 2)); // of the misses, one for /healthz
 }
 
 #[test]
