@@ -58,6 +58,21 @@ The budget bounds what the cache itself keeps. A proxy keeps what it was lent, u
 dropped it: memory in use is at most the budget and `--mapped` of each proxy together.
 At their end, both programs tell how many of their `hits` were `lent` and how many `streamed`, and their `bytes`;
 simplecached also how many files it has `copied`.
+
+## What keys ask for
+A key is a path. What follows a NUL, which no path holds, asks for something else than all of the file; only the
+[web server](http.md) does.
+
+| key | answer |
+| --- | --- |
+| `PATH` | the file |
+| `PATH`, NUL, `head` | no bytes |
+| `PATH`, NUL, `bytes=5-9` or `bytes=5-` or `bytes=-5` | that part; if the file has no such part, the refusal 416 |
+| `PATH/`, NUL, `list` | the regular files and directories in that directory, sorted: `f` or `d`, the length, a blank, the name, a NUL; only of a directory that is served |
+
+Beside each answer from a file, and the refusal 416, goes metadata, as four little-endian numbers of 64 bits: the length of
+the whole file (all ones: unknown), the first byte that follows, the modification time in seconds, and the version, which is
+another one once the file has changed (0: too new to tell). A part of a file that is lent is lent.
 TEXT
     for run in "1024 4 20000" "1024 64 20000" "1048576 4 1000" "1048576 64 1000" "104857600 4 24" "104857600 64 64"; do
         ask 25388 "webproxy as it comes" $run

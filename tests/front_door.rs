@@ -450,6 +450,54 @@ fn a_directory_hands_out_its_own_regular_files_and_nothing_else() {
     assert!(directory.file("sub/a").unwrap().is_some());
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_directory_lists_what_it_hands_out_and_its_own_directories() {
+    use shmferry::files::Directory;
+    use std::ffi::OsStr;
+    use std::fs;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::symlink;
+
+    let place = tempfile::tempdir().unwrap();
+    let root = place.path().join("root");
+    fs::create_dir_all(root.join("sub/deep")).unwrap();
+    fs::create_dir(place.path().join("elsewhere")).unwrap();
+    fs::write(root.join("sub/a"), "hello").unwrap();
+    fs::write(root.join("sub").join(OsStr::from_bytes(b"\xff\n")), "").unwrap();
+    symlink("../sub/a", root.join("sub/link")).unwrap();
+    symlink("deep", root.join("sub/linked")).unwrap();
+    symlink("../../elsewhere", root.join("sub/outside")).unwrap();
+    symlink("nothing", root.join("sub/dangling")).unwrap();
+    let fifo = std::process::Command::new("mkfifo").arg(root.join("sub/fifo")).status().unwrap();
+    assert!(fifo.success());
+
+    let directory = Directory::open(&root).unwrap();
+    let list = |key: &str| {
+        let found = directory.list(key).unwrap()?;
+        let line = |it: shmferry::files::Entry| (it.name, it.is_directory.then_some(()), it.len);
+        Some(found.into_iter().map(line).collect::<Vec<_>>())
+    };
+    for key in ["/sub/", "sub", "/sub", "sub//", "sub/deep/.."] {
+        let found = list(key).expect(key);
+        let names: Vec<_> = found.iter().map(|(name, ..)| name.as_bytes()).collect();
+        assert_eq!(names, [&b"a"[..], b"deep", b"link", b"linked", b"\xff\n"], "{key}");
+        let is_directory: Vec<_> = found.iter().map(|(_, it, _)| it.is_some()).collect();
+        assert_eq!(is_directory, [false, true, false, true, false]);
+        assert_eq!((found[0].2, found[2].2, found[4].2), (5, 5, 0));
+    }
+    for key in ["", "/"] {
+        let names: Vec<_> = list(key).unwrap().into_iter().map(|(name, ..)| name).collect();
+        assert_eq!(names, ["sub"], "{key:?}");
+    }
+    assert_eq!(list("sub/linked"), Some(Vec::new()));
+    for key in
+        ["absent", "sub/a", "sub/a/", "..", "/../", "sub/outside", "sub/fifo", "a\0", "//etc"]
+    {
+        assert_eq!(list(key), None, "{key:?}");
+    }
+}
+
 #[test]
 fn a_path_where_something_else_stands_is_told_what_it_is_and_left_alone() {
     let dir = tempfile::tempdir().unwrap();

@@ -88,6 +88,54 @@ fn let_it_settle() {
 }
 
 #[test]
+fn parts_are_those_of_the_file_and_lent_when_it_is() {
+    let _watchdog = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    let bytes = noise(1, 300_001);
+    fs::write(&path, &bytes).unwrap();
+    let_it_settle();
+    let store = LoanStore::new(64 * MB);
+    let address = format!("unix:{}", dir.path().join("s").display());
+    let _serving = {
+        let (store, path) = (store.clone(), path.clone());
+        let server = Server::bind(address.as_str()).unwrap();
+        server.serve(4, move |request| {
+            let key = String::from_utf8(request.key().to_vec()).unwrap();
+            let (start, end) = key.split_once(' ').unwrap();
+            let range = start.parse().unwrap()..end.parse().unwrap();
+            store.send_file_range_with(request, &File::open(&path)?, range, &key)
+        })
+    };
+    let client = Client::builder().segments(2).connect(address.as_str()).unwrap();
+    let assert_serves = |bytes: &[u8], range: std::ops::Range<usize>| {
+        let body = client.get(format!("{} {}", range.start, range.end)).unwrap();
+        let is_lent = body.is_lent();
+        assert_eq!(body.metadata::<String>().unwrap(), format!("{} {}", range.start, range.end));
+        assert_eq!(body.size().known(), Some(range.len() as u64));
+        assert!(
+            body.read_all().unwrap() == bytes[range.clone()],
+            "{range:?} is not as it should be"
+        );
+        is_lent
+    };
+    let ranges = [0..300_001, 0..1, 300_000..300_001, 5..5, 4095..4097, 100..200_000];
+    assert!(!assert_serves(&bytes, 1..2));
+    assert_eq!((store.stats().streamed, store.stats().bytes), (1, 1));
+    wait_until("it was lent", || assert_serves(&bytes, 7..250_000));
+    let before = store.stats().lent;
+    for range in &ranges {
+        assert!(assert_serves(&bytes, range.clone()), "{range:?}");
+    }
+    assert_eq!(store.stats().lent - before, ranges.len() as u64);
+    // From a file that has changed, nothing is lent; beyond its end, nothing comes.
+    fs::write(&path, &bytes[..200_000]).unwrap();
+    assert!(!assert_serves(&bytes, 100_000..200_000));
+    let beyond = client.get("199999 200001").and_then(Body::read_all);
+    assert!(beyond.is_err(), "{beyond:?}");
+}
+
+#[test]
 fn what_is_asked_for_again_is_lent() {
     let _watchdog = watchdog();
     let fixture = Fixture::new(LoanStore::new(64 * MB));

@@ -1,5 +1,6 @@
-//! What `simplecached`, `webproxy` and the tools for them share.
+//! What `simplecached`, `webproxy`, the web server and the tools for them share.
 
+pub mod asked;
 pub mod getfile;
 pub mod program;
 pub mod serve;

@@ -15,7 +15,7 @@ use signal_hook::iterator::Signals;
 use tracing::{debug, info, level_filters::LevelFilter, warn};
 use tracing_subscriber::EnvFilter;
 
-/// How long running transfers may go on after the first signal.
+/// How long running transfers may go on after the first signal, unless the program says otherwise.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// How soon a second signal is noticed.
@@ -88,12 +88,14 @@ pub fn signals_that_end() -> io::Result<Vec<i32>> {
 pub struct Stop {
     signals: Receiver<()>,
     is_held: Arc<Mutex<bool>>,
+    /// How long running transfers may go on after the first of them.
+    pub grace: Duration,
 }
 
 impl Stop {
     fn listen(mut signals: Signals) -> io::Result<Stop> {
         let (sender, received) = mpsc::channel();
-        let stop = Stop { signals: received, is_held: Arc::default() };
+        let stop = Stop { signals: received, is_held: Arc::default(), grace: GRACE };
         let is_held = Arc::clone(&stop.is_held);
         thread::Builder::new().name("signals".to_owned()).spawn(move || {
             for _ in signals.forever() {
@@ -129,7 +131,7 @@ impl Stop {
     /// Lets those finish who take no more jobs: within the grace time, and unless a second signal
     /// comes. `finished` waits for them, and says whether they have.
     pub fn wind_down(&self, finished: impl Fn(Deadline) -> bool) -> bool {
-        let grace = Deadline::after(GRACE);
+        let grace = Deadline::after(self.grace);
         while !finished(grace.min(Deadline::after(GLANCE))) {
             if grace.has_passed() || self.signals.try_recv().is_ok() {
                 warn!("leaving with transfers under way");

@@ -1,5 +1,6 @@
 //! The cache at work: answers requests from a store, and counts how it went.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -10,6 +11,7 @@ use shmferry::workers::blocking;
 use shmferry::{Error, Fault, Incoming, Refusal, ServeError, Server, Serving};
 use tracing::{debug, warn};
 
+use super::asked::{self, Stamp};
 use super::program::Pace;
 use super::store::Store;
 
@@ -50,10 +52,18 @@ impl Service {
         if !self.delay.is_zero() {
             blocking(|| thread::sleep(self.delay));
         }
-        match self.store.look_up(request.key()) {
+        let key = request.key().to_vec();
+        let (path, asked) = asked::split(&key);
+        if asked == Some(asked::LIST) {
+            return match self.store.list(path).map_err(Error::Source)? {
+                Some(list) => request.send_bytes(&list),
+                None => request.refuse(Refusal::NotFound),
+            };
+        }
+        match self.store.look_up(path) {
             Ok(Some(file)) => {
                 self.tally.hits.fetch_add(1, Relaxed);
-                self.loans.send_file(request, &file)
+                self.send(request, &file, asked)
             }
             Ok(None) => {
                 self.tally.misses.fetch_add(1, Relaxed);
@@ -63,6 +73,21 @@ impl Service {
                 request.refuse(Refusal::Failed)?;
                 Err(Error::Source(error))
             }
+        }
+    }
+
+    fn send(&self, request: Incoming, file: &File, asked: Option<&str>) -> shmferry::Result<()> {
+        let stamp = Stamp::of(file).map_err(Error::Source)?;
+        match asked {
+            Some(asked::HEAD) => request.accept_with(0, &stamp)?.finish(),
+            Some(asked) if stamp.len < u64::MAX => match stamp.part(asked) {
+                Some(part) => {
+                    let stamp = Stamp { start: part.start, ..stamp };
+                    self.loans.send_file_range_with(request, file, part, &stamp)
+                }
+                None => request.refuse(Refusal::other(asked::NO_SUCH_PART).with(&stamp)),
+            },
+            _ => self.loans.send_file_with(request, file, &stamp),
         }
     }
 

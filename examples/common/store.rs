@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, open};
-use shmferry::files::{Directory, open_regular};
+use shmferry::files::{Directory, Entry, open_regular};
 
 use super::getfile::check_path;
 
@@ -66,6 +66,17 @@ impl Store {
             Store::Manifest(files) => files.get(key).map_or(Ok(None), open_regular),
             Store::Directory(root) => root.file(key),
         }
+    }
+
+    /// The names in the directory behind a key, as [`LIST`](super::asked::LIST) says; `None` when
+    /// there is none, and for a manifest.
+    pub fn list(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let Store::Directory(root) = self else { return Ok(None) };
+        let line = |entry: Entry| {
+            let kind = if entry.is_directory { "d" } else { "f" };
+            [format!("{kind}{} ", entry.len).as_bytes(), entry.name.as_bytes(), b"\0"].concat()
+        };
+        Ok(root.list(key)?.map(|entries| entries.into_iter().flat_map(line).collect()))
     }
 }
 

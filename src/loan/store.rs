@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::{File, Metadata as FileMetadata};
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -174,18 +175,35 @@ impl LoanStore {
         metadata: &impl Metadata,
     ) -> Result<()> {
         let found = file.metadata().map_err(Error::Source)?;
-        // Others, those of procfs among them, can be longer than they say.
-        let is_plain = found.is_file() && found.blocks() > 0;
-        let can_lend = is_plain && request.takes_loans();
-        let loan = if can_lend { self.find(file, &found) } else { None };
-        if let Some(loan) = loan {
-            let was_lent = request.lend_or_send(&loan, metadata)?;
-            self.kept.tally.count(was_lent, loan.len());
-            return Ok(());
+        if let Some(loan) = self.loan_for(&request, file, &found) {
+            return self.lend(request, &loan, metadata);
         }
-        let size = if is_plain { Ok(found.len().into()) } else { Size::of_file(file) };
+        let size = if is_plain(&found) { Ok(found.len().into()) } else { Size::of_file(file) };
         let outgoing = request.accept_with(size.map_err(Error::Source)?, metadata)?;
         self.kept.tally.count(false, outgoing.send_file(file)?);
+        Ok(())
+    }
+
+    /// As [`send_file_with`](Self::send_file_with), for the bytes of the file in `range`: lent as a
+    /// part of its copy. A part counts as a request for the file, which is copied whole.
+    ///
+    /// # Errors
+    /// Also [`Error::SizeMismatch`] when the file ends before the range does.
+    pub fn send_file_range_with(
+        &self,
+        request: Incoming,
+        file: &File,
+        range: Range<u64>,
+        metadata: &impl Metadata,
+    ) -> Result<()> {
+        let found = file.metadata().map_err(Error::Source)?;
+        let loan = self.loan_for(&request, file, &found);
+        if let Some(part) = loan.and_then(|loan| loan.slice(range.clone()).ok()) {
+            return self.lend(request, &part, metadata);
+        }
+        let len = range.end.saturating_sub(range.start);
+        let outgoing = request.accept_with(len, metadata)?.into_transfer();
+        self.kept.tally.count(false, outgoing.send_file_range(file, range)?);
         Ok(())
     }
 
@@ -204,6 +222,17 @@ impl LoanStore {
             }
         }
         stats
+    }
+
+    fn lend(&self, request: Incoming, loan: &Loan, metadata: &impl Metadata) -> Result<()> {
+        let was_lent = request.lend_or_send(loan, metadata)?;
+        self.kept.tally.count(was_lent, loan.len());
+        Ok(())
+    }
+
+    /// What to lend for this file to this client.
+    fn loan_for(&self, request: &Incoming, file: &File, found: &FileMetadata) -> Option<Loan> {
+        if is_plain(found) && request.takes_loans() { self.find(file, found) } else { None }
     }
 
     /// What to lend for this file; has it copied if it is asked for again.
@@ -361,6 +390,11 @@ impl Job {
         let is_good = loan.len() == self.version.len && !is_among_the_last(&loan) && is_same();
         is_good.then_some(loan)
     }
+}
+
+/// Others, those of procfs among them, can be longer than they say.
+fn is_plain(found: &FileMetadata) -> bool {
+    found.is_file() && found.blocks() > 0
 }
 
 /// Another descriptor of the file, unless few are left.
