@@ -155,7 +155,7 @@ seeded "a request registered after its transfer is over" $f $m::a_request_sent_a
 seeded "an offer that is never over"                $f $m::a_request_sent_after '/fn end\(/,/^    \}/s/let over = .*/let over = \&*lock(\&self.state);/'
 seeded "a request withdrawn although it was sent"   $f $m::one_slot '/fn abandon/,/^    \}/s/if let OfferState::Unsent\(waker\) = &mut \*state/let mut nobody = None; let waker = match \&mut *state { OfferState::Unsent(waker) => waker, OfferState::Sent(_) => \&mut nobody, OfferState::Over => return }; /'
 seeded "a dropped request that poisons what a sender has" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/Phase::Withdrawn\).is_ok\(\)/Phase::Withdrawn).is_ok() || true/'
-seeded "a dropped request that lets go before it poisons" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/if let OfferState::Unsent\(waker\) = &mut \*state/let unsent = match \&mut *state { OfferState::Unsent(waker) => Some(waker.take()), _ => None }; drop(state); if let Some(mut waker) = unsent/'
+seeded "a dropped request that lets go before it poisons" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/if let OfferState::Unsent\(waker\) = &mut \*state/let unsent = match \&mut *state { OfferState::Unsent(waker) => Some(waker.take()), _ => None }; drop(state); if let Some(mut waker) = unsent/; s/^                drop\(state\);.*//'
 
 seeded "a look at the link that loses what was filled"  $v $m::what_was_filled 's/return semaphore.try_wait\(\).map_err\(.*/return Err(Interrupted::Poisoned);/'
 seeded "a sleeper that does not look at the link"   $v $m::a_link_that_ended 's/Err\(Interrupted::TimedOut\) if is_severed\(\)/Err(Interrupted::TimedOut) if is_severed() \&\& false/'
@@ -228,6 +228,58 @@ seeded "a loan let go of while a body holds it"     $u $i::a_receiver 's/ && !en
 seeded "loans let go of for each answer that crossed a return" $u $i::answers 's/if table.freed.is_some_and\(.*\) \{/if false {/'
 seeded "a loan without bytes that counts as nothing" $u $i::answers 's/\(before - table.bytes\).max\(1\)/(before - table.bytes)/'
 seeded "a connection that is not there until the request counts as sent" protocol/offer.rs $i::a_reply '/fn connection\(/,/^    }/s/^        lock\(&self.connection\).clone\(\)$/match *lock(\&self.state) { OfferState::Unsent(_) => None, _ => lock(\&self.connection).clone() }/'
+
+# Tasks, which wait without a thread.
+l=peer/link.rs
+y=channel/seqpacket/signal.rs
+j=signal::model
+seeded "no fence after a question"                  $l $j '/fn ask\(/,/^    }/s/^        fence\(SeqCst\);$//'
+seeded "a question outside the lock"                $l $j '/fn wake_later/,/^    }/s/^            self.link.ask\(\);$/drop(state); self.link.ask();/'
+seeded "a waker left after the question"            $l $j '/fn wake_later/,/^    }/{s/^        if let Some\(registered\) = state.*/if !mem::replace(\&mut state.has_asked, true) { self.link.ask(); } drop(state); let mut state = lock(\&self.link.state); &/}'
+seeded "a waker that is not left"                   $l $j::a_task_takes 's/none => \*none = Some\(waker.clone\(\)\)/_none => {}/'
+seeded "a waker that is not replaced"               $l $j::the_last 's/Some\(before\) => before.clone_from\(waker\)/Some(_before) => {}/'
+seeded "a look that does not ask anew"              $l $j '/fn look/,/^    }/s/^            self.ask\(\);$//'
+seeded "a look that asks when it has looked"        $l $j '/fn look/,/^    }/s/^            wakers.extend\(state.take_ready\(\)\);$//'
+seeded "a look that keeps quiet about not asking"   $l $j '/fn look/,/^    }/{s/^        state.has_asked = state.is_awaited\(\);$/let is_awaited = state.is_awaited();/; s/^        if state.has_asked \{$/if is_awaited {/}'
+seeded "a look that wakes nobody"                   $l $j::a_task_takes '/fn look/,/^    }/s/^        wakers.into_iter.*//'
+seeded "a severed link that wakes no task"          $l $j '/fn sever/,/^    }/s/^        wakers.into_iter.*//'
+seeded "a process that does not ask itself"         $l $j::within 's/asked.store\(true, Relaxed\)/asked.store(false, Relaxed)/'
+seeded "a process that does not look when it posts" $l $j::within 's/Other::Here\(asked\) if asked.load\(Relaxed\) => self.look\(\)/Other::Here(asked) if asked.load(Relaxed) => {}/'
+seeded "a peer that has asked and is not signalled" $l $j::a_task_takes 's/Some\(signal\) if signal.is_asked\(\) => signal.signal\(\)/Some(signal) if signal.is_asked() => {}/'
+seeded "a later question lowered"                   $y $j 's/^            let _ = self.words\[self.theirs\].compare_exchange\(.*/self.words[self.theirs].swap(0, Relaxed);/'
+seeded "a question with the same number"            $y $j 's/let number = self.asked.fetch_add\(1, Relaxed\) \+ 1;/let number = 1;/'
+seeded "a question lowered before its signal is sent" $y $j::a_signal_that_fails 's/^        if number != 0 && self.send\(\).is_ok\(\) \{$/let lowered = self.words[self.theirs].compare_exchange(number, 0, Relaxed, Relaxed); if lowered.is_ok() \&\& self.send().is_ok() {/'
+seeded "a signal that failed counted as sent"       $y $j::a_signal_that_fails 's/self.send\(\).is_ok\(\)/(self.send().is_ok() || true)/'
+seeded "a question that is never lowered"           $y $j 's/^            let _ = self.words\[self.theirs\].compare_exchange\(.*//'
+seeded "a signal that nobody asked for"             $y $j 's/self.words\[self.theirs\].load\(Relaxed\) != 0$/true/; s/if number != 0 && /if /'
+seeded "a signal read in passing, and no look"      $b $j::a_signal_read 's/^        self.signalled.store\(true, Relaxed\);$//'
+seeded "only a signal taken for one"                $b $j::a_full_connection_read 's/^        self.signalled.store\(true, Relaxed\);$//; s/Message::Wakeup => Ok\(Some\(Heard::Signal\)\)/Message::Wakeup => { self.signalled.store(true, Relaxed); Ok(Some(Heard::Signal)) }/'
+seeded "poison without a fence before the question is read" $s $j '/fn poison/,/^    }/s/^        fence\(SeqCst\);.*//'
+seeded "poison that is no news"                     $s $j 's/self.word.load\(Acquire\) != 0$/self.word.load(Acquire) \& !POISON != 0/'
+seeded "news of the wrong side"                     $e $j::a_task 's/self.header\(\).filled.is_settled\(\)/self.header().free.is_settled()/'
+seeded "no second try once the waker is left"       $v $j '/fn try_now/,/^}/s/^    match semaphore.try_wait\(\) \{$/match settled {/'
+seeded "a task that does not look at the link"      $v $j::a_severed '/fn try_now/,/^}/s/if is_severed\(\)/if is_severed() \&\& false/'
+seeded "a chunk that signals nobody"                $t $j::a_task '/fn hand_over/,/^    }/s/^            self.stand.link.*//'
+seeded "an end that signals nobody"                 $t $j '/fn end\(/,/^    }/s/^        link.wake_tasks\(\);$//'
+seeded "an abort that signals nobody"               $t $j '/fn abort/,/^    }/s/^        link.wake_tasks\(\);$//'
+seeded "a sender's task that leaves no waker"       $t $j::a_task_sends 's/^            writer.wake_later\(task\);$//'
+seeded "a slot that goes back and signals nobody"   $k $j::a_task_sends 's/^                self.side.offer.wake_tasks\(\);$//'
+seeded "a cancellation that signals nobody"         $r $j 's/^            link.iter\(\).for_each\(\|link\| link.wake_tasks\(\)\);$//'
+seeded "a signal before the permit"                 $t $j '/fn hand_over/,/^    }/{s/^            self.stand.link.*//; s/^        header.filled.add\(permit\);$/self.stand.link().into_iter().for_each(Link::wake_tasks); &/}'
+seeded "a request sent whose task is not woken"     $f $j::a_request 's/^            wake\(before\);.*/let _ = before;/'
+seeded "a task that waits for no request"           $f $j::a_request 's/OfferState::Unsent\(waker\) => \*waker = Some\(task.clone\(\)\)/OfferState::Unsent(_) => {}/'
+seeded "a request dropped whose task is not woken"  $f $j::a_request '/fn abandon/,/^    \}/s/^                waker.into_iter\(\).*//'
+seeded "a task woken under the lock of its request" $f $j::a_task_that_runs '/fn sent_over/,/^    \}/{s/^            drop\(state\);$//; s/^            wake\(before\);.*/&; drop(state);/}'
+seeded "a task woken under the lock of what it dropped" $f $j::a_task_that_runs '/fn abandon/,/^    \}/s/^                drop\(state\);.*//'
+
+z=fair_semaphore::model
+seeded "a turn given up and not passed on"          $n $z '/fn give_up/,/^    }/s/^                self.leave\(\);$//'
+seeded "a turn given up that stays in line"         $n $z '/fn give_up/,/^    }/s/Some\(at\) => _ = state.queue.remove\(at\)/Some(_) => {}/'
+seeded "a turn that wakes no task"                  $n $z '/fn leave/,/^    }/s/^                task.into_iter\(\).*//'
+seeded "a turn that wakes the first who tried"      $n $z '/Some\(me\) if/,/^            }/s/^                \*lock\(&me.task\) = .*//'
+seeded "a task that enters past the line"           $n $z '/fn poll_enter/,/^    }/s/if state.queue.iter\(\).any\(.*\) =>/if state.queue.iter().any(|waiter| Arc::ptr_eq(waiter, me)) \&\& state.queue.len() > 1 =>/'
+seeded "a lease given up and not passed on"         segment/pool/leasing.rs $m::a_task_that_leases 's/^        self.pool.available.give_up\(&mut self.place\);$//'
+seeded "a lease that keeps its turn"                segment/pool/leasing.rs $m::a_task_that_leases 's/^        self.is_granted = false;$//'
 
 echo "$found faults found"
 [ "$missed" = 0 ]

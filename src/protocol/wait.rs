@@ -128,7 +128,7 @@ impl Waiter {
 
 /// Takes a permit if there is one; if not, has the task woken that waits for it.
 #[inline(never)] // keeps the wait of a thread as short as it was
-fn try_now(
+pub(super) fn try_now(
     semaphore: &Semaphore,
     until: Until<'_>,
     is_severed: impl Fn() -> bool,
