@@ -14,6 +14,8 @@ mod deadline;
 mod fair_semaphore;
 mod semaphore;
 mod spin;
+#[cfg(all(test, loom))]
+pub(crate) mod task_model;
 
 pub use blocking::blocking;
 pub(crate) use blocking::{OnDrop, at_place};

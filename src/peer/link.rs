@@ -9,8 +9,8 @@
 //!
 //! No wake-up is lost. A task leaves its waker, sees to it that its process has asked, and only then
 //! tries once more. Task: ask, `fence(SeqCst)`, read the semaphore. Poster: change the semaphore,
-//! `fence(SeqCst)` (in [`Semaphore::wake`](crate::sync::Semaphore::wake)), read whether the peer has
-//! asked. The fences are totally ordered: the task sees what was posted, or the poster that it is to
+//! `fence(SeqCst)` (in `Semaphore::wake` and `Semaphore::poison`), read whether the peer has asked.
+//! The fences are totally ordered: the task sees what was posted, or the poster that it is to
 //! signal. A process that has asked is not asked for again before the signal has come; the look that
 //! follows asks first, and then reads the semaphores of all who wait by then, with the same fence
 //! between.

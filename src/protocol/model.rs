@@ -6,20 +6,25 @@
 //! so that no side spins. Each side of a transfer has a link of its own, as in two processes.
 
 use std::cell::Cell;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use loom::thread;
 
+use super::wait::poll_permit;
 use super::*;
 use crate::error::{Error, Misuse, Result};
-use crate::peer::Link;
+use crate::peer::{Link, Registration};
 use crate::segment::sealed::Backing as Rules;
 use crate::segment::{
     Backing, Geometry, Mapping, Phase, PoolId, ReadSlots, Segment, SegmentId, SegmentPool,
     WriteSlots,
 };
-use crate::sync::Deadline;
+use crate::sync::task_model::run;
+use crate::sync::{Deadline, Interrupted, Permit, Semaphore};
 
 /// A backing of ordinary memory, whose accesses loom checks.
 pub(crate) struct Watched(Mapping);
@@ -58,8 +63,8 @@ impl Rules for Watched {
 }
 
 pub(crate) type Pool = SegmentPool<Watched>;
-type Asked = ShmTransfer<Receiver, Offered>;
-type Asking = ShmTransfer<Sender, Starting>;
+pub(crate) type Asked = ShmTransfer<Receiver, Offered>;
+pub(crate) type Asking = ShmTransfer<Sender, Starting>;
 
 std::thread_local! {
     /// Whether sleepers check their link all the time. Each model runs in one real thread.
@@ -99,7 +104,7 @@ pub(crate) fn link() -> Arc<Link> {
 }
 
 /// A request and its transfer, sent over these links.
-fn ask_over(pool: &Pool, receivers: &Arc<Link>, senders: &Arc<Link>) -> (Asked, Asking) {
+pub(crate) fn ask_over(pool: &Pool, receivers: &Arc<Link>, senders: &Arc<Link>) -> (Asked, Asking) {
     let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
     let asking = request.begin_here(senders).unwrap();
     request.sent_over(receivers);
@@ -111,7 +116,7 @@ fn ask(pool: &Pool) -> (Asked, Asking) {
 }
 
 /// Sends these bytes, one in each chunk, until the receiver cancels.
-fn send(asking: Asking, bytes: &[u8]) -> Result<u64> {
+pub(crate) fn send(asking: Asking, bytes: &[u8]) -> Result<u64> {
     let mut sending = asking.accept(bytes.len() as u64)?;
     for byte in bytes {
         sending.next_slot(Deadline::NEVER)?.send(&[*byte])?;
@@ -119,7 +124,7 @@ fn send(asking: Asking, bytes: &[u8]) -> Result<u64> {
     sending.finish()
 }
 
-fn found(asked: Asked) -> Result<ShmTransfer<Receiver, Receiving>> {
+pub(crate) fn found(asked: Asked) -> Result<ShmTransfer<Receiver, Receiving>> {
     match asked.reply(Deadline::NEVER)? {
         Reply::Found(body) => Ok(body),
         other => panic!("{other:?}"),
@@ -134,7 +139,7 @@ pub(crate) fn next(body: &mut ShmTransfer<Receiver, Receiving>) -> Result<Option
     Ok(Some(byte[0]))
 }
 
-fn receive(asked: Asked) -> Result<Vec<u8>> {
+pub(crate) fn receive(asked: Asked) -> Result<Vec<u8>> {
     let mut body = found(asked)?;
     let mut bytes = Vec::new();
     while let Some(byte) = next(&mut body)? {
@@ -142,6 +147,19 @@ fn receive(asked: Asked) -> Result<Vec<u8>> {
     }
     assert_eq!(body.size(), Size::Known(bytes.len() as u64));
     Ok(bytes)
+}
+
+/// A task's try for a permit of `semaphore`, which is registered with a link.
+pub(crate) fn poll_permit(
+    semaphore: &Semaphore,
+    registration: &Registration,
+    task: &Waker,
+) -> Poll<std::result::Result<Permit, Interrupted>> {
+    let is_severed = || registration.link().is_severed();
+    match poll_permit(semaphore, is_severed, Some(|| registration.wake_later(task))) {
+        Err(Interrupted::TimedOut) => Poll::Pending,
+        settled => Poll::Ready(settled),
+    }
 }
 
 /// Runs `body` in every interleaving; says how many there were.
@@ -607,6 +625,29 @@ fn two_that_lease_the_only_segment_take_turns() {
     });
 }
 
+#[test]
+fn a_task_that_leases_takes_its_turn_or_gives_it_up() {
+    model(|| {
+        let pool = pool(1, LONG_GRACE);
+        let first = pool.lease(Deadline::NEVER).unwrap();
+        let [mut patient, mut impatient] = [pool.lease_soon(), pool.lease_soon()];
+        let waiting = [
+            thread::spawn(move || {
+                drop(run(|task| Pin::new(&mut patient).poll(&mut Context::from_waker(task))));
+            }),
+            thread::spawn(move || {
+                let task = &mut Context::from_waker(Waker::noop());
+                let _lease = Pin::new(&mut impatient).poll(task);
+            }),
+        ];
+        drop(first);
+        waiting.into_iter().for_each(|waiting| waiting.join().unwrap());
+        assert_eq!((pool.stats().idle, pool.stats().retired), (1, 0));
+        let last = pool.try_lease();
+        assert!(last.is_ready() && pool.try_lease().is_pending());
+    });
+}
+
 /// The server hangs up before it takes the request: the request is either withdrawn or taken, never
 /// both.
 #[test]
@@ -630,7 +671,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
             outcome => panic!("{:?}", outcome.map(drop)),
         }
         let is_untaken = asked.withdraw();
-        let lease = again(asked.give_up()).unwrap();
+        let lease = again.lease(asked.give_up()).unwrap();
         let was_taken = server.join().unwrap();
         assert_ne!(is_untaken, was_taken);
         // The segment can be offered to the successor in either case.

@@ -73,7 +73,9 @@ impl Offer {
         let mut state = lock(&self.state);
         if !matches!(*state, OfferState::Over) {
             let sent = OfferState::Sent(link.register(Arc::clone(&self.segment) as _));
-            wake(mem::replace(&mut *state, sent)); // to wait for the link
+            let before = mem::replace(&mut *state, sent);
+            drop(state);
+            wake(before); // to wait for the link
         }
     }
 
@@ -85,7 +87,9 @@ impl Offer {
             // Fails only if a sender has accepted it after all: that sender will answer.
             if header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn).is_ok() {
                 header.filled.poison();
-                waker.take().into_iter().for_each(Waker::wake);
+                let waker = waker.take();
+                drop(state); // a waker may run its task at once
+                waker.into_iter().for_each(Waker::wake);
             }
         }
     }

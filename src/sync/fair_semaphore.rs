@@ -7,6 +7,8 @@ use std::task::Waker;
 use super::Deadline;
 use super::modelled::{Condvar, Mutex, lock};
 
+#[cfg(all(test, loom))]
+mod model;
 #[cfg(all(test, not(loom)))]
 mod tests;
 

@@ -11,7 +11,8 @@
 //!    word, `fence(SeqCst)`, read `sleepers`. Sleeper: raise `sleepers`, `fence(SeqCst)`, let the
 //!    kernel compare the word. The fences are totally ordered: either the poster's comes first, and
 //!    then the kernel sees the changed word and does not sleep, or the sleeper's does, and then the
-//!    poster sees `sleepers` and wakes. Everything else about `sleepers` is `Relaxed`.
+//!    poster sees `sleepers` and wakes. Everything else about `sleepers` is `Relaxed`. `poison` has the
+//!    fence for the tasks: whether they have asked is read after it (`peer::link`).
 
 use std::io;
 
@@ -140,6 +141,7 @@ impl Semaphore {
     /// Ends every wait, now and later, once the permits left are drained.
     pub(crate) fn poison(&self) {
         self.set_poison();
+        fence(SeqCst); // pair 2, for the tasks
         // Ignores `sleepers`: the peer can write to that word, and poison must always end the
         // waits.
         self.parker.unpark_all(&self.word);

@@ -30,7 +30,8 @@ pub(super) struct SocketBorrower<P = Socket> {
     limits: LoanLimits,
     /// Locked while the connection is read: who comes second finds what the first has read.
     inbox: Mutex<Inbox>,
-    /// A signal has been read, and the tasks not looked after yet.
+    /// A message has been read, and the tasks not looked after yet. Any message: a signal that finds
+    /// the connection full is not sent.
     signalled: AtomicBool,
     /// Let go of, and the server not told yet.
     returned: Mutex<Vec<u64>>,
@@ -96,7 +97,7 @@ impl<P: Packets> SocketBorrower<P> {
         false
     }
 
-    /// Whether a signal has been read since the last call.
+    /// Whether anything has been read since the last call.
     pub(super) fn was_signalled(&self) -> bool {
         self.signalled.load(Relaxed) && self.signalled.swap(false, Relaxed)
     }
@@ -123,6 +124,7 @@ impl<P: Packets> SocketBorrower<P> {
             received => received?,
         };
         let Some(Received { len, fds, lost }) = received else { return Ok(None) };
+        self.signalled.store(true, Relaxed);
         let malformed = || PeerFault::MalformedMessage { len };
         match Message::decode(&buffer[..len])? {
             Message::Loan { id, kind, len } => {
@@ -133,10 +135,7 @@ impl<P: Packets> SocketBorrower<P> {
                 };
                 Ok(Some(Heard::Loan(NewLoan { id, kind, len, fd })))
             }
-            Message::Wakeup => {
-                self.signalled.store(true, Relaxed);
-                Ok(Some(Heard::Signal))
-            }
+            Message::Wakeup => Ok(Some(Heard::Signal)),
             farewell @ Message::Farewell { .. } => {
                 inbox.farewell = Some(farewell.rejection());
                 Ok(None)

@@ -426,15 +426,20 @@ impl Shared {
                 }
                 // Its segment was sent on the connection before; the request stays in the ring for
                 // now.
-                None => match client.hear(&mut state, &self.policy)? {
-                    Heard::Request(transfer) => Some(transfer),
-                    Heard::Noted => None,
-                    // The request was withdrawn, and its segment retired, before this worker came.
-                    Heard::Nothing => {
-                        ring.advance();
-                        None
+                None => {
+                    let heard = client.hear(&mut state, &self.policy)?;
+                    client.link.look(); // it may have been the last message of a full connection
+                    match heard {
+                        Heard::Request(transfer) => Some(transfer),
+                        Heard::Noted => None,
+                        // The request was withdrawn, and its segment retired, before this worker
+                        // came.
+                        Heard::Nothing => {
+                            ring.advance();
+                            None
+                        }
                     }
-                },
+                }
             }
         };
         if rest_at_limit(&**client, &client.link, client.bound()) {

@@ -357,7 +357,7 @@ impl Connection {
         is_all
     }
 
-    /// A signal may have been read by who looked for something else.
+    /// A signal, or the message that stands for it, may have been read by who looked for a loan.
     fn look(&self) {
         if self.loans.was_signalled() {
             self.link.look();

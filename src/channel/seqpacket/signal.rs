@@ -17,6 +17,9 @@ use super::packets::Packets;
 use super::ring::{CLIENT_ASKS, SERVER_ASKS};
 use super::wire::Message;
 
+#[cfg(all(test, loom))]
+mod model;
+
 /// One side's means to signal the other.
 pub(super) struct SocketSignal<P = Socket> {
     words: Arc<Words>,
