@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 /// Where tests are, in the repository.
-const TESTS: [&str; 3] = ["tests", "examples/common/tests", "tools/tests"];
+const TESTS: [&str; 4] = ["tests", "tests/tasks/tests", "examples/common/tests", "tools/tests"];
 
 #[test]
 fn every_test_that_is_named_exists() {
