@@ -19,7 +19,7 @@ use crate::sync::Deadline;
 
 /// The tokens of the two eventfds; no other descriptor of a queue has these, or that of the timer.
 const CLOSER: u64 = u64::MAX;
-const WAKE_ONE: u64 = u64::MAX - 1;
+pub(super) const WAKE_ONE: u64 = u64::MAX - 1;
 /// The token of the timer: see [`Poller::wake_after`].
 pub(super) const TIMER: u64 = u64::MAX - 2;
 
@@ -93,8 +93,9 @@ impl Poller {
         }
     }
 
-    /// Waits for an event, and returns its token; `None` at the deadline, or after
-    /// [`wake_one`](Self::wake_one).
+    /// Waits for an event, and returns its token; [`WAKE_ONE`] after [`wake_one`](Self::wake_one),
+    /// and `None` at the deadline. They differ: before the deadline is told, there are no other
+    /// events.
     ///
     /// # Errors
     /// [`Error::Closed`] once [`close`](Self::close) was called.
@@ -104,7 +105,6 @@ impl Poller {
             let mut events = [MaybeUninit::uninit()];
             match epoll::wait(&self.epoll, &mut events, deadline.timespec().as_ref()) {
                 Ok(([event], _)) if event.data.u64() == CLOSER => {}
-                Ok(([event], _)) if event.data.u64() == WAKE_ONE => return Ok(None),
                 Ok(([event], _)) => return Ok(Some(event.data.u64())),
                 Ok(_) if deadline.has_passed() => return Ok(None),
                 Ok(_) | Err(Errno::INTR) => {}

@@ -205,12 +205,12 @@ impl Link {
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// Whether a peer that has been asked can signal this process.
+    /// Whether a peer that has been asked can signal this process, which reads its signals.
     #[cfg(feature = "tokio")]
     pub(crate) fn can_be_signalled(&self) -> bool {
         match &self.other {
             Other::Here(_) => true,
-            Other::There(other) => other.get().is_some(),
+            Other::There(other) => other.get().is_some() && lock(&self.state).relief.is_none(),
         }
     }
 
@@ -263,7 +263,8 @@ impl Link {
     }
 
     /// Calls `then`, once, as soon as fewer than `below` are registered; immediately if they
-    /// already are.
+    /// already are. Until then, the peer's signals are not read: tasks that wait are woken, and have
+    /// to [try from time to time](Self::can_be_signalled).
     pub(crate) fn when_below(&self, below: usize, then: impl FnOnce() + Send + 'static) {
         let mut state = lock(&self.state);
         if state.registered.len() < below {
@@ -271,6 +272,9 @@ impl Link {
             then();
         } else {
             state.relief = Some(Relief { below, then: Box::new(then) });
+            let wakers = mem::take(&mut state.wakers);
+            drop(state);
+            wakers.into_values().for_each(Waker::wake);
         }
     }
 

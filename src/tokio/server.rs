@@ -128,7 +128,9 @@ impl Server {
         let source = Source::of(&queue)?;
         let (done, is_done) = watch::channel(false);
         let (handler, at) = (Arc::new(handler), queue.clone());
+        let over = Over { queue: Some(queue.clone()), done };
         tokio::spawn(async move {
+            let over = over;
             let mut answers = JoinSet::new();
             loop {
                 match source.next().await {
@@ -161,7 +163,7 @@ impl Server {
             drop(source);
             wind_down(&at, &mut answers).await;
             drop(at);
-            done.send_replace(true);
+            drop(over);
         });
         Ok(Serving { inner: Arc::new(Inner { queue, is_done }) })
     }
@@ -234,6 +236,20 @@ impl Queue {
             Queue::Socket(queue) => queue.close(),
             Queue::Within(queue) => RequestQueue::close(queue),
         }
+    }
+}
+
+/// Closes the queue when the task that takes requests ends, and so when its runtime is dropped:
+/// otherwise clients would wait for it, and no successor could have its address.
+struct Over {
+    queue: Option<Queue>,
+    done: watch::Sender<bool>,
+}
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        self.queue.take().iter().for_each(Queue::close);
+        self.done.send_replace(true);
     }
 }
 

@@ -1,9 +1,12 @@
-//! What the tests of tasks share: places, contents, and a server of either kind.
+//! What the tests of tasks share: places, contents, a server of either kind, futures driven by hand.
+
+mod driven;
 
 use std::future::Future;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use driven::{Driven, counts};
 use shmferry::{Refusal, Server, Serving};
 
 /// Bytes that depend on their place and on `seed`.

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 
 /// Where tests are, in the repository.
-const TESTS: [&str; 4] = ["tests", "examples/common/tests", "examples/http/tests", "tools/tests"];
+const TESTS: [&str; 5] =
+    ["tests", "tests/tasks/tests", "examples/common/tests", "examples/http/tests", "tools/tests"];
 
 #[test]
 fn every_test_that_is_named_exists() {

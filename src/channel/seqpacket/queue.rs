@@ -20,7 +20,7 @@ use rustix::net::SocketFlags;
 
 use crate::channel::RequestQueue;
 use crate::channel::leaving::Leaving;
-use crate::channel::poller::{Poller, TIMER};
+use crate::channel::poller::{Poller, TIMER, WAKE_ONE};
 use crate::error::{Error, Rejection, Result};
 use crate::peer::{Link, Peer, Socket, is_behind, on_hang_up};
 use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
@@ -189,6 +189,11 @@ impl WorkSource for Shared {
     }
 
     fn attend(&self, token: u64) -> Result<Attended<Client, Self::Request>> {
+        if token == WAKE_ONE {
+            // A ring has become active. Looked for again, also after the deadline: who is told that
+            // nothing is there may not come back before the next event.
+            return Ok(Attended::nothing());
+        }
         if token == TIMER {
             self.poller.arm(&self.listener, LISTENER)?;
             return Ok(Attended::nothing());

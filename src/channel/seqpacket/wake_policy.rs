@@ -73,8 +73,8 @@ pub(super) trait WorkSource {
 
     /// Takes a request from a ring; `None` when another worker was quicker.
     fn take(&self, ring: &Arc<Self::Ring>) -> Result<Option<Self::Request>>;
-    /// Sleeps until an event comes; `None` at the deadline, and when woken by
-    /// [`wake_one`](Self::wake_one).
+    /// Sleeps until an event comes; `None` at the deadline. When woken by
+    /// [`wake_one`](Self::wake_one), an event that brings nothing; or `None`, before the deadline.
     fn sleep(&self, deadline: Deadline) -> Result<Option<Self::Event>>;
     /// Handles an event: reads a client's messages, or accepts a client.
     fn attend(&self, event: Self::Event) -> Result<Attended<Self::Ring, Self::Request>>;
