@@ -2,16 +2,16 @@
 //! number of bytes, and is answered with as many: byte `n` is `n` modulo 251.
 //!
 //! # When what is ready
-//! - The **queue** is readable while `try_recv` has something to do, which is more than requests: it
-//!   accepts clients, notices that they end, and wakes the answers that wait for them. So it is called
-//!   until it is pending: only that clears the readiness. Requests that are left in it are not lost,
-//!   but a loop that is told of changes only (`EPOLLET`) is not told of them again.
+//! - The **queue** is readable while `try_recv` has something to do, which is more than requests:
+//!   it accepts clients, notices that they end, and wakes the answers that wait for them. So it is
+//!   called until it is pending: only that clears the readiness. Requests that are left in it are
+//!   not lost, but a loop that is told of changes only (`EPOLLET`) is not told of them again.
 //! - An **answer** is waited for by a waker. `poll_slot` that is pending has left the waker behind,
-//!   and it is called once: when the client may have freed a slot, or is gone. A wake-up is a hint. It
-//!   may be for nothing, and it may come after its answer has ended: a step that is tried again is
-//!   pending again, and a number that is not known is skipped.
-//! - Wakers are called by the thread that calls `try_recv`, and, when a client dies, by the library's
-//!   own watcher: hence the eventfd, which ends the wait of the loop.
+//!   and it is called once: when the client may have freed a slot, or is gone. A wake-up is a hint.
+//!   It may be for nothing, and it may come after its answer has ended: a step that is tried again
+//!   is pending again, and a number that is not known is skipped.
+//! - Wakers are called by the thread that calls `try_recv`, and, when a client dies, by the
+//!   library's own watcher: hence the eventfd, which ends the wait of the loop.
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use shmferry::channel::Seqpacket;

@@ -135,8 +135,8 @@
 //!   been run there.
 //! - A segment has 1 to 512 slots of up to 1 GiB; a key up to 4,096 bytes, metadata up to 1,024.
 //! - Each segment costs its owner one file descriptor.
-//! - Bytes that are sent are copied twice: by the kernel into the slot (`pread`), and out of it, unless
-//!   they are read where they are ([`Chunk::bytes`](protocol::Chunk::bytes)). Bytes that are
+//! - Bytes that are sent are copied twice: by the kernel into the slot (`pread`), and out of it,
+//!   unless they are read where they are ([`Chunk::bytes`](protocol::Chunk::bytes)). Bytes that are
 //!   [lent](loan) are not copied.
 //! - A waiting side, or a server's worker, may spin for up to 50 µs at a time, while processors are
 //!   to spare.
@@ -158,21 +158,23 @@
 //!   built alike, or attaching fails with a mismatch of versions.
 //!
 //! # Waiting without a thread
-//! The feature `tokio` brings a module of that name, with the same front door for tasks. Beneath it are
-//! steps that never wait, for any runtime or none:
-//! [`try_recv`](channel::SeqpacketQueue::try_recv), [`poll_slot`](protocol::ShmTransfer::poll_slot),
-//! [`lease_soon`](segment::SegmentPool::lease_soon), [`poll_wait`](protocol::ShmTransfer::poll_wait),
+//! The feature `tokio` brings a module of that name, with the same front door for tasks. Beneath it
+//! are steps that never wait, for any runtime or none:
+//! [`try_recv`](channel::SeqpacketQueue::try_recv),
+//! [`poll_slot`](protocol::ShmTransfer::poll_slot),
+//! [`lease_soon`](segment::SegmentPool::lease_soon),
+//! [`poll_wait`](protocol::ShmTransfer::poll_wait),
 //! [`poll_chunk`](protocol::ShmTransfer::poll_chunk); a request is sent with a deadline that has
 //! passed. Over sockets and within a process. The contract:
 //!
 //! - Each side has one descriptor to wait on: a [`SeqpacketQueue`](channel::SeqpacketQueue) for a
-//!   server, a [`SeqpacketRequester`](channel::SeqpacketRequester) for a client. Once it is readable,
-//!   [`try_recv`](channel::SeqpacketQueue::try_recv) until that is pending, or
-//!   [`attend`](channel::SeqpacketRequester::attend): that wakes the tasks that have something to take,
-//!   and from then on the descriptor is not readable, until something new comes.
+//!   server, a [`SeqpacketRequester`](channel::SeqpacketRequester) for a client. Once it is
+//!   readable, [`try_recv`](channel::SeqpacketQueue::try_recv) until that is pending, or
+//!   [`attend`](channel::SeqpacketRequester::attend): that wakes the tasks that have something to
+//!   take, and from then on the descriptor is not readable, until something new comes.
 //! - A step that is pending wakes its [`Waker`](std::task::Waker) once it may be worth while to try
-//!   again, if somebody attends to the descriptor. A wake-up can be needless: the step is then pending
-//!   again. It is never missing.
+//!   again, if somebody attends to the descriptor. A wake-up can be needless: the step is then
+//!   pending again. It is never missing.
 //! - Only the last waker given for a transfer is woken.
 //!
 //! # When not to use it

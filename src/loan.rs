@@ -147,8 +147,8 @@ impl Loan {
         Ok(Loan::new(Content::of_file(file)?))
     }
 
-    /// Lends on what was lent, without a copy, under a number of one's own: so that a relay can hand
-    /// its server's loans to its own clients. `None` for bytes that were gathered into memory.
+    /// Lends on what was lent, without a copy, under a number of one's own: so that a relay can
+    /// hand its server's loans to its own clients. `None` for bytes that were gathered into memory.
     pub fn from_lent(lent: &Lent) -> Option<Loan> {
         let (content, range) = lent.content()?;
         let (start, len) = (range.start as u64, range.len() as u64);

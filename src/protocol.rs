@@ -269,7 +269,8 @@ const FOUND: u32 = 1;
 /// The status word of an answer that was lent: the announcement says which part of which loan.
 #[cfg(target_os = "linux")]
 const LENT: u32 = 6;
-/// As [`FOUND`], where the answer would have been lent, had the receiver returned other loans first.
+/// As [`FOUND`], where the answer would have been lent, had the receiver returned other loans
+/// first.
 #[cfg(target_os = "linux")]
 const FOUND_FOR_WANT_OF_ROOM: u32 = 7;
 

@@ -32,8 +32,8 @@
 //!
 //! # Where
 //! Over sockets (`unix:PATH`) and within a process. A message queue (`mq:/NAME`) has no connection
-//! on which a task could be told of what has come, and is refused: there, use the blocking door on a
-//! thread.
+//! on which a task could be told of what has come, and is refused: there, use the blocking door on
+//! a thread.
 //!
 //! # Dropping a future
 //! Any of them may be dropped at any point. A request that was not answered is withdrawn, its

@@ -35,8 +35,8 @@ struct Options {
     #[arg(long, value_name = "COUNT", default_value_t = 1024,
         value_parser = value_parser!(u32).range(1..=65_536))]
     max_segments: u32,
-    /// Keep copies of files that are asked for again, so many bytes in all, and lend them: plain, or
-    /// as 512k, 64M, 1G; 0 for none [default: 256M, at most an eighth of the memory available]
+    /// Keep copies of files that are asked for again, so many bytes in all, and lend them: plain,
+    /// or as 512k, 64M, 1G; 0 for none [default: 256M, at most an eighth of the memory available]
     #[arg(long, value_name = "BYTES", value_parser = program::bytes)]
     loan_budget: Option<u64>,
     /// Lend read-only descriptors of the files that are not among those copies

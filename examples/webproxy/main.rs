@@ -68,8 +68,8 @@ struct Options {
     /// A directory to serve, with the cache embedded
     #[arg(long, value_name = "DIRECTORY")]
     root: Option<PathBuf>,
-    /// With --root, keep copies of files that are asked for again, so many bytes in all: as 64M, 1G;
-    /// 0 for none [default: 256M, at most an eighth of the memory available]
+    /// With --root, keep copies of files that are asked for again, so many bytes in all: as 64M,
+    /// 1G; 0 for none [default: 256M, at most an eighth of the memory available]
     #[arg(long, value_name = "BYTES", value_parser = program::bytes, requires = "root")]
     loan_budget: Option<u64>,
     /// Keep what simplecached lends mapped, up to so many bytes; 0 takes no loans

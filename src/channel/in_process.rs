@@ -103,8 +103,8 @@ impl InProcess {
         }
     }
 
-    /// As [`recv`](RequestQueue::recv), without waiting: if there is no request, `task` is woken once
-    /// there may be one. Needs a queue with room for requests.
+    /// As [`recv`](RequestQueue::recv), without waiting: if there is no request, `task` is woken
+    /// once there may be one. Needs a queue with room for requests.
     ///
     /// # Errors
     /// Those of [`recv`](RequestQueue::recv), but for [`Error::Timeout`].

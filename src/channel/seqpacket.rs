@@ -167,8 +167,9 @@ impl Seqpacket {
         self
     }
 
-    /// The most that a server lends to one client: bytes of sealed memory, and loans; 1 GiB and 1024
-    /// by default. Beyond it, answers go through the segment until the client has returned some.
+    /// The most that a server lends to one client: bytes of sealed memory, and loans; 1 GiB and
+    /// 1024 by default. Beyond it, answers go through the segment until the client has returned
+    /// some.
     pub fn lend_at_most(mut self, bytes: u64, loans: u32) -> Self {
         self.policy.loans = LoanLimits { bytes, count: loans };
         self

@@ -112,8 +112,8 @@ impl LentBody {
     /// Copies what is still to come to a socket, pipe or file; returns the bytes that this call
     /// copied. Goes by `sendfile`, without a copy in this process, with two exceptions. To a socket
     /// or pipe in blocking mode, that could block for ever. To a socket whose other end is on this
-    /// machine, sealed memory goes by `send`, which is faster there. Waits as long as the sink makes
-    /// progress.
+    /// machine, sealed memory goes by `send`, which is faster there. Waits as long as the sink
+    /// makes progress.
     ///
     /// # Errors
     /// [`Error::Sink`] when the sink fails, [`Error::Timeout`] when it takes nothing; after either
@@ -133,8 +133,8 @@ impl LentBody {
     fn pass_on(&mut self, sink: BorrowedFd<'_>, end: u64) -> Result<()> {
         let mut by_kernel = match &self.source {
             // By `sendfile` the kernel hands on the pages themselves, which spares a network card's
-            // machine a copy. On this machine the other end copies out of them more slowly than both
-            // copies of `send` take: see the bench `concurrency`, on to TCP.
+            // machine a copy. On this machine the other end copies out of them more slowly than
+            // both copies of `send` take: see the bench `concurrency`, on to TCP.
             Source::Sealed(_) if is_on_this_machine(sink) => false,
             _ => can_sendfile(sink).map_err(|errno| Error::Sink(errno.into()))?,
         };

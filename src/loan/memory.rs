@@ -58,12 +58,12 @@ impl SealedMemory {
     }
 }
 
-/// A huge page. An address in huge pages takes one entry of the processor's table for 512 pages, and
-/// mapping them one page fault for as many.
+/// A huge page. An address in huge pages takes one entry of the processor's table for 512 pages,
+/// and mapping them one page fault for as many.
 pub(super) const HUGE: usize = 2 << 20;
 
-/// Has the kernel take huge pages for the whole blocks of so much memory that nothing was written to
-/// yet, if it has them (Linux 6.1 and later). They are allocated then, and zero.
+/// Has the kernel take huge pages for the whole blocks of so much memory that nothing was written
+/// to yet, if it has them (Linux 6.1 and later). They are allocated then, and zero.
 pub(super) fn take_huge_pages(memory: &File, len: u64) {
     let Ok(len) = usize::try_from(len) else { return };
     let whole = len - len % HUGE;
@@ -84,8 +84,8 @@ pub(super) fn take_huge_pages(memory: &File, len: u64) {
 /// Maps `len` bytes, more than none, for reading; at the start of a huge page, if there can be any.
 fn map_readable(fd: impl AsFd, len: usize) -> rustix::io::Result<NonNull<u8>> {
     let hint = if len < HUGE { ptr::null_mut() } else { free_place(len)? };
-    // SAFETY: with a hint, or none, the kernel chooses addresses that are free: no memory of ours is
-    // hit.
+    // SAFETY: with a hint, or none, the kernel chooses addresses that are free: no memory of ours
+    // is hit.
     let base = unsafe { mmap(hint, len, ProtFlags::READ, MapFlags::PRIVATE, fd, 0)? };
     NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)
 }

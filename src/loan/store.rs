@@ -149,8 +149,8 @@ impl LoanStore {
     ///
     /// That costs neither memory nor a copy, and gives clients a read-only descriptor of the file:
     /// see [`Loan::file`], also for what cannot be lent so. Up to 256 files are held open for that,
-    /// or an eighth of the descriptors that the process may have. The space of a deleted one is free
-    /// once others have displaced it here, and clients have let go of it.
+    /// or an eighth of the descriptors that the process may have. The space of a deleted one is
+    /// free once others have displaced it here, and clients have let go of it.
     pub fn lend_files(mut self, lend_files: bool) -> LoanStore {
         self.lend_files = lend_files;
         self

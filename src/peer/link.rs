@@ -3,17 +3,17 @@
 //!
 //! # Tasks
 //! A thread that waits sleeps on the segment's semaphore. A task has no thread: it leaves its waker
-//! here, and the process *asks* its peer to be woken. A side that has posted looks whether the other
-//! has asked, and if so, [`Signal`]s it, once, whatever number of tasks wait. That side then *looks*:
-//! it asks anew, and wakes those tasks that have something to take.
+//! here, and the process *asks* its peer to be woken. A side that has posted looks whether the
+//! other has asked, and if so, [`Signal`]s it, once, whatever number of tasks wait. That side then
+//! *looks*: it asks anew, and wakes those tasks that have something to take.
 //!
-//! No wake-up is lost. A task leaves its waker, sees to it that its process has asked, and only then
-//! tries once more. Task: ask, `fence(SeqCst)`, read the semaphore. Poster: change the semaphore,
-//! `fence(SeqCst)` (in `Semaphore::wake` and `Semaphore::poison`), read whether the peer has asked.
-//! The fences are totally ordered: the task sees what was posted, or the poster that it is to
-//! signal. A process that has asked is not asked for again before the signal has come; the look that
-//! follows asks first, and then reads the semaphores of all who wait by then, with the same fence
-//! between.
+//! No wake-up is lost. A task leaves its waker, sees to it that its process has asked, and only
+//! then tries once more. Task: ask, `fence(SeqCst)`, read the semaphore. Poster: change the
+//! semaphore, `fence(SeqCst)` (in `Semaphore::wake` and `Semaphore::poison`), read whether the peer
+//! has asked. The fences are totally ordered: the task sees what was posted, or the poster that it
+//! is to signal. A process that has asked is not asked for again before the signal has come; the
+//! look that follows asks first, and then reads the semaphores of all who wait by then, with the
+//! same fence between.
 
 use std::collections::BTreeMap;
 use std::mem;
@@ -164,8 +164,8 @@ impl Link {
         wakers.into_values().for_each(Waker::wake);
     }
 
-    /// Tells the peer's process by `signal` that tasks have something to take, and is told so in the
-    /// same way. Only the first counts.
+    /// Tells the peer's process by `signal` that tasks have something to take, and is told so in
+    /// the same way. Only the first counts.
     pub(crate) fn signal_by(&self, signal: Box<dyn Signal>) {
         if let Other::There(other) = &self.other {
             let _ = other.set(signal);
@@ -263,8 +263,8 @@ impl Link {
     }
 
     /// Calls `then`, once, as soon as fewer than `below` are registered; immediately if they
-    /// already are. Until then, the peer's signals are not read: tasks that wait are woken, and have
-    /// to [try from time to time](Self::can_be_signalled).
+    /// already are. Until then, the peer's signals are not read: tasks that wait are woken, and
+    /// have to [try from time to time](Self::can_be_signalled).
     pub(crate) fn when_below(&self, below: usize, then: impl FnOnce() + Send + 'static) {
         let mut state = lock(&self.state);
         if state.registered.len() < below {

@@ -146,7 +146,8 @@ impl Offer {
         }
     }
 
-    /// Whether a task that waits for the answer is woken; otherwise it has to try from time to time.
+    /// Whether a task that waits for the answer is woken; otherwise it has to try from time to
+    /// time.
     #[cfg(feature = "tokio")]
     pub(super) fn wakes(&self) -> bool {
         self.link().is_none_or(|link| link.can_be_signalled())

@@ -299,8 +299,8 @@ impl Receiver {
         permit.map_err(|why| why_interrupted(why, awaited, || self.why_poisoned()))
     }
 
-    /// As [`await_filled`](Self::await_filled), without waiting: times out at once, and has the task
-    /// woken later, if there is one.
+    /// As [`await_filled`](Self::await_filled), without waiting: times out at once, and has the
+    /// task woken later, if there is one.
     fn poll_filled(&mut self, task: Option<&Waker>, awaited: Awaited) -> Result<Permit> {
         let header = self.header();
         publish_cpu(&header.receiver.cpu);

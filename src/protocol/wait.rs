@@ -19,8 +19,8 @@ use super::model::recheck;
 pub(super) struct Waiter {
     spinner: Spinner,
     presence: Presence,
-    /// The timeout in nanoseconds. A `Duration` is twice as large, and transfers are moved by value:
-    /// up to 128 bytes in registers.
+    /// The timeout in nanoseconds. A `Duration` is twice as large, and transfers are moved by
+    /// value: up to 128 bytes in registers.
     timeout: u64,
 }
 

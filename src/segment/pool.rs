@@ -130,8 +130,8 @@ impl<B: Backing> SegmentPool<B> {
     }
 
     /// As [`lease`](Self::lease), for a task: a future, which any runtime can wait for. It waits as
-    /// long as it takes, in turn with threads that wait, and gives its turn up when it is dropped. A
-    /// segment that a late sender may still write to is replaced at once.
+    /// long as it takes, in turn with threads that wait, and gives its turn up when it is dropped.
+    /// A segment that a late sender may still write to is replaced at once.
     ///
     /// # Errors
     /// Those of [`lease`](Self::lease), but for [`Error::Timeout`].

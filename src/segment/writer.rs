@@ -74,8 +74,8 @@ impl SlotWriter {
     }
 
     /// Leaves the segment with this phase. The turn word is the last write: a process that reads
-    /// the phase knows that this sender has left (rule P6), and finds the segment unclaimed. Returns
-    /// the link, since the receiver is still to be woken.
+    /// the phase knows that this sender has left (rule P6), and finds the segment unclaimed.
+    /// Returns the link, since the receiver is still to be woken.
     pub(crate) fn leave(self, phase: Phase) -> (Result<(), PeerFault>, Arc<Link>) {
         let link = Arc::clone(self.registration.link());
         drop(self.registration);

@@ -78,9 +78,9 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Sends a file from its beginning, as much as was announced or all of it, and finishes; returns
-    /// the bytes sent in all. What is in the page cache is copied where the task runs, a slot at a
-    /// time; the rest is read on one of tokio's blocking threads.
+    /// Sends a file from its beginning, as much as was announced or all of it, and finishes;
+    /// returns the bytes sent in all. What is in the page cache is copied where the task runs, a
+    /// slot at a time; the rest is read on one of tokio's blocking threads.
     ///
     /// # Errors
     /// Those of [`crate::Outgoing::send_file`].

@@ -36,8 +36,8 @@ const LOOK: Duration = Duration::from_millis(1);
 
 type Requested = ShmTransfer<Sender, Starting>;
 
-/// A server that has its address, and does not take requests yet: [`crate::Server`], with a task for
-/// each request instead of a thread.
+/// A server that has its address, and does not take requests yet: [`crate::Server`], with a task
+/// for each request instead of a thread.
 ///
 /// ```no_run
 /// use shmferry::Refusal;
@@ -72,8 +72,8 @@ impl Server {
     /// Takes an address, `unix:PATH`, for this process: as [`crate::Server::bind`].
     ///
     /// # Errors
-    /// Those of [`crate::Server::bind`]; and [`Error::Misuse`] for a message queue, over which tasks
-    /// cannot wait.
+    /// Those of [`crate::Server::bind`]; and [`Error::Misuse`] for a message queue, over which
+    /// tasks cannot wait.
     pub fn bind<A>(address: A) -> Result<Server>
     where
         A: TryInto<Address>,
@@ -95,19 +95,20 @@ impl Server {
         self
     }
 
-    /// Has `hook` told of every error, as [`crate::Server::on_error`] does. It is called by the task
-    /// that met the error.
+    /// Has `hook` told of every error, as [`crate::Server::on_error`] does. It is called by the
+    /// task that met the error.
     pub fn on_error(self, hook: impl Fn(&ServeError) + Send + Sync + 'static) -> Server {
         self.hook.set(hook);
         self
     }
 
-    /// Serves requests until it is [stopped](Serving::stop): has `handler` run for each. There are as
-    /// many at a time as clients ask: each has at most a few more under way than it has segments.
+    /// Serves requests until it is [stopped](Serving::stop): has `handler` run for each. There are
+    /// as many at a time as clients ask: each has at most a few more under way than it has
+    /// segments.
     ///
-    /// A handler begins where requests are taken. If it has to wait, or fills more than one slot, it
-    /// goes on as a task of its own. So what computes for long is to be done on another thread, as
-    /// ever with tasks, or others wait for it.
+    /// A handler begins where requests are taken. If it has to wait, or fills more than one slot,
+    /// it goes on as a task of its own. So what computes for long is to be done on another thread,
+    /// as ever with tasks, or others wait for it.
     ///
     /// An error of the handler ends its transfer, and so does a panic: its client is told
     /// ([`Error::Aborted`]) unless it had its answer already, [`on_error`](Self::on_error) is told

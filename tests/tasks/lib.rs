@@ -1,4 +1,5 @@
-//! What the tests of tasks share: places, contents, a server of either kind, futures driven by hand.
+//! What the tests of tasks share: places, contents, a server of either kind, futures driven by
+//! hand.
 
 mod driven;
 

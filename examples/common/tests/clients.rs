@@ -1,5 +1,5 @@
-//! Clients of the real programs that stall, vanish, dawdle or say nothing, and what the others notice of
-//! it.
+//! Clients of the real programs that stall, vanish, dawdle or say nothing, and what the others
+//! notice of it.
 
 use std::io::{Read, Write};
 use std::thread;

@@ -110,7 +110,8 @@ fn a_second_signal_ends_a_program_while_another_still_waits(over: Transport) {
         let [waiting, hurried] =
             [0, 1].map(|_| debug("webproxy", &["-p", "0", "--cache", &address]));
         let stalled = [waiting.stall("/large"), hurried.stall("/large")];
-        // The one that is asked first, and once, is given its time; that of the other would end later.
+        // The one that is asked first, and once, is given its time; that of the other would end
+        // later.
         for program in [&waiting, &hurried] {
             program.signal(first);
             program.wait_for("stopping");

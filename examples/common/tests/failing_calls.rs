@@ -1,5 +1,5 @@
-//! System calls that fail in a running program. They fail by `strace`: where it is not installed, or may
-//! not trace, these tests say so and check nothing.
+//! System calls that fail in a running program. They fail by `strace`: where it is not installed,
+//! or may not trace, these tests say so and check nothing.
 
 use std::process::{Child, Command, Stdio};
 
@@ -94,7 +94,8 @@ fn a_start_that_fails_leaves_a_dead_servers_leftovers_to_the_next(over: Transpor
     place.wind_up([proxy, cache]);
 }
 
-/// An older kernel does not know a flag; one with too many descriptors on their way takes no more for now.
+/// An older kernel does not know a flag; one with too many descriptors on their way takes no more
+/// for now.
 #[test]
 fn what_the_kernel_refuses_at_first_is_tried_otherwise_or_again() {
     if !Command::new("strace")
@@ -122,8 +123,8 @@ fn what_the_kernel_refuses_at_first_is_tried_otherwise_or_again() {
     place.wind_up([at_first, always, cache]);
 }
 
-/// The only worker at the queue takes a request that stalls, and no thread can be had to wait for the
-/// next one: three times in a row.
+/// The only worker at the queue takes a request that stalls, and no thread can be had to wait for
+/// the next one: three times in a row.
 #[test]
 fn a_thread_that_cannot_be_spawned_leaves_no_request_unheard() {
     let place = Place::new();

@@ -1,5 +1,5 @@
-//! The real programs, killed, stopped, restarted, and deprived of their files, mostly in the middle of a
-//! transfer.
+//! The real programs, killed, stopped, restarted, and deprived of their files, mostly in the middle
+//! of a transfer.
 //!
 //! `--timeout 600` is ten times the watchdog: whoever waited for it would not live to see it.
 #![cfg(not(feature = "raw-sync"))]
@@ -195,8 +195,8 @@ fn a_proxy_killed_before_its_reply_holds_up_nobody(over: Transport) {
 
 // ---------------------------------------------------------------- one side is stopped
 
-/// The cache is stopped with every segment of the proxy in its hands, and goes on when all of them have
-/// been given up and replaced. What it then still writes, nobody may see.
+/// The cache is stopped with every segment of the proxy in its hands, and goes on when all of them
+/// have been given up and replaced. What it then still writes, nobody may see.
 fn a_stopped_cache_writes_to_nobody(over: Transport, segments: usize) {
     let place = Place::over(over);
     let old = noise(1, LARGE);
@@ -317,8 +317,8 @@ fn furnish(place: &Place) -> Vec<Vec<u8>> {
     files
 }
 
-/// Six clients ask a proxy for these files, at random, while `trouble` goes on. It is given the number
-/// of answers so far: whole files, and honest failures. Any other answer is a panic.
+/// Six clients ask a proxy for these files, at random, while `trouble` goes on. It is given the
+/// number of answers so far: whole files, and honest failures. Any other answer is a panic.
 fn under_load(
     proxy: &Program,
     files: &[Vec<u8>],

@@ -1,5 +1,5 @@
-//! Several hosts behind HAProxy or nginx, by the configuration files of `docs/hosts.md`: each path has
-//! its host, and what fails costs no more than that document says.
+//! Several hosts behind HAProxy or nginx, by the configuration files of `docs/hosts.md`: each path
+//! has its host, and what fails costs no more than that document says.
 
 #[path = "hosts/cluster.rs"]
 mod cluster;

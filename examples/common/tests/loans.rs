@@ -1,6 +1,6 @@
-//! Loans in the programs: what is asked for again goes to clients from sealed memory or the file itself,
-//! and is never stale. `sendfile` is seen by `strace`: where that is not installed, or may not trace, the
-//! test says so and checks the rest.
+//! Loans in the programs: what is asked for again goes to clients from sealed memory or the file
+//! itself, and is never stale. `sendfile` is seen by `strace`: where that is not installed, or may
+//! not trace, the test says so and checks the rest.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;

@@ -88,8 +88,8 @@ fn a_cache_that_winds_down_makes_room_for_its_successor_at_once(over: Transport)
     place.wind_up([proxy, new]);
 }
 
-/// As supervisors restart programs, while the old one takes longer to end than a lost cache is waited
-/// for: as long as it lives, its successor cannot be expected.
+/// As supervisors restart programs, while the old one takes longer to end than a lost cache is
+/// waited for: as long as it lives, its successor cannot be expected.
 fn a_successor_that_starts_only_when_the_old_cache_has_ended_is_waited_for(over: Transport) {
     let place = Place::over(over);
     let large = noise(1, LARGE);

@@ -140,15 +140,16 @@ fn pictures_decode_after_the_trip() {
     place.wind_up([cache]);
 }
 
-/// What a program may take beside its pool: its own code and data, threads, allocator. Measured in a
-/// debug build: about 4 MiB.
+/// What a program may take beside its pool: its own code and data, threads, allocator. Measured in
+/// a debug build: about 4 MiB.
 const BESIDE_THE_POOL: u64 = 24 << 20;
 
 fn two_gigabytes_pass_through_four_megabytes(over: Transport) {
     const LEN: u64 = (2 << 30) + 12_345;
     const POOL: u64 = 8 * (512 << 10);
     let place = Place::over(over);
-    // Nothing but zeros, with marks at both ends, around what a 31-bit number counts, and in between.
+    // Nothing but zeros, with marks at both ends, around what a 31-bit number counts, and in
+    // between.
     let marks: Vec<(u64, Vec<u8>)> = [0, 524_287, (1 << 30) + 77, (1 << 31) - 50, LEN - 100]
         .into_iter()
         .zip((0..).map(|i| noise(i, 100)))

@@ -36,8 +36,8 @@ fn read_slowly(mut client: Client, a_second: usize, span: Duration) -> Answer {
     Answer::parse(&all)
 }
 
-/// Several time-outs long, with large slots: no whole slot goes within one of them, and the socket is
-/// never writable to the sender's eyes.
+/// Several time-outs long, with large slots: no whole slot goes within one of them, and the socket
+/// is never writable to the sender's eyes.
 fn a_client_that_reads_slowly_but_steadily_is_never_cut(over: Transport) {
     let place = Place::over(over);
     let large = noise(1, LARGE);

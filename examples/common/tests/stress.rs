@@ -1,5 +1,6 @@
-//! A lot of everything at once through the real programs: whole files, misses, malformed requests, clients
-//! that leave and clients that dawdle. Alone in its file, so that nothing else runs beside it.
+//! A lot of everything at once through the real programs: whole files, misses, malformed requests,
+//! clients that leave and clients that dawdle. Alone in its file, so that nothing else runs beside
+//! it.
 
 use std::sync::Mutex;
 use std::thread;

@@ -30,8 +30,8 @@ pub(super) struct SocketBorrower<P = Socket> {
     limits: LoanLimits,
     /// Locked while the connection is read: who comes second finds what the first has read.
     inbox: Mutex<Inbox>,
-    /// A message has been read, and the tasks not looked after yet. Any message: a signal that finds
-    /// the connection full is not sent.
+    /// A message has been read, and the tasks not looked after yet. Any message: a signal that
+    /// finds the connection full is not sent.
     signalled: AtomicBool,
     /// Let go of, and the server not told yet.
     returned: Mutex<Vec<u64>>,

@@ -16,8 +16,8 @@ use crate::sync::{Deadline, lock};
 const AT_ONCE: usize = 8;
 const ROUNDS: usize = 64;
 
-/// An epoll of connections, which it does not keep open. Each is reported once for all that has come
-/// by then: one that was hung up on stays readable for ever.
+/// An epoll of connections, which it does not keep open. Each is reported once for all that has
+/// come by then: one that was hung up on stays readable for ever.
 pub(super) struct Lines<C> {
     epoll: OwnedFd,
     connections: Mutex<Connections<C>>,

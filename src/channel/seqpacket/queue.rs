@@ -138,9 +138,9 @@ impl SeqpacketQueue {
 
 impl SeqpacketQueue {
     /// Takes the next request, if there is one, and wakes the tasks that have something to take
-    /// ([`poll_slot`](ShmTransfer::poll_slot)). Never waits, but looks for a request for up to 10 µs
-    /// where that can pay. Once this is pending, the queue's
-    /// descriptor ([`AsFd`]) becomes readable when it is to be called again.
+    /// ([`poll_slot`](ShmTransfer::poll_slot)). Never waits, but looks for a request for up to 10
+    /// µs where that can pay. Once this is pending, the queue's descriptor ([`AsFd`]) becomes
+    /// readable when it is to be called again.
     ///
     /// # Errors
     /// Those of [`recv`](RequestQueue::recv), but for [`Error::Timeout`].

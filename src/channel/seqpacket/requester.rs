@@ -73,9 +73,9 @@ impl SeqpacketRequester {
 
     /// Reads what the server has sent, and wakes the tasks that have something to take. To be
     /// called whenever the descriptor ([`AsFd`]) is readable, by a program whose tasks wait
-    /// ([`poll_wait`](crate::protocol::ShmTransfer::poll_wait) and the like). It is not readable any
-    /// more then, until something new comes. `false` if there may be more by now: call it again,
-    /// after others had their turn. Never waits.
+    /// ([`poll_wait`](crate::protocol::ShmTransfer::poll_wait) and the like). It is not readable
+    /// any more then, until something new comes. `false` if there may be more by now: call it
+    /// again, after others had their turn. Never waits.
     ///
     /// # Errors
     /// [`Error::Os`] when the system fails; [`Error::Misuse`] in a child of `fork`.

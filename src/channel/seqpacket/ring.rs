@@ -52,8 +52,8 @@ const SERVER_CPU: usize = GROUP + 1;
 /// to a new number each time; the client lowers only that number, never a later one.
 pub(crate) const NEED_WAKEUP: usize = 2 * GROUP;
 pub(crate) const FIRST_ENTRY: usize = 3 * GROUP;
-/// An entry: the generation; the segment's index below the key's length, with [`TAKES_LOANS`] in it;
-/// and the key.
+/// An entry: the generation; the segment's index below the key's length, with [`TAKES_LOANS`] in
+/// it; and the key.
 pub(crate) const ENTRY_WORDS: usize = if cfg!(loom) { 3 } else { 32 };
 
 /// Behind the entries: not zero while the client's tasks ask for a signal, and the server's; see

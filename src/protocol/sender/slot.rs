@@ -64,8 +64,8 @@ impl ShmTransfer<Sender, Sending> {
         self.free_slot(Some(deadline))
     }
 
-    /// As [`next_slot`](Self::next_slot), without waiting: if none is free, `task` is woken once one
-    /// may be. After a wake-up, call this again.
+    /// As [`next_slot`](Self::next_slot), without waiting: if none is free, `task` is woken once
+    /// one may be. After a wake-up, call this again.
     ///
     /// # Errors
     /// Those of [`next_slot`](Self::next_slot), but for [`Error::Timeout`].

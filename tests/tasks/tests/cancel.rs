@@ -671,7 +671,8 @@ proptest! {
         let (mut waits, mut leases) = (Vec::new(), Vec::new());
         for act in acts {
             match act {
-                // With the number of waits before it that have been polled: its turn comes after theirs.
+                // With the number of waits before it that have been polled: its turn comes after
+                // theirs.
                 Act::Wait => waits.push((Driven::new(pool.lease_soon()), false)),
                 Act::Poll(number) => {
                     let Some(at) = pick(&waits, number) else { continue };

@@ -1,8 +1,8 @@
-//! Crowds of tasks: many more than segments and threads, with pauses at random between any two steps
-//! of either side. All are answered, and rightly.
+//! Crowds of tasks: many more than segments and threads, with pauses at random between any two
+//! steps of either side. All are answered, and rightly.
 //!
-//! `CROWD_SECONDS=60 cargo test -p shmferry-tasks --test crowds -- --nocapture` has each crowd ask for
-//! a minute, and tells how many were answered.
+//! `CROWD_SECONDS=60 cargo test -p shmferry-tasks --test crowds -- --nocapture` has each crowd ask
+//! for a minute, and tells how many were answered.
 
 use std::env;
 use std::io::{BufRead, BufReader, Read};
@@ -333,8 +333,8 @@ fn ten_thousand_idle_clients_cost_a_server_no_time() {
     let before = status(pid, "VmRSS:");
     let mut clients: Vec<_> =
         (0..PROCESSES).map(|_| process("ask", &spot.address)).map(|(child, _)| child).collect();
-    // What it does for the last of them may take it a moment more: polled until a whole second costs
-    // it nothing. One tick is what the kernel may count for a timer of the machine's own.
+    // What it does for the last of them may take it a moment more: polled until a whole second
+    // costs it nothing. One tick is what the kernel may count for a timer of the machine's own.
     let mut idle = 0;
     wait_until("a second in which the server does nothing", || {
         let at = ticks(pid);

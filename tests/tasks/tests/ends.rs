@@ -1,5 +1,5 @@
-//! Ends of all kinds: processes that are killed and stopped, servers that are replaced, runtimes that
-//! are dropped, handlers that fail; and loans, which outlive their server.
+//! Ends of all kinds: processes that are killed and stopped, servers that are replaced, runtimes
+//! that are dropped, handlers that fail; and loans, which outlive their server.
 
 use std::env;
 use std::fs::File;

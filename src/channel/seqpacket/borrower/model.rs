@@ -1,5 +1,5 @@
-//! Loans under loom: introduction, account, announcement, borrowing, eviction, return and the second
-//! request as they ship, by `ci/loom.sh`.
+//! Loans under loom: introduction, account, announcement, borrowing, eviction, return and the
+//! second request as they ship, by `ci/loom.sh`.
 //!
 //! Real are `SocketLender` and `SocketBorrower` with their locks, `Account`, `KeptLoans`, the
 //! messages' bytes, the memory that is lent with its checks, `try_lend`, `read_reply`, and the

@@ -2,8 +2,9 @@
 //!
 //! Real are the links with their locks, the words and the decisions of [`SocketSignal`], the
 //! semaphores, the step that does not wait, offers, and both sides of a transfer. Replaced are the
-//! socket (a count of messages, which an *attendant* waits for, as who reads the descriptor does), a
-//! task (a thread that sleeps until its waker is called), and what the models of transfers replace.
+//! socket (a count of messages, which an *attendant* waits for, as who reads the descriptor does),
+//! a task (a thread that sleeps until its waker is called), and what the models of transfers
+//! replace.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -558,8 +559,8 @@ fn send_as_task(asking: Asking, bytes: &[u8], size: u64) -> crate::Result<u64> {
     sending.finish()
 }
 
-/// A transfer over a connection, by a task on one side or on both. Each side's attendant is there if
-/// that side has a task.
+/// A transfer over a connection, by a task on one side or on both. Each side's attendant is there
+/// if that side has a task.
 fn over_a_connection<R: 'static>(
     slots: u32,
     tasks: (bool, bool),
