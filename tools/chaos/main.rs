@@ -19,6 +19,7 @@ mod pools;
 mod program;
 mod record;
 mod strace;
+mod tasks;
 mod theatre;
 mod users;
 mod weather;
@@ -51,6 +52,9 @@ struct Options {
     /// What the requests travel by
     #[arg(long, default_value = "unix")]
     transport: Transport,
+    /// Has the cache answer with tasks instead of threads; over a Unix socket only
+    #[arg(long)]
+    tasks: bool,
     /// The time-out of both programs
     #[arg(long, value_name = "SECONDS", default_value_t = 3)]
     timeout: u64,
@@ -63,6 +67,9 @@ enum Part {
     /// Be one of the pools that ask the cache
     #[command(hide = true)]
     Member(member::Options),
+    /// Be a cache that answers with tasks
+    #[command(hide = true)]
+    Tasks(tasks::Options),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -82,8 +89,16 @@ fn told<E: Display>(what: &str) -> impl Fn(E) -> String {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    if let Some(Part::Member(options)) = options.part {
-        return member::run(options);
+    match options.part {
+        Some(Part::Member(options)) => return member::run(options),
+        Some(Part::Tasks(options)) => return tasks::run(options),
+        None => {}
+    }
+    if options.tasks && options.transport == Transport::Mq {
+        eprintln!(
+            "chaos: tasks cannot wait for a message queue: --tasks goes with --transport unix"
+        );
+        return ExitCode::FAILURE;
     }
     let own_memory = memory::move_in();
     if let Err(error) = limits::raise() {
@@ -91,7 +106,8 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let seed = options.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_in_seconds());
-    println!("chaos: {:?}, {} s, --seed {seed}", options.transport, options.seconds);
+    let kind = if options.tasks { " --tasks" } else { "" };
+    println!("chaos: {:?}{kind}, {} s, --seed {seed}", options.transport, options.seconds);
     match run(&options, seed, own_memory) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -119,8 +135,13 @@ fn run(options: &Options, seed: u64, own_memory: bool) -> Result<bool> {
     let stage = Arc::new(Stage::new(seed, Duration::from_secs(options.timeout), files));
     let mut theatre =
         Theatre::open(Arc::clone(&stage), dir.path(), programs, options.transport, own_memory)?;
-    let traces = strace::Tracer::is_possible();
-    if !traces {
+    if options.tasks {
+        theatre.serve_by_tasks(&here);
+    }
+    let traces = strace::Tracer::is_possible() && !options.tasks;
+    if options.tasks {
+        println!("left out: system calls that fail, because the runtime panics at some of them");
+    } else if !traces {
         println!("left out: system calls that fail, because strace is not there or may not trace");
     }
     if !own_memory {
@@ -154,7 +175,8 @@ fn run(options: &Options, seed: u64, own_memory: bool) -> Result<bool> {
     println!("\n{}\n{}", stage.record.line(), stage.record.summary());
     if stage.record.has_failures() {
         println!("the last decisions:\n{}", stage.record.decisions());
-        println!("FAILED; to repeat: --transport {:?} --seed {seed}", options.transport);
+        let tasks = if options.tasks { " --tasks" } else { "" };
+        println!("FAILED; to repeat: --transport {:?}{tasks} --seed {seed}", options.transport);
     } else {
         println!("nothing was wrong; seed {seed}");
     }

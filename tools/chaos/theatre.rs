@@ -148,6 +148,15 @@ impl Theatre {
         })
     }
 
+    /// From now on, the cache that is started is chaos itself, as a server of tasks.
+    pub fn serve_by_tasks(&mut self, chaos: &Path) {
+        let cache = &mut self.recipes[Role::Cache as usize];
+        cache.path = chaos.to_owned();
+        let budget = cache.args.iter().position(|arg| arg == "--loan-budget");
+        cache.args.truncate(budget.unwrap_or(cache.args.len()));
+        cache.args.insert(0, "tasks".to_owned());
+    }
+
     /// Has those come who ask the cache themselves.
     pub fn gather_pools(&mut self) -> Result<()> {
         self.pools = Some(Pools::gather(&self.stage, &self.address)?);
