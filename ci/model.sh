@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Checks docs/protocol.pml and docs/loans.pml in every interleaving, with and without time-outs,
-# crashes, and connections that end; then that the check can fail: each seeded fault must be found.
+# Checks docs/protocol.pml, docs/loans.pml and docs/signals.pml in every interleaving, with and without
+# time-outs, crashes, and connections that end; then that the check can fail: each seeded fault must be
+# found.
 # Needs spin and a C compiler.
 #
-#   ci/model.sh           both
-#   ci/model.sh loans     docs/loans.pml only
+#   ci/model.sh           all three
+#   ci/model.sh loans     docs/loans.pml only; `transfers`, `signals`: likewise
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-transfers=$PWD/docs/protocol.pml loans=$PWD/docs/loans.pml
+transfers=$PWD/docs/protocol.pml loans=$PWD/docs/loans.pml signals=$PWD/docs/signals.pml
 only=${1:-}
+wants() { [ "${only:-$1}" = "$1" ]; }
 optimised=-O2
 
 # check MODEL FLAGS…: leaves spin's report in $dir/report; fails if the check itself cannot be run.
@@ -32,11 +34,12 @@ sound() {
     done
 }
 
-[ "$only" = loans ] || sound "$transfers" "-DGENERATIONS=3" "-DSTEADFAST" "-DTIMEOUTS" "-DCRASHES" \
+! wants transfers || sound "$transfers" "-DGENERATIONS=3" "-DSTEADFAST" "-DTIMEOUTS" "-DCRASHES" \
     "-DTIMEOUTS -DCRASHES" "-DHANGUPS" "-DHANGUPS -DTIMEOUTS" "-DHANGUPS -DCRASHES" \
     "-DHANGUPS -DAPART" "-DORPHANS" "-DORPHANS -DSTEADFAST"
-sound "$loans" "-DASKS=3" "-DASKS=2 -DBUDGET=2" "-DASKS=2 -DLOSSES" "-DASKS=2 -DHOLDS" \
+! wants loans || sound "$loans" "-DASKS=3" "-DASKS=2 -DBUDGET=2" "-DASKS=2 -DLOSSES" "-DASKS=2 -DHOLDS" \
     "-DASKS=2 -DLOSSES -DHOLDS -DBUDGET=2" "-DORPHANS" "-DCRASHES"
+! wants signals || sound "$signals" "" "-DPOSTERS=2" "-DPOSTS=2" "-DOTHERS -DREADERS" "-DENDS" "-DHANGUPS"
 
 # seeded NAME FLAGS SED-SCRIPT: a model with this fault must fail.
 faults=0
@@ -88,11 +91,7 @@ seeded "a cancellation that does not wake the sender" "-DSTEADFAST" \
 seeded "an abort that does not wake the receiver" "" \
     's/segment\[s\].filled_poison = true };$/skip };/'
 }
-model=$transfers
-[ "$only" = loans ] || transfers
-
-model=$loans
-two="-DASKS=2"
+loans() {
 seeded "a loan named before it is introduced" "" \
     '/^proctype Worker/,/^}/s/^                :: atomic { nfull(to_client\[s\])/                :: answer[t].loan = l; answer[t].status = Lent; atomic { nfull(to_client[s])/'
 seeded "an account that is free while a loan is introduced" "" \
@@ -121,4 +120,33 @@ seeded "one table for all servers" "-DCRASHES" \
     's/c = kept\[of(s, l)\];/c = (kept[of(0, l)] != 0 -> kept[of(0, l)] : kept[of(s, l)]);/'
 seeded "an introduction that nobody looked for, left unread" "" \
     's/^    :: nempty(to_client\[s\]) -> read_one(s, n, c, got)$/    :: false -> skip/; s/^    :: empty(to_client\[s\]) ->$/    :: true ->/'
+}
+signals() {
+seeded "a question outside the lock" "" \
+    's/-> has_asked = true; ask()/-> has_asked = true; release(); ask(); acquire()/'
+seeded "a task that does not try once more" "" \
+    's/:: is_settled(t) || severed -> goto try_over/:: false -> goto try_over/'
+seeded "a look that does not ask anew" "" \
+    's/:: has_asked -> ask(); wake_ready(i)/:: has_asked -> wake_ready(i)/'
+seeded "a look that asks when it has looked" "" \
+    's/:: has_asked -> ask(); wake_ready(i)/:: has_asked -> ask()/'
+seeded "a later question lowered" "" \
+    's/:: word == n -> word = 0/:: true -> word = 0/'
+seeded "a question with the same number" "" \
+    's/^    word = asked$/    word = 1/'
+seeded "a question that is never lowered" "-DPOSTS=2" \
+    's/:: word == n -> word = 0/:: false -> skip/'
+seeded "a question read before the post" "" \
+    's/-> permits\[t\]++; signal(n)/-> n = word; permits[t]++; signal(n)/; s/^    n = word;$//'
+seeded "a message that is read, and no look" "-DOTHERS -DREADERS" \
+    '/^proctype Reader/,/^}/s/line ? _ -> look(i)/line ? _ -> skip/'
+seeded "poison that signals nobody" "-DENDS" \
+    's/poison\[t\] = true; signal(n)/poison[t] = true/'
+seeded "a severed link that wakes no task" "-DHANGUPS" \
+    '/^proctype Watcher/,/^}/s/woken\[i\] = true/skip/'
+}
+two="-DASKS=2"
+model=$transfers; ! wants transfers || transfers
+model=$loans; ! wants loans || loans
+model=$signals; ! wants signals || signals
 echo "$faults faults found"

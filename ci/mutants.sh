@@ -34,7 +34,7 @@ case " $* " in *" -f "* | *" --file "*) files=() ;; esac
 # `|`, which is the same wherever we join bits: they are apart.
 mutants() {
     cargo mutants --dir "$copy" --output "$output" "${files[@]}" \
-        -e src/sync/raw_sync.rs -e src/segment/mapping_model.rs \
+        -e src/sync/raw_sync.rs -e src/sync/task_model.rs -e src/segment/mapping_model.rs \
         -e "src/**/model.rs" -e "src/**/tests.rs" --exclude-re ' tests::' --exclude-re 'impl fmt::Debug' \
         --exclude-re 'replace \| with \^' \
         --jobs "${MUTANTS_JOBS:-6}" --no-shuffle --colors never "$@"

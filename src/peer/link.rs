@@ -304,14 +304,17 @@ impl Registration {
     /// Has a task woken as soon as the wait for the peer can have ended. The caller tries once more
     /// after this. Nobody is woken if the two processes have nothing to signal each other by.
     pub(crate) fn wake_later(&self, waker: &Waker) {
+        let waker = waker.clone();
         let mut state = lock(&self.link.state);
-        state.wakers.insert(self.number, waker.clone());
+        let before = state.wakers.insert(self.number, waker);
         // Under the lock: who finds that it has been asked relies on it.
         if mem::replace(&mut state.has_asked, true) {
             fence(SeqCst);
         } else {
             self.link.ask();
         }
+        drop(state);
+        drop(before); // not under the lock: this may drop its task
     }
 
     pub(crate) fn link(&self) -> &Arc<Link> {
@@ -326,9 +329,7 @@ impl Drop for Registration {
         }
         let mut state = lock(&self.link.state);
         state.registered.remove(&self.number);
-        if !state.wakers.is_empty() {
-            state.wakers.remove(&self.number);
-        }
+        let _waker = if state.wakers.is_empty() { None } else { state.wakers.remove(&self.number) };
         let registered = state.registered.len();
         let relief = state.relief.take_if(|relief| registered < relief.below);
         drop(state);

@@ -141,8 +141,9 @@ impl Offer {
 
     /// To be called after each post to the sender.
     pub(super) fn wake_tasks(&self) {
-        if let OfferState::Sent(registration) = &*lock(&self.state) {
-            registration.link().wake_tasks();
+        // Not under the lock: a waker may run its task at once.
+        if let Some(link) = self.link() {
+            link.wake_tasks();
         }
     }
 

@@ -5,24 +5,44 @@ use std::task::Poll;
 use loom::thread;
 
 use super::*;
+use crate::sync::atomic::{AtomicBool, Relaxed};
 use crate::sync::task_model::run;
 
-/// Without a permit left: the caller has the only one.
-fn taken() -> Arc<FairSemaphore> {
-    let semaphore = Arc::new(FairSemaphore::new(1));
-    assert!(semaphore.try_enter());
-    semaphore
+/// The semaphore of one permit, and whether one of those who wait has it.
+struct Room {
+    semaphore: FairSemaphore,
+    is_taken: AtomicBool,
 }
 
-/// Each who waits; they all leave as soon as they have entered.
+impl Room {
+    /// The caller has the permit.
+    fn taken() -> Arc<Room> {
+        let room = Room { semaphore: FairSemaphore::new(1), is_taken: AtomicBool::new(false) };
+        assert!(room.semaphore.try_enter());
+        room.enters();
+        Arc::new(room)
+    }
+
+    fn enters(&self) {
+        assert!(!self.is_taken.swap(true, Relaxed), "two have the only permit");
+    }
+
+    fn leave(&self) {
+        self.is_taken.store(false, Relaxed);
+        self.semaphore.leave();
+    }
+}
+
+/// One who waits, and leaves as soon as it has entered.
 fn spawn(
-    semaphore: &Arc<FairSemaphore>,
+    room: &Arc<Room>,
     enter: impl FnOnce(&FairSemaphore) -> bool + 'static,
 ) -> thread::JoinHandle<()> {
-    let semaphore = Arc::clone(semaphore);
+    let room = Arc::clone(room);
     thread::spawn(move || {
-        if enter(&semaphore) {
-            semaphore.leave();
+        if enter(&room.semaphore) {
+            room.enters();
+            room.leave();
         }
     })
 }
@@ -67,11 +87,11 @@ fn all_permits_are_back(semaphore: &FairSemaphore) {
 
 fn model(waiters: [fn(&FairSemaphore) -> bool; 2]) {
     crate::protocol::model::model(move || {
-        let semaphore = taken();
-        let waiting = waiters.map(|enter| spawn(&semaphore, enter));
-        semaphore.leave();
+        let room = Room::taken();
+        let waiting = waiters.map(|enter| spawn(&room, enter));
+        room.leave();
         waiting.into_iter().for_each(|waiter| waiter.join().unwrap());
-        all_permits_are_back(&semaphore);
+        all_permits_are_back(&room.semaphore);
     });
 }
 
