@@ -78,7 +78,7 @@ pub trait Requester<B: Backing>: Send + Sync {
             let (request, mut asked) = Asked::request(lease, key, takes_loans)?;
             self.send(request, deadline)?;
             let answer = asked.transfer.read_reply(deadline);
-            match asked.settle(answer, || deadline.has_passed())? {
+            match asked.settle(answer, true, || deadline.has_passed())? {
                 Step::Settled(reply) => return Ok(reply),
                 Step::WithoutLoans(again) => (lease, takes_loans) = (again, false),
                 Step::OfSuccessor(again) => {
@@ -124,10 +124,12 @@ impl<B: Backing> Asked<B> {
     }
 
     /// Decides what comes of an answer. Once it is late, nobody else is asked.
+    /// Who `may_wait` does so for a sender that is about to leave the segment.
     #[inline]
     pub(crate) fn settle(
         self,
         answer: Result<Answer>,
+        may_wait: bool,
         is_late: impl Fn() -> bool,
     ) -> Result<Step<B>> {
         #[cfg_attr(not(target_os = "linux"), expect(unused_variables))]
@@ -137,18 +139,20 @@ impl<B: Backing> Asked<B> {
             Ok(Answer::Refused(Refusal::Leaving))
                 if transfer.may_have_successor() && !is_late() =>
             {
-                Ok(Step::OfSuccessor(again.lease(transfer.give_up())?))
+                Ok(Step::OfSuccessor(again.lease(transfer.give_up(), may_wait)?))
             }
             Ok(Answer::Refused(why)) => Ok(Step::Settled(Reply::Refused(why))),
             #[cfg(target_os = "linux")]
             Ok(Answer::Lent(lent)) => match transfer.body_of(lent)? {
                 Some(body) => Ok(Step::Settled(Reply::Lent(body))),
-                None if takes_loans => Ok(Step::WithoutLoans(again.lease(transfer.give_up())?)),
+                None if takes_loans => {
+                    Ok(Step::WithoutLoans(again.lease(transfer.give_up(), may_wait)?))
+                }
                 None => Err(PeerFault::UnknownLoan(lent.id).into()),
             },
             // Withdrawn: no sender has accepted it, and none can any more (P1).
             Err(Error::Disconnected) if !is_late() && transfer.withdraw() => {
-                Ok(Step::OfSuccessor(again.lease(transfer.give_up())?))
+                Ok(Step::OfSuccessor(again.lease(transfer.give_up(), may_wait)?))
             }
             Err(error) => Err(error),
         }

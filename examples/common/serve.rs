@@ -1,8 +1,8 @@
 //! The cache at work: answers requests from a store, and counts how it went.
 
 use std::fs::File;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -55,9 +55,19 @@ impl Service {
         let key = request.key().to_vec();
         let (path, asked) = asked::split(&key);
         if asked == Some(asked::LIST) {
-            return match self.store.list(path).map_err(Error::Source)? {
-                Some(list) => request.send_bytes(&list),
-                None => request.refuse(Refusal::NotFound),
+            // One list at a time: a long one takes its time, and the workers are for files.
+            static LISTS: Mutex<()> = Mutex::new(());
+            let list = blocking(|| {
+                let _alone = LISTS.lock().unwrap_or_else(PoisonError::into_inner);
+                self.store.list(path)
+            });
+            return match list {
+                Ok(Some(list)) => request.send_bytes(&list),
+                Ok(None) => request.refuse(Refusal::NotFound),
+                Err(error) => {
+                    request.refuse(Refusal::Failed)?;
+                    Err(Error::Source(error))
+                }
             };
         }
         match self.store.look_up(path) {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use futures_util::TryStreamExt;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use http_range_header::{EndPosition, StartPosition, SyntacticallyCorrectRange};
 use hyper::body::{Bytes, Frame, Incoming};
 use hyper::header::{self, HeaderMap};
 use hyper::http::response::Builder;
@@ -90,7 +91,8 @@ impl Site {
     }
 
     async fn file(&self, path: &[u8], headers: &HeaderMap, is_head: bool) -> Result<Answer, Error> {
-        let of = |name| headers.get(name).and_then(|value| value.to_str().ok());
+        // What cannot be read is there all the same, and matches nothing.
+        let of = |name| headers.get(name).map(|value| value.to_str().unwrap_or(""));
         let (tags, since) = (of(header::IF_NONE_MATCH), of(header::IF_MODIFIED_SINCE));
         if is_head || tags.or(since).is_some() {
             let stamp = self.cache.get(key(path, HEAD)).await?.metadata()?;
@@ -104,7 +106,8 @@ impl Site {
         }
         // Several ranges, and those that do not parse, are answered with all of the file.
         let is_one = |range: &&str| {
-            http_range_header::parse_range_header(range).is_ok_and(|it| it.ranges.len() == 1)
+            http_range_header::parse_range_header(range)
+                .is_ok_and(|it| matches!(&it.ranges[..], [one] if !is_backward(one)))
         };
         if let Some(range) = of(header::RANGE).filter(is_one) {
             // The file may be another than the one that the client has the rest of.
@@ -225,4 +228,12 @@ fn with_text(head: Builder, text: impl Into<Bytes>) -> Answer {
 
 fn made(head: Builder, body: UnsyncBoxBody<Bytes, Error>) -> Answer {
     head.body(body).expect("headers of numbers, dates and fixed words are valid")
+}
+
+/// Whether a range ends before it begins, and so is none.
+fn is_backward(range: &SyntacticallyCorrectRange) -> bool {
+    match (&range.start, &range.end) {
+        (StartPosition::Index(first), EndPosition::Index(last)) => last < first,
+        _ => false,
+    }
 }

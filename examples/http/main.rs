@@ -97,6 +97,7 @@ fn serve(options: &Options, mut stop: Stop) -> Result<(), Quit> {
 async fn accept(listener: TcpListener, site: Arc<Site>, connections: Arc<GracefulShutdown>) {
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(site.timeout);
+    http.half_close(true); // who has sent its request may shut that side down
     loop {
         let accepted = listener.accept().await;
         let accepted = accepted.inspect_err(|why| site.pace.warn(format_args!("accept: {why}")));

@@ -167,8 +167,11 @@ impl Link {
     /// Tells the peer's process by `signal` that tasks have something to take, and is told so in
     /// the same way. Only the first counts.
     pub(crate) fn signal_by(&self, signal: Box<dyn Signal>) {
-        if let Other::There(other) = &self.other {
-            let _ = other.set(signal);
+        let Other::There(other) = &self.other else { return };
+        let state = lock(&self.state);
+        let _ = other.set(signal);
+        if state.has_asked {
+            self.ask(); // for the tasks that wait already
         }
     }
 

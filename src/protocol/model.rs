@@ -14,7 +14,6 @@ use std::time::Duration;
 
 use loom::thread;
 
-use super::wait::poll_permit;
 use super::*;
 use crate::error::{Error, Misuse, Result};
 use crate::peer::{Link, Registration};
@@ -150,13 +149,13 @@ pub(crate) fn receive(asked: Asked) -> Result<Vec<u8>> {
 }
 
 /// A task's try for a permit of `semaphore`, which is registered with a link.
-pub(crate) fn poll_permit(
+pub(crate) fn try_as_task(
     semaphore: &Semaphore,
     registration: &Registration,
     task: &Waker,
 ) -> Poll<std::result::Result<Permit, Interrupted>> {
     let is_severed = || registration.link().is_severed();
-    match poll_permit(semaphore, is_severed, Some(|| registration.wake_later(task))) {
+    match super::wait::poll_permit(semaphore, is_severed, Some(|| registration.wake_later(task))) {
         Err(Interrupted::TimedOut) => Poll::Pending,
         settled => Poll::Ready(settled),
     }

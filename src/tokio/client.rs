@@ -148,7 +148,7 @@ impl Client {
                 Ok(()) => asked.transfer.read_reply(Deadline::NEVER),
                 Err(error) => Err(error),
             };
-            match asked.settle(answer, is_late)? {
+            match asked.settle(answer, false, is_late)? {
                 Settled::Settled(Reply::Refused(why)) => return Err(Error::Refused(why)),
                 Settled::Settled(reply) => {
                     return Ok(Body::new(reply, self.timeout, Arc::clone(&self.route)));

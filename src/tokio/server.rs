@@ -298,8 +298,9 @@ async fn answer<F, A, E>(
         Ok(answering) => {
             let mut answering = pin!(answering);
             poll_fn(|context| {
-                let polled =
-                    panic::catch_unwind(AssertUnwindSafe(|| answering.as_mut().poll(context)));
+                // Also what makes an error of theirs into one of ours is the application's code.
+                let poll = AssertUnwindSafe(|| answering.as_mut().poll(context).map_err(E::into));
+                let polled = panic::catch_unwind(poll);
                 match polled {
                     Ok(Poll::Pending) => Poll::Pending,
                     Ok(Poll::Ready(answered)) => Poll::Ready(Ok(answered)),
@@ -313,7 +314,7 @@ async fn answer<F, A, E>(
     let error = match outcome {
         Ok(Ok(())) if progress.unanswered.load(Relaxed) => ServeError::Unanswered { key, peer },
         Ok(Ok(())) => return,
-        Ok(Err(error)) => ServeError::Handler { key, peer, error: error.into() },
+        Ok(Err(error)) => ServeError::Handler { key, peer, error },
         Err(panic) => ServeError::Panic { key, peer, message: message_of(&*panic) },
     };
     hook.tell(&error);

@@ -137,7 +137,8 @@ impl Client {
                 self.ring.set(ring).map_err(|_| malformed)?;
                 fds.0.clear();
             }
-            (Message::Wakeup, Some(_), _) if self.ring.get().is_some() => self.link.look(),
+            // Whoever reads looks after the tasks, once the lock is released.
+            (Message::Wakeup, Some(_), _) if self.ring.get().is_some() => {}
             (Message::Returned { ids }, Some(_), _) => {
                 let lender = state.lender.as_ref().ok_or(malformed)?;
                 lender.take_back(ids)?;

@@ -1,6 +1,7 @@
 //! The connections of one client, as one descriptor to wait on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
@@ -12,9 +13,8 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 use crate::sync::{Deadline, lock};
 
-/// How many connections are taken from the epoll at once, and how often.
+/// How many connections are taken from the epoll at once.
 const AT_ONCE: usize = 8;
-const ROUNDS: usize = 64;
 
 /// An epoll of connections, which it does not keep open. Each is reported once for all that has
 /// come by then: one that was hung up on stays readable for ever.
@@ -26,13 +26,16 @@ pub(super) struct Lines<C> {
 struct Connections<C> {
     next: u64,
     open: BTreeMap<u64, Weak<C>>,
+    /// Those that more may have come on than was read.
+    unread: BTreeSet<u64>,
 }
 
 impl<C> Lines<C> {
     pub(super) fn new() -> Result<Lines<C>> {
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::os("epoll_create1"))?;
-        let connections = Mutex::new(Connections { next: 0, open: BTreeMap::new() });
+        let connections =
+            Mutex::new(Connections { next: 0, open: BTreeMap::new(), unread: BTreeSet::new() });
         Ok(Lines { epoll, connections })
     }
 
@@ -50,27 +53,26 @@ impl<C> Lines<C> {
     /// Has `attend` read from each connection that has something; it says whether it has read all.
     /// `false` if there may be more.
     pub(super) fn attend(&self, attend: impl Fn(&C) -> bool) -> Result<bool> {
-        for _ in 0..ROUNDS {
-            let mut events = [MaybeUninit::uninit(); AT_ONCE];
-            let now = Deadline::after(Duration::ZERO).timespec();
-            let events = match epoll::wait(&self.epoll, &mut events, now.as_ref()) {
-                Ok((events, _)) => events,
-                Err(Errno::INTR) => continue,
-                Err(errno) => return Err(Error::os("epoll_wait")(errno)),
-            };
-            for event in &*events {
-                let connection = lock(&self.connections).open.get(&event.data.u64()).cloned();
-                if let Some(connection) = connection.and_then(|connection| connection.upgrade()) {
-                    // A few turns for one that is flooded; then it is given up.
-                    let _ = (0..ROUNDS).any(|_| attend(&connection));
-                }
-            }
-            // What comes from here on makes the epoll readable again.
-            if events.len() < AT_ONCE {
-                return Ok(true);
+        let mut events = [MaybeUninit::uninit(); AT_ONCE];
+        let now = Deadline::after(Duration::ZERO).timespec();
+        let events = match epoll::wait(&self.epoll, &mut events, now.as_ref()) {
+            Ok((events, _)) => events,
+            Err(Errno::INTR) => return Ok(false),
+            Err(errno) => return Err(Error::os("epoll_wait")(errno)),
+        };
+        // The epoll does not report again what was not read to its end.
+        let mut numbers = mem::take(&mut lock(&self.connections).unread);
+        numbers.extend(events.iter().map(|event| event.data.u64()));
+        let mut is_all = events.len() < AT_ONCE;
+        for number in numbers {
+            let connection = lock(&self.connections).open.get(&number).cloned();
+            let connection = connection.and_then(|connection| connection.upgrade());
+            if connection.is_some_and(|connection| !attend(&connection)) {
+                lock(&self.connections).unread.insert(number);
+                is_all = false;
             }
         }
-        Ok(false)
+        Ok(is_all)
     }
 }
 

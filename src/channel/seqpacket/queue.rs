@@ -140,14 +140,14 @@ impl SeqpacketQueue {
     /// Takes the next request, if there is one, and wakes the tasks that have something to take
     /// ([`poll_slot`](ShmTransfer::poll_slot)). Never waits, but looks for a request for up to 10
     /// µs where that can pay. Once this is pending, the queue's descriptor ([`AsFd`]) becomes
-    /// readable when it is to be called again.
+    /// readable when it is to be called again. For one caller at a time, and none beside it in
+    /// [`recv`](RequestQueue::recv): another might not be told.
     ///
     /// # Errors
     /// Those of [`recv`](RequestQueue::recv), but for [`Error::Timeout`].
     pub fn try_recv(&self) -> Poll<Result<ShmTransfer<Sender, Starting>>> {
         self.shared.poller.check_open()?; // before any lock
-        let (look, now) = (Deadline::after(MOMENT), Deadline::after(Duration::ZERO));
-        match self.shared.wake_policy.recv_looking(&*self.shared, look, now) {
+        match self.shared.wake_policy.try_recv(&*self.shared, Deadline::after(MOMENT)) {
             Err(Error::Timeout(_)) => Poll::Pending,
             taken => Poll::Ready(taken),
         }
@@ -276,6 +276,12 @@ impl Shared {
 
     /// The next request of one client, from its ring or its connection.
     fn next_of(&self, client: &Arc<Client>) -> Result<Option<ShmTransfer<Sender, Starting>>> {
+        let next = self.read_next(client);
+        client.link.look(); // nobody else attends to it any more
+        next
+    }
+
+    fn read_next(&self, client: &Arc<Client>) -> Result<Option<ShmTransfer<Sender, Starting>>> {
         for _ in 0..BATCH {
             let mut state = lock(&client.state);
             match client.hear(&mut state, &self.policy)? {
@@ -418,6 +424,7 @@ impl Shared {
         &self,
         client: &Arc<Client>,
     ) -> Result<Option<ShmTransfer<Sender, Starting>>> {
+        let mut has_read = false;
         let request = {
             let mut state = lock(&client.state);
             let Some(ring) = client.ring.get() else { return Ok(None) };
@@ -432,9 +439,8 @@ impl Shared {
                 // Its segment was sent on the connection before; the request stays in the ring for
                 // now.
                 None => {
-                    let heard = client.hear(&mut state, &self.policy)?;
-                    client.link.look(); // it may have been the last message of a full connection
-                    match heard {
+                    has_read = true;
+                    match client.hear(&mut state, &self.policy)? {
                         Heard::Request(transfer) => Some(transfer),
                         Heard::Noted => None,
                         // The request was withdrawn, and its segment retired, before this worker
@@ -447,6 +453,9 @@ impl Shared {
                 }
             }
         };
+        if has_read {
+            client.link.look(); // it may have been a signal, or the last of a full connection
+        }
         if rest_at_limit(&**client, &client.link, client.bound()) {
             self.let_next_in(client);
         }

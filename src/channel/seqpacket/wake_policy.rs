@@ -12,6 +12,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::{Awaited, Error, PeerFault, Result};
 use crate::peer::Link;
@@ -20,6 +21,9 @@ use crate::sync::modelled::{Mutex, lock};
 use crate::sync::{BUDGET, Deadline, Spinner, current_cpu};
 
 use super::ring::{Entry, Taker};
+
+/// How many events without a request a task handles in a row.
+const MOST_EVENTS: usize = 64;
 
 /// The most active rings, unless more have requests.
 const MOST_ACTIVE: usize = if cfg!(loom) { 1 } else { 16 };
@@ -127,24 +131,41 @@ impl<R: Watched> WakePolicy<R> {
         source: &D,
         deadline: Deadline,
     ) -> Result<D::Request> {
-        self.recv_looking(source, deadline, deadline)
-    }
-
-    /// As [`recv`](Self::recv), but looks for a request until another deadline than it sleeps.
-    pub(super) fn recv_looking<D: WorkSource<Ring = R>>(
-        &self,
-        source: &D,
-        look: Deadline,
-        deadline: Deadline,
-    ) -> Result<D::Request> {
         let taken = loop {
-            match self.step(source, look, deadline) {
+            match self.step(source, deadline, deadline) {
                 Ok(Some(request)) => break Ok(request),
                 Ok(None) => {}
                 Err(error) => break Err(error),
             }
         };
         if self.leave() {
+            source.wake_one();
+        }
+        taken
+    }
+
+    /// As [`recv`](Self::recv), without sleeping: looks for a request until a deadline. Fails with
+    /// [`Error::Timeout`] if there is none. So it does after many events that brought none, and has
+    /// whoever waits told that there may be more: a client can make as many as it likes.
+    pub(super) fn try_recv<D: WorkSource<Ring = R>>(
+        &self,
+        source: &D,
+        look: Deadline,
+    ) -> Result<D::Request> {
+        let now = Deadline::after(Duration::ZERO);
+        let mut taken = Err(Error::Timeout(Awaited::Request));
+        let is_settled = (0..MOST_EVENTS).any(|_| match self.step(source, look, now) {
+            Ok(None) => false,
+            Ok(Some(request)) => {
+                taken = Ok(request);
+                true
+            }
+            Err(error) => {
+                taken = Err(error);
+                true
+            }
+        });
+        if self.leave() || !is_settled {
             source.wake_one();
         }
         taken
@@ -166,7 +187,7 @@ impl<R: Watched> WakePolicy<R> {
             }
         }
         let event = if must_look {
-            source.sleep(Deadline::after(std::time::Duration::ZERO))?
+            source.sleep(Deadline::after(Duration::ZERO))?
         } else if self.prepare_sleep() {
             let woken = source.sleep(deadline);
             self.rise();

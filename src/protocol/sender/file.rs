@@ -73,13 +73,13 @@ impl ShmTransfer<Sender, Sending> {
         let capacity = Slot { transfer: self }.capacity().min(limit);
         let slots = self.side.writer()?.slots();
         match slots.pread_slot_now(self.state.cursor, capacity, file.as_fd(), offset) {
-            Ok(0) => Ok(Some(0)),
-            Ok(filled) => {
+            Ok(filled @ 1..) => {
                 self.publish(filled, false)?;
                 Ok(Some(filled))
             }
-            // Not in memory; or a file system that does not say. Other errors come again.
-            Err(_) => Ok(None),
+            // Not in memory; or a file system that does not say. Other errors come again. Some kernels
+            // say so by zero: whether this is the end, a plain read decides.
+            Ok(0) | Err(_) => Ok(None),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::Result;
 use crate::segment::{Backing, ReadSlots, Segment};
@@ -52,9 +53,10 @@ pub(crate) struct Again<B: Backing> {
 impl<B: Backing> Again<B> {
     /// Leases the segment again, or its replacement, once its transfer has ended: without queueing
     /// behind callers that wait for a segment.
-    pub(crate) fn lease(self, ended: Ended) -> Result<Lease<B>> {
+    pub(crate) fn lease(self, ended: Ended, may_wait: bool) -> Result<Lease<B>> {
         let Again { pooled, pool } = self;
-        match pool.recover(Quarantined { pooled, ended }, pool.grace) {
+        let grace = if may_wait { pool.grace } else { Duration::ZERO };
+        match pool.recover(Quarantined { pooled, ended }, grace) {
             Ok(pooled) => Ok(Lease::new(pooled, pool)),
             Err((quarantined, error)) => {
                 pool.put_quarantined(quarantined);

@@ -25,8 +25,8 @@ use crate::error::Awaited;
 use crate::loan::{Borrower, LoanLimits, SEALED};
 use crate::peer::{Link, Poison, ReceivedFds, Registration};
 use crate::protocol::model::{
-    Asked, Asking, LONG_GRACE, Watched, ask_over, found, link_to_sender, model, poll_permit, pool,
-    receive, send,
+    Asked, Asking, LONG_GRACE, Watched, ask_over, found, link_to_sender, model, pool, receive,
+    send, try_as_task,
 };
 use crate::protocol::{Receiver, Receiving, ShmTransfer};
 use crate::sync::modelled::{Mutex, lock};
@@ -223,7 +223,7 @@ impl Poison for Slots {
 /// A task that takes so many permits, or the end. Returns how many it took.
 fn take(slots: &Arc<Slots>, registration: &Registration, count: u32) -> u32 {
     for taken in 0..count {
-        if run(|task| poll_permit(&slots.filled, registration, task)).is_err() {
+        if run(|task| try_as_task(&slots.filled, registration, task)).is_err() {
             return taken;
         }
     }
@@ -305,7 +305,7 @@ fn two_posters_for_two_tasks() {
         let mut left = [1, 1];
         run(|task| {
             for (at, left) in left.iter_mut().enumerate().filter(|(_, left)| **left > 0) {
-                if poll_permit(&slots[at].filled, &registrations[at], task).is_ready() {
+                if try_as_task(&slots[at].filled, &registrations[at], task).is_ready() {
                     *left -= 1;
                 }
             }
@@ -367,7 +367,7 @@ fn a_signal_that_fails_is_made_up_for_by_the_next() {
         let attendant = client.attend();
         let posted = Arc::clone(&slots);
         let poster = spawn(move || (0..2).for_each(|_| posted.post(&server.link)));
-        assert!(run(|task| poll_permit(&slots.filled, &registration, task)).is_ok());
+        assert!(run(|task| try_as_task(&slots.filled, &registration, task)).is_ok());
         poster.join().unwrap();
         client.line.close();
         attendant.join().unwrap();
@@ -386,7 +386,7 @@ fn the_last_who_tries_is_woken() {
             let slots = Arc::clone(&slots);
             move || slots.post(&server.link)
         });
-        if poll_permit(&slots.filled, &registration, Waker::noop()).is_pending() {
+        if try_as_task(&slots.filled, &registration, Waker::noop()).is_pending() {
             assert_eq!(take(&slots, &registration, 1), 1);
         }
         poster.join().unwrap();
