@@ -40,10 +40,10 @@
 //! segment comes back, and the server is told; an answer that is not finished is aborted, and its
 //! client is told. Reading and writing are cancel-safe: what was not returned has not been taken.
 //!
-//! A server's handler is not told of a withdrawal: it learns of it when it answers, and goes on until
-//! then. A server takes no more than twice a client's segments and eight requests of that client at a
-//! time, those included whose handlers still run: who gives up on slow answers again and again is not
-//! heard until some of them are over.
+//! A server's handler is not told of a withdrawal: it learns of it when it answers, and goes on
+//! until then. A server takes no more than twice a client's segments and eight requests of that
+//! client at a time, those included whose handlers still run: who gives up on slow answers again
+//! and again is not heard until some of them are over.
 //!
 //! # What takes a thread for a moment
 //! Reading a file that is not in the page cache, on the way out or from a

@@ -670,7 +670,7 @@ fn a_request_is_asked_again_only_if_no_sender_has_taken_it() {
             outcome => panic!("{:?}", outcome.map(drop)),
         }
         let is_untaken = asked.withdraw();
-        let lease = again.lease(asked.give_up()).unwrap();
+        let lease = again.lease(asked.give_up(), true).unwrap();
         let was_taken = server.join().unwrap();
         assert_ne!(is_untaken, was_taken);
         // The segment can be offered to the successor in either case.

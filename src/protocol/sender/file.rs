@@ -77,8 +77,8 @@ impl ShmTransfer<Sender, Sending> {
                 self.publish(filled, false)?;
                 Ok(Some(filled))
             }
-            // Not in memory; or a file system that does not say. Other errors come again. Some kernels
-            // say so by zero: whether this is the end, a plain read decides.
+            // Not in memory; or a file system that does not say. Other errors come again. Some
+            // kernels say so by zero: whether this is the end, a plain read decides.
             Ok(0) | Err(_) => Ok(None),
         }
     }
