@@ -177,7 +177,7 @@ impl Link {
 
     /// To be called after each post to the peer and the [`wake`](crate::sync::Semaphore::wake) that
     /// follows it: signals the peer, if it has asked.
-    #[inline]
+    #[inline(never)]
     pub(crate) fn wake_tasks(&self) {
         match &self.other {
             Other::Here(asked) if asked.load(Relaxed) => self.look(),
@@ -191,6 +191,7 @@ impl Link {
 
     /// The peer has signalled: wakes the tasks that have something to take. While others wait, asks
     /// anew, and looks again at what came before the peer could see that.
+    #[inline(never)] // keeps a post short that wakes nobody
     pub(crate) fn look(&self) {
         let mut state = lock(&self.state);
         if !state.has_asked {

@@ -94,6 +94,7 @@ impl Slot<'_> {
         self.fill_from(file, offset, usize::MAX)
     }
 
+    #[inline]
     fn fill_from(self, file: impl AsFd, offset: u64, limit: usize) -> Result<usize> {
         let capacity = self.capacity().min(limit);
         let ShmTransfer { side, state } = &mut *self.transfer;
