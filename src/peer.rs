@@ -20,7 +20,9 @@ mod tests;
 #[cfg(target_os = "linux")]
 mod watcher;
 
-pub(crate) use link::{Link, Poison, Registration, Signal};
+#[cfg(target_os = "linux")]
+pub(crate) use link::Signal;
+pub(crate) use link::{Link, Poison, Registration};
 #[cfg(target_os = "linux")]
 pub(crate) use {
     background_close::{MOST_DESCRIPTORS, ReceivedFds, Socket, is_behind},
