@@ -36,9 +36,9 @@
 //! a thread.
 //!
 //! # Dropping a future
-//! Any of them may be dropped at any point. A request that was not answered is withdrawn, its
-//! segment comes back, and the server is told; an answer that is not finished is aborted, and its
-//! client is told. Reading and writing are cancel-safe: what was not returned has not been taken.
+//! Any of them may be dropped at any point. A request that was not answered is withdrawn, and its
+//! segment comes back; a server that is sending the answer is told. An answer that is not finished
+//! is aborted, and its client is told. Reading and writing are cancel-safe: what was not returned has not been taken.
 //!
 //! A server's handler is not told of a withdrawal: it learns of it when it answers, and goes on
 //! until then. A server takes no more than twice a client's segments and eight requests of that
@@ -50,8 +50,8 @@
 //! [lent file](crate::loan::Loan::file), is done on tokio's blocking threads. Making a connection
 //! and replacing a segment is done where the task runs, and takes up to a millisecond.
 //!
-//! A task that waits tries for a moment before it sleeps, where that can pay, and lets other tasks
-//! run between two tries.
+//! A task that waits tries for up to 10 µs before it sleeps, where that can pay; so long, no other
+//! task runs on its thread.
 
 mod body;
 mod client;

@@ -177,7 +177,7 @@ impl Link {
 
     /// To be called after each post to the peer and the [`wake`](crate::sync::Semaphore::wake) that
     /// follows it: signals the peer, if it has asked.
-    #[inline(never)]
+    #[inline(never)] // keeps what posts as short as it was
     pub(crate) fn wake_tasks(&self) {
         match &self.other {
             Other::Here(asked) if asked.load(Relaxed) => self.look(),

@@ -1,8 +1,7 @@
 //! The connections of one client, as one descriptor to wait on.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::mem;
-use std::mem::MaybeUninit;
+use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
