@@ -407,15 +407,7 @@ fn serve_badly(line: &Line, path: &Path) {
     while let Some((message, fd)) = line.hear() {
         match message[0] {
             6 => ring = Some((Memory::map(fd.unwrap(), RING_LEN), 0)),
-            7 => {
-                let (ring, taken) = ring.as_mut().expect("it has a ring");
-                ring.long(NEED_WAKEUP).swap(wakeups.next().unwrap(), SeqCst);
-                while *taken < ring.long(POSTED).load(SeqCst) {
-                    asked.push(ring.entry(*taken));
-                    *taken += 1;
-                    ring.long(TAKEN).store(*taken, SeqCst);
-                }
-            }
+            7 => assert!(ring.is_some(), "it has a ring"),
             1 => {
                 slots = u32_at(&message, 21) as usize;
                 slot_len = u32_at(&message, 25) as usize;
@@ -428,6 +420,15 @@ fn serve_badly(line: &Line, path: &Path) {
             4 => asked.push((u32_at(&message, 1), u64_at(&message, 5), message[14..].to_vec())),
             8 => assert!(message.len() > 1 && message.len() % 8 == 1, "well formed returns"),
             kind => panic!("a message of kind {kind}"),
+        }
+        // Any message wakes: with the connection full, no wakeup is sent.
+        if let Some((ring, taken)) = &mut ring {
+            ring.long(NEED_WAKEUP).swap(wakeups.next().unwrap(), SeqCst);
+            while *taken < ring.long(POSTED).load(SeqCst) {
+                asked.push(ring.entry(*taken));
+                *taken += 1;
+                ring.long(TAKEN).store(*taken, SeqCst);
+            }
         }
         // A segment that is named in the ring may still have to be heard of on the connection.
         let (now, later) = asked.into_iter().partition(|(index, ..)| known.contains_key(index));
