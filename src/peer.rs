@@ -23,6 +23,8 @@ mod watcher;
 #[cfg(target_os = "linux")]
 pub(crate) use link::Signal;
 pub(crate) use link::{Link, Poison, Registration};
+#[cfg(any(feature = "tokio", loom))]
+pub(crate) use link::{Work, Working};
 #[cfg(target_os = "linux")]
 pub(crate) use {
     background_close::{MOST_DESCRIPTORS, ReceivedFds, Socket, is_behind},

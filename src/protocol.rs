@@ -30,6 +30,8 @@ pub use receiver::{Chunk, Offered, Receiver, Receiving, Reply};
 #[cfg(target_os = "linux")]
 pub(crate) use sender::Lending;
 pub(crate) use sender::Loans;
+#[cfg(any(feature = "tokio", loom))]
+pub(crate) use sender::Wanted;
 pub use sender::{Sender, Sending, Slot, Starting};
 #[cfg(target_os = "linux")]
 pub(crate) use sink::{SinkWait, write_some};

@@ -346,6 +346,15 @@ pub enum ServeError {
         /// Who asked; `None` within one process.
         peer: Option<Peer>,
     },
+    /// The client of a [server of tasks](crate::tokio::Server) gave up, or is gone: its handler was
+    /// dropped.
+    #[cfg(feature = "tokio")]
+    Unwanted {
+        /// What was asked for.
+        key: Arc<[u8]>,
+        /// Who asked; `None` within one process.
+        peer: Option<Peer>,
+    },
     /// A handler panicked.
     Panic {
         /// What was asked for.
@@ -373,6 +382,8 @@ impl ServeError {
         match self {
             ServeError::Handler { error, .. } => fault_of(&**error),
             ServeError::Panic { .. } | ServeError::Unanswered { .. } => Fault::Ours,
+            #[cfg(feature = "tokio")]
+            ServeError::Unwanted { .. } => Fault::Peer,
             ServeError::Rejected { .. } => Fault::Outside,
             ServeError::Queue(error) => error.fault(),
         }
@@ -398,6 +409,10 @@ impl fmt::Display for ServeError {
             }
             ServeError::Unanswered { key, .. } => {
                 write!(f, "serving {} failed: the handler gave no answer", key.escape_ascii())
+            }
+            #[cfg(feature = "tokio")]
+            ServeError::Unwanted { key, .. } => {
+                write!(f, "serving {} broke off: its client gave up", key.escape_ascii())
             }
             ServeError::Panic { key, message, .. } => {
                 write!(f, "serving {} panicked: {message}", key.escape_ascii())

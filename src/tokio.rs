@@ -37,13 +37,13 @@
 //!
 //! # Dropping a future
 //! Any of them may be dropped at any point. A request that was not answered is withdrawn, and its
-//! segment comes back; a server that is sending the answer is told. An answer that is not finished
-//! is aborted, and its client is told. Reading and writing are cancel-safe: what was not returned has not been taken.
+//! segment comes back, and the server is told. An answer that is not finished is aborted, and its
+//! client is told. Reading and writing are cancel-safe: what was not returned has not been taken.
 //!
-//! A server's handler is not told of a withdrawal: it learns of it when it answers, and goes on
-//! until then. A server takes no more than twice a client's segments and eight requests of that
-//! client at a time, those included whose handlers still run: who gives up on slow answers again
-//! and again is not heard until some of them are over.
+//! A handler of [`Server::serve`] is dropped when its client gives up, or is gone, before the answer
+//! is complete; [`on_error`](Server::on_error) is told so
+//! ([`ServeError::Unwanted`](crate::ServeError::Unwanted)). What has to run to its end belongs into
+//! a task of its own. A blocking server's handler learns of it at its next step.
 //!
 //! # What takes a thread for a moment
 //! Reading a file that is not in the page cache, on the way out or from a
@@ -53,14 +53,17 @@
 //! A task that waits tries for up to 10 µs before it sleeps, where that can pay; so long, no other
 //! task runs on its thread.
 
+mod answer;
 mod body;
 mod client;
 mod descriptor;
+mod incoming;
 mod outgoing;
 mod server;
 mod wait;
 
 pub use body::{Body, BodyStream};
 pub use client::Client;
+pub use incoming::Incoming;
 pub use outgoing::Outgoing;
-pub use server::{Incoming, Server, Serving};
+pub use server::{Server, Serving};

@@ -9,11 +9,14 @@
 //!
 //! No wake-up is lost. A task leaves its waker, sees to it that its process has asked, and only
 //! then tries once more. Task: ask, `fence(SeqCst)`, read the semaphore. Poster: change the
-//! semaphore, `fence(SeqCst)` (in `Semaphore::wake` and `Semaphore::poison`), read whether the peer
-//! has asked. The fences are totally ordered: the task sees what was posted, or the poster that it
+//! semaphore, `fence(SeqCst)` (in `Semaphore::wake`), read whether the peer has asked. The fences are totally ordered: the task sees what was posted, or the poster that it
 //! is to signal. A process that has asked is not asked for again before the signal has come; the
 //! look that follows asks first, and then reads the semaphores of all who wait by then, with the
 //! same fence between.
+//!
+//! A task that [works](Work) for the peer is to stop when that gives up. A side that gives up tells
+//! the other, asked or not: it writes the turn word, and then sends. Who receives that looks, under
+//! the lock under which tasks leave their wakers before they read the turn word once more.
 
 use std::collections::BTreeMap;
 use std::mem;
@@ -50,6 +53,16 @@ pub(crate) trait Signal: Send + Sync {
 
     /// Signals the peer, which has asked. Never waits.
     fn signal(&self);
+
+    /// Signals the peer, which need not have asked. Never waits.
+    fn tell(&self);
+}
+
+/// What a task does for the peer, as long as that wants it.
+#[cfg(any(feature = "tokio", loom))]
+pub(crate) trait Work: Send + Sync {
+    /// Whether the peer has given it up.
+    fn is_given_up(&self) -> bool;
 }
 
 /// Where the other side's tasks are.
@@ -86,6 +99,9 @@ struct LinkState {
     relief: Option<Relief>,
     /// Whether the peer has been asked for a signal that has not come yet.
     has_asked: bool,
+    /// What tasks do for the peer, and who they are.
+    #[cfg(any(feature = "tokio", loom))]
+    work: BTreeMap<u64, (Arc<dyn Work>, Waker)>,
 }
 
 impl LinkState {
@@ -98,6 +114,29 @@ impl LinkState {
         };
         let ready: Vec<u64> = wakers.keys().copied().filter(has_news).collect();
         ready.iter().filter_map(|number| wakers.remove(number)).collect()
+    }
+
+    /// The wakers of those that work for nothing.
+    fn take_idle(&mut self) -> Vec<Waker> {
+        #[cfg(any(feature = "tokio", loom))]
+        {
+            let idle = self.work.iter().filter(|(_, (work, _))| work.is_given_up());
+            let idle: Vec<u64> = idle.map(|(number, _)| *number).collect();
+            idle.iter()
+                .filter_map(|number| self.work.remove(number))
+                .map(|(_, task)| task)
+                .collect()
+        }
+        #[cfg(not(any(feature = "tokio", loom)))]
+        Vec::new()
+    }
+
+    /// All wakers. Those that work are to be woken again, when their work is given up.
+    fn take_all(&mut self) -> Vec<Waker> {
+        let all = mem::take(&mut self.wakers).into_values();
+        #[cfg(any(feature = "tokio", loom))]
+        let all = all.chain(self.work.values().map(|(_, task)| task.clone()));
+        all.collect()
     }
 }
 
@@ -159,9 +198,9 @@ impl Link {
             state.severed = true;
         }
         state.registered.values().flatten().for_each(|registered| registered.poison());
-        let wakers = mem::take(&mut state.wakers);
+        let wakers = state.take_all();
         drop(state);
-        wakers.into_values().for_each(Waker::wake);
+        wakers.into_iter().for_each(Waker::wake);
     }
 
     /// Tells the peer's process by `signal` that tasks have something to take, and is told so in
@@ -189,21 +228,32 @@ impl Link {
         }
     }
 
-    /// The peer has signalled: wakes the tasks that have something to take. While others wait, asks
-    /// anew, and looks again at what came before the peer could see that.
+    /// To be called after a request was withdrawn, or an answer cancelled: has the peer stop its
+    /// work for it.
+    #[inline(never)] // keeps the end of a transfer short that was answered
+    pub(crate) fn tell_end(&self) {
+        match &self.other {
+            Other::Here(_) => self.look(),
+            Other::There(other) => other.get().into_iter().for_each(|signal| signal.tell()),
+        }
+    }
+
+    /// The peer has signalled: wakes the tasks that have something to take, and those that work for
+    /// nothing. While others wait, asks anew, and looks again at what came before the peer could
+    /// see that.
     #[inline(never)] // keeps a post short that wakes nobody
     pub(crate) fn look(&self) {
         let mut state = lock(&self.state);
-        if !state.has_asked {
-            return; // nobody waits
-        }
-        let mut wakers = state.take_ready();
-        state.has_asked = !state.wakers.is_empty();
+        let mut wakers = state.take_idle();
         if state.has_asked {
-            self.ask();
             wakers.extend(state.take_ready());
-        } else if let Other::Here(asked) = &self.other {
-            asked.store(false, Relaxed);
+            state.has_asked = !state.wakers.is_empty();
+            if state.has_asked {
+                self.ask();
+                wakers.extend(state.take_ready());
+            } else if let Other::Here(asked) = &self.other {
+                asked.store(false, Relaxed);
+            }
         }
         drop(state);
         wakers.into_iter().for_each(Waker::wake);
@@ -276,10 +326,22 @@ impl Link {
             then();
         } else {
             state.relief = Some(Relief { below, then: Box::new(then) });
-            let wakers = mem::take(&mut state.wakers);
+            let wakers = state.take_all();
             drop(state);
-            wakers.into_values().for_each(Waker::wake);
+            wakers.into_iter().for_each(Waker::wake);
         }
+    }
+
+    /// Has a task woken when the peer gives up its `work`, or the link is severed. The caller reads
+    /// both once more after this. Also woken when the peer's signals are not read any more.
+    #[cfg(any(feature = "tokio", loom))]
+    pub(crate) fn wake_idle(self: &Arc<Link>, work: Arc<dyn Work>, task: &Waker) -> Working {
+        let task = task.clone();
+        let mut state = lock(&self.state);
+        let number = state.next;
+        state.next += 1;
+        state.work.insert(number, (work, task));
+        Working { link: Arc::clone(self), number }
     }
 
     /// Whether the peer's process has ended, waiting for it until the deadline. `false` also when
@@ -340,5 +402,20 @@ impl Drop for Registration {
         if let Some(relief) = relief {
             (relief.then)();
         }
+    }
+}
+
+/// Keeps a task to be woken when its work is given up.
+#[cfg(any(feature = "tokio", loom))]
+pub(crate) struct Working {
+    link: Arc<Link>,
+    number: u64,
+}
+
+#[cfg(any(feature = "tokio", loom))]
+impl Drop for Working {
+    fn drop(&mut self) {
+        let before = lock(&self.link.state).work.remove(&self.number);
+        drop(before); // not under the lock: this may drop its task
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicUsize;
 use std::task::{Poll, Waker, ready};
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
+use crate::peer::Link;
 use crate::segment::{Ended, Header, MAX_METADATA, Phase, ReadSlots, Segment, SegmentGuard};
 use crate::sync::atomic::Relaxed;
 use crate::sync::{Deadline, Permit};
@@ -34,6 +35,8 @@ pub struct Receiver {
     /// True if the caller of [`give_up`](ShmTransfer::give_up) returns the segment, instead of
     /// `Drop`.
     is_kept: bool,
+    /// The whole answer has come: its sender is leaving the segment, and waits for nothing.
+    is_complete: bool,
 }
 
 /// The number of receivers in this process.
@@ -89,8 +92,14 @@ impl ShmTransfer<Receiver, Offered> {
         })?;
         let offer = Arc::new(Offer::new(Arc::clone(&guard.segment), generation));
         let waiter = Waiter::among(&RECEIVERS);
-        let side =
-            Receiver { guard, generation, offer: Arc::clone(&offer), waiter, is_kept: false };
+        let side = Receiver {
+            guard,
+            generation,
+            offer: Arc::clone(&offer),
+            waiter,
+            is_kept: false,
+            is_complete: false,
+        };
         Ok((ShmTransfer { side, state: Offered { permit: None } }, offer, generation))
     }
 
@@ -174,6 +183,7 @@ impl ShmTransfer<Receiver, Offered> {
                 LENT => {
                     let start = announcement.loan_start.load(Relaxed);
                     let part = LentPart { id: loan, start, size, metadata_len: len };
+                    self.side.is_complete = true;
                     return Ok(Answer::Lent(part));
                 }
                 #[cfg(target_os = "linux")]
@@ -257,8 +267,9 @@ impl Receiver {
 
     /// The refusal that a status word stands for. For [`Refusal::Leaving`], marks the link, so that
     /// later requests go to the server's successor.
-    fn refused(&self, status: u32, metadata_len: u32) -> Result<Refusal> {
+    fn refused(&mut self, status: u32, metadata_len: u32) -> Result<Refusal> {
         let why = Refusal::from_word(status).ok_or(PeerFault::UnknownStatus(status))?;
+        self.is_complete = true;
         Ok(match why {
             Refusal::Leaving => {
                 if let Some(link) = self.offer.link() {
@@ -321,18 +332,29 @@ impl Receiver {
         }
     }
 
-    /// Withdraws the offer if no sender accepted it, and cancels if a sender is still writing.
+    /// Ends the transfer for both sides, unless the whole answer has come.
     fn end(&mut self) -> Ended {
         let link = self.offer.end();
-        let header = self.header();
-        // Fails for every transfer that a sender has accepted, as intended.
-        let _ = header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn);
-        if let Some(Phase::Accepted | Phase::Announced) = header.turn.phase_of(self.generation) {
-            header.receiver.cancelled.store(1, Relaxed); // published by the poison
-            header.free.poison();
-            link.iter().for_each(|link| link.wake_tasks());
+        if !self.is_complete {
+            self.break_off(link.as_deref());
         }
         Ended::new(self.generation, link)
+    }
+
+    /// Withdraws the offer if no sender accepted it, and cancels if a sender is still writing.
+    fn break_off(&self, link: Option<&Link>) {
+        let header = self.header();
+        // Fails for every transfer that a sender has accepted, as intended.
+        let withdrawn = header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn);
+        let phase = header.turn.phase_of(self.generation);
+        let is_answering = matches!(phase, Some(Phase::Accepted | Phase::Announced));
+        if is_answering {
+            header.receiver.cancelled.store(1, Relaxed); // published by the poison
+            header.free.poison();
+        }
+        if is_answering || withdrawn.is_ok() {
+            link.into_iter().for_each(Link::tell_end);
+        }
     }
 }
 

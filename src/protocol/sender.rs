@@ -27,10 +27,14 @@ mod model;
 mod slot;
 #[cfg(all(test, not(loom)))]
 mod tests;
+#[cfg(any(feature = "tokio", loom))]
+mod wanted;
 
 #[cfg(target_os = "linux")]
 pub(crate) use lend::Lending;
 pub use slot::{Sending, Slot};
+#[cfg(any(feature = "tokio", loom))]
+pub(crate) use wanted::Wanted;
 
 /// The side that answers a request and writes the bytes.
 pub struct Sender {

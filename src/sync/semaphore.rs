@@ -141,7 +141,6 @@ impl Semaphore {
     /// Ends every wait, now and later, once the permits left are drained.
     pub(crate) fn poison(&self) {
         self.set_poison();
-        fence(SeqCst); // pair 2, for the tasks
         // Ignores `sleepers`: the peer can write to that word, and poison must always end the
         // waits.
         self.parker.unpark_all(&self.word);

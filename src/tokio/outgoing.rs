@@ -18,7 +18,7 @@ use crate::error::{Awaited, Error, Misuse, Result};
 use crate::loan::Loan;
 use crate::protocol::{Awaiting, Sender, Sending, ShmTransfer, Size};
 
-use super::server::Progress;
+use super::answer::Progress;
 use super::wait::{Step, Wait};
 
 type Transfer = Box<ShmTransfer<Sender, Sending>>;

@@ -2,13 +2,9 @@
 
 use std::error::Error as StdError;
 use std::fmt;
-use std::fs::File;
 use std::future::{Future, poll_fn};
 use std::os::fd::OwnedFd;
-use std::panic::{self, AssertUnwindSafe};
-use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -21,15 +17,12 @@ use tokio::time::{sleep, timeout};
 use crate::address::Address;
 use crate::channel::{InProcess, RequestQueue, SeqpacketQueue};
 use crate::error::{Error, Misuse, Result};
-use crate::loan::Loan;
-use crate::peer::Peer;
-use crate::protocol::{
-    DEFAULT_TIMEOUT, Lending, Metadata, Refusal, Sender, ShmTransfer, Size, Starting,
-};
-use crate::server::{Hook, PAUSE, ServeError, ServerBuilder, message_of};
+use crate::protocol::{DEFAULT_TIMEOUT, Sender, ShmTransfer, Starting};
+use crate::server::{Hook, PAUSE, ServeError, ServerBuilder};
 
+use super::answer::{Progress, answer};
 use super::descriptor::readable;
-use super::outgoing::Outgoing;
+use super::incoming::Incoming;
 
 /// How often tasks are looked after once the queue is closed: nobody attends to it any more.
 const LOOK: Duration = Duration::from_millis(1);
@@ -42,8 +35,7 @@ type Requested = ShmTransfer<Sender, Starting>;
 /// ```no_run
 /// use shmferry::Refusal;
 /// use shmferry::tokio::Server;
-/// use std::fs::File;
-///
+/// ///
 /// # async fn serve() -> shmferry::Result<()> {
 /// let server = Server::bind("unix:/run/me/cache.sock")?.serve(|request| async move {
 ///     match request.key() {
@@ -148,7 +140,7 @@ impl Server {
                         let first =
                             poll_fn(|context| Poll::Ready(answering.as_mut().poll(context)));
                         let is_done = first.await.is_ready();
-                        progress.is_past.store(true, Relaxed);
+                        progress.go_on_as_task();
                         if !is_done {
                             answers.spawn(answering);
                         }
@@ -263,63 +255,6 @@ async fn wind_down(queue: &Queue, answers: &mut JoinSet<()>) {
     }
 }
 
-/// How far a handler has come.
-#[derive(Debug, Default)]
-pub(super) struct Progress {
-    /// Its request was dropped unanswered.
-    unanswered: AtomicBool,
-    /// Its first step is past: what follows runs as a task of its own, or of the handler's making.
-    is_past: AtomicBool,
-}
-
-impl Progress {
-    /// Whether it may still run where requests are taken.
-    pub(super) fn keeps_others_waiting(&self) -> bool {
-        !self.is_past.load(Relaxed)
-    }
-}
-
-/// Has one request answered, and tells what went wrong.
-async fn answer<F, A, E>(
-    transfer: Requested,
-    timeout: Duration,
-    progress: Arc<Progress>,
-    handler: &F,
-    hook: &Hook,
-) where
-    F: Fn(Incoming) -> A,
-    A: Future<Output = std::result::Result<(), E>>,
-    E: Into<Box<dyn StdError + Send + Sync>>,
-{
-    let (key, peer) = (transfer.shared_key(), transfer.peer());
-    let duty = Duty { progress: Arc::clone(&progress), is_done: false };
-    let incoming = Incoming { transfer, timeout, duty };
-    let outcome = match panic::catch_unwind(AssertUnwindSafe(|| handler(incoming))) {
-        Ok(answering) => {
-            let mut answering = pin!(answering);
-            poll_fn(|context| {
-                // Also what makes an error of theirs into one of ours is the application's code.
-                let poll = AssertUnwindSafe(|| answering.as_mut().poll(context).map_err(E::into));
-                let polled = panic::catch_unwind(poll);
-                match polled {
-                    Ok(Poll::Pending) => Poll::Pending,
-                    Ok(Poll::Ready(answered)) => Poll::Ready(Ok(answered)),
-                    Err(panic) => Poll::Ready(Err(panic)),
-                }
-            })
-            .await
-        }
-        Err(panic) => Err(panic),
-    };
-    let error = match outcome {
-        Ok(Ok(())) if progress.unanswered.load(Relaxed) => ServeError::Unanswered { key, peer },
-        Ok(Ok(())) => return,
-        Ok(Err(error)) => ServeError::Handler { key, peer, error },
-        Err(panic) => ServeError::Panic { key, peer, message: message_of(&*panic) },
-    };
-    hook.tell(&error);
-}
-
 /// A server at work. Cheap to clone; when the last clone is dropped, it stops, and transfers under
 /// way go on.
 #[derive(Clone)]
@@ -356,122 +291,5 @@ impl fmt::Debug for Serving {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.queue.close();
-    }
-}
-
-/// Notes that a request is dropped, unless it is answered.
-#[derive(Debug)]
-struct Duty {
-    progress: Arc<Progress>,
-    is_done: bool,
-}
-
-impl Drop for Duty {
-    fn drop(&mut self) {
-        if !self.is_done {
-            self.progress.unanswered.store(true, Relaxed);
-        }
-    }
-}
-
-/// A request, and the duty to answer it: [`crate::Incoming`], for a task.
-///
-/// Dropped unanswered, it tells its client so ([`Error::Aborted`]).
-#[derive(Debug)]
-#[must_use = "a request that is dropped is aborted"]
-pub struct Incoming {
-    transfer: Requested,
-    timeout: Duration,
-    duty: Duty,
-}
-
-impl Incoming {
-    /// What is asked for.
-    pub fn key(&self) -> &[u8] {
-        self.transfer.key()
-    }
-
-    /// The process that asks; `None` within one process.
-    pub fn peer(&self) -> Option<Peer> {
-        self.transfer.peer()
-    }
-
-    /// Answers that there will be no bytes, and why. Does not wait.
-    ///
-    /// # Errors
-    /// Those of [`crate::Incoming::refuse`].
-    pub fn refuse(self, why: Refusal) -> Result<()> {
-        self.answered(|transfer, _, _| transfer.refuse(why))
-    }
-
-    /// Answers with these bytes.
-    ///
-    /// # Errors
-    /// Those of [`crate::Incoming::send_bytes`].
-    pub async fn send_bytes(self, bytes: &[u8]) -> Result<()> {
-        let mut outgoing = self.accept(bytes.len() as u64)?;
-        outgoing.send(bytes).await?;
-        outgoing.finish().await.map(drop)
-    }
-
-    /// Answers with a file, from its beginning to its end.
-    ///
-    /// # Errors
-    /// Those of [`crate::Incoming::send_file`].
-    pub async fn send_file(self, file: &File) -> Result<()> {
-        let size = Size::of_file(file).map_err(Error::Source)?;
-        self.accept(size)?.send_file(file).await.map(drop)
-    }
-
-    /// Answers from a loan: without a copy, if the client takes loans and has room for this one.
-    ///
-    /// # Errors
-    /// Those of [`crate::Incoming::lend`].
-    pub async fn lend(self, loan: &Loan) -> Result<()> {
-        self.lend_with(loan, &()).await
-    }
-
-    /// As [`lend`](Self::lend), with metadata beside the size.
-    ///
-    /// # Errors
-    /// Those of [`crate::Incoming::lend_with`].
-    pub async fn lend_with(self, loan: &Loan, metadata: &impl Metadata) -> Result<()> {
-        let sent = self.answered(|transfer, timeout, progress| {
-            Ok(match transfer.try_lend(loan, metadata)? {
-                Lending::Lent => None,
-                Lending::Send(sending) => Some(Outgoing::new(sending, timeout, progress)),
-            })
-        });
-        match sent? {
-            Some(outgoing) => outgoing.send_loan(loan).await,
-            None => Ok(()),
-        }
-    }
-
-    /// Accepts the request, and announces `size` bytes ([`Size::Unknown`] for a stream); they are
-    /// then sent bit by bit. Does not wait.
-    ///
-    /// # Errors
-    /// Those of [`crate::Incoming::accept`].
-    pub fn accept(self, size: impl Into<Size>) -> Result<Outgoing> {
-        self.accept_with(size, &())
-    }
-
-    /// As [`accept`](Self::accept), with metadata beside the size.
-    ///
-    /// # Errors
-    /// Those of [`crate::Incoming::accept_with`].
-    pub fn accept_with(self, size: impl Into<Size>, metadata: &impl Metadata) -> Result<Outgoing> {
-        self.answered(|transfer, timeout, progress| {
-            Ok(Outgoing::new(transfer.accept_with(size, metadata)?, timeout, progress))
-        })
-    }
-
-    fn answered<T>(
-        mut self,
-        answer: impl FnOnce(Requested, Duration, Arc<Progress>) -> Result<T>,
-    ) -> Result<T> {
-        self.duty.is_done = true;
-        answer(self.transfer, self.timeout, Arc::clone(&self.duty.progress))
     }
 }

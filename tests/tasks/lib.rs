@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use driven::{Driven, counts};
-use shmferry::{Refusal, Server, Serving};
+use shmferry::{PoolStats, Refusal, Server, Serving};
 
 /// Bytes that depend on their place and on `seed`.
 pub fn noise(seed: usize, len: usize) -> Vec<u8> {
@@ -32,6 +32,12 @@ pub fn key(seed: usize, len: usize) -> String {
 pub fn asked(key: &[u8]) -> Option<Vec<u8>> {
     let (seed, len) = str::from_utf8(key).ok()?.split_once(':')?;
     Some(noise(seed.parse().ok()?, len.parse().ok()?))
+}
+
+/// Segments that are not in use. Those that were dropped before their sender had left are looked at
+/// when they are next leased: also where the last byte was read just before it left.
+pub fn back(stats: PoolStats) -> usize {
+    stats.idle + stats.quarantined
 }
 
 /// A directory with an address in it.

@@ -74,4 +74,10 @@ impl<P: Packets> Signal for SocketSignal<P> {
             let _ = self.words[self.theirs].compare_exchange(number, 0, Relaxed, Relaxed);
         }
     }
+
+    #[cold]
+    fn tell(&self) {
+        // Fails if the connection is gone: its end tells more.
+        let _ = self.send();
+    }
 }

@@ -221,7 +221,8 @@ impl ShmTransfer<Receiver, Receiving> {
         let slots = self.side.guard.segment.geometry().slot_count();
         self.state.cursor = (self.state.cursor + 1) % slots;
         if chunk.last {
-            self.state.end = End::Reached; // the sender has left the segment: it waits for no slot
+            self.state.end = End::Reached;
+            self.side.is_complete = true;
         } else {
             let header = self.side.header();
             publish_cpu(&header.receiver.cpu);

@@ -12,10 +12,10 @@ use std::time::Duration;
 use futures_core::Stream;
 use proptest::prelude::*;
 use shmferry::channel::InProcess;
-use shmferry::segment::{Memfd, PoolStats, SegmentPool};
+use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::tokio::{BodyStream, Client, Incoming, Outgoing, Server};
-use shmferry::{Deadline, Error, Size};
-use shmferry_tasks::{Driven, Spot, asked, counts, key, noise, on_threads, until};
+use shmferry::{Deadline, Error, ServeError, Size};
+use shmferry_tasks::{Driven, Spot, asked, back, counts, key, noise, on_threads, until};
 use shmferry_test_support::watchdog::watchdog;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc};
@@ -156,8 +156,8 @@ impl Pair {
         for (body, bytes) in bodies {
             assert!(body.read_all().await.unwrap() == bytes, "{what}: other bytes");
         }
-        let is_idle = || self.client.stats().idle == segments;
-        until(&format!("{what}: all segments are idle"), is_idle).await;
+        let are_back = || back(self.client.stats()) == segments;
+        until(&format!("{what}: all segments are back again"), are_back).await;
     }
 
     /// The handler of this key was told that nobody reads any more.
@@ -167,12 +167,6 @@ impl Pair {
         let how = how.expect_err(what);
         assert!(["Cancelled", "Stale", "Disconnected"].contains(&&*how), "{what}: {how}");
     }
-}
-
-/// Segments that are not in use. Those that were dropped in the middle are looked at when they are
-/// next leased: whether their sender has left.
-fn back(stats: PoolStats) -> usize {
-    stats.idle + stats.quarantined
 }
 
 fn next(stream: &mut BodyStream) -> impl Future<Output = Option<shmferry::Result<bytes::Bytes>>> {
@@ -802,4 +796,219 @@ proptest! {
             pair.assert_whole(&format!("{kind:?}")).await;
         });
     }
+}
+
+// ---------------------------------------------------------------- handlers
+
+/// Counts handlers that have not been dropped.
+struct Alive(Arc<AtomicUsize>);
+
+impl Alive {
+    fn among(all: &Arc<AtomicUsize>) -> Alive {
+        all.fetch_add(1, SeqCst);
+        Alive(Arc::clone(all))
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+/// A server whose handlers wait for something that does not come: before they answer, in the midst
+/// of it, after it, or in a task of their own.
+struct Patient {
+    begun: Arc<AtomicUsize>,
+    alive: Arc<AtomicUsize>,
+    /// Keys of handlers that were told of as unwanted.
+    unwanted: Arc<Mutex<Vec<String>>>,
+    /// Lets those end that wait after their answer, and those in a task of their own.
+    gate: Arc<Semaphore>,
+    /// How many have come to their end.
+    ended: Arc<AtomicUsize>,
+    _serving: shmferry::tokio::Serving,
+}
+
+impl Patient {
+    fn of(server: Server) -> Patient {
+        let [begun, alive, ended] = [(); 3].map(|()| Arc::<AtomicUsize>::default());
+        let (unwanted, gate) = (Arc::<Mutex<Vec<String>>>::default(), Arc::new(Semaphore::new(0)));
+        let told = Arc::clone(&unwanted);
+        let server = server.on_error(move |error| match error {
+            ServeError::Unwanted { key, .. } => {
+                told.lock().unwrap().push(String::from_utf8(key.to_vec()).unwrap());
+            }
+            error => panic!("{error}"),
+        });
+        let shared =
+            (Arc::clone(&begun), Arc::clone(&alive), Arc::clone(&gate), Arc::clone(&ended));
+        let serving = server.serve(move |request| {
+            let (begun, alive, gate, ended) = shared.clone();
+            let alive = Alive::among(&alive);
+            begun.fetch_add(1, SeqCst);
+            async move {
+                let _alive = alive;
+                let key = request.key().to_vec();
+                match &*key {
+                    b"before" => std::future::pending().await,
+                    b"amidst" => {
+                        let mut outgoing = request.accept(Size::Unknown)?;
+                        outgoing.write_all(b"begun").await?;
+                        outgoing.flush().await?;
+                        std::future::pending().await
+                    }
+                    b"after" => {
+                        request.send_bytes(b"all").await?;
+                        gate.acquire().await.unwrap().forget();
+                        ended.fetch_add(1, SeqCst);
+                    }
+                    b"of its own" => {
+                        tokio::spawn(async move {
+                            let _alive = _alive;
+                            gate.acquire().await.unwrap().forget();
+                            assert!(matches!(request.send_bytes(b"late").await, Err(Error::Stale)));
+                            ended.fetch_add(1, SeqCst);
+                        });
+                    }
+                    key => request.send_bytes(&asked(key).unwrap()).await?,
+                }
+                Ok::<(), Error>(())
+            }
+        });
+        Patient { begun, alive, unwanted, gate, ended, _serving: serving.unwrap() }
+    }
+
+    fn unwanted(&self) -> Vec<String> {
+        self.unwanted.lock().unwrap().clone()
+    }
+
+    async fn all_are_over(&self) {
+        until("all handlers are over", || self.alive.load(SeqCst) == 0).await;
+    }
+}
+
+/// A client of two segments, and a patient server, over a socket or within the process.
+fn patient(is_within: bool, spot: &Spot) -> (Client, Patient) {
+    let (queue, builder) = (InProcess::bounded(16), shmferry::Client::builder().segments(SEGMENTS));
+    if is_within {
+        let client = builder.in_process_tokio(&queue).unwrap();
+        (client, Patient::of(Server::in_process(queue)))
+    } else {
+        let server = Patient::of(Server::bind(spot.address.as_path()).unwrap());
+        (builder.connect_tokio(spot.address.as_path()).unwrap(), server)
+    }
+}
+
+/// Asks, and gives up once the handler has begun.
+async fn give_up(client: &Client, server: &Patient, key: &str) {
+    let begun = server.begun.load(SeqCst);
+    let get = tokio::spawn({
+        let (client, key) = (client.clone(), key.to_owned());
+        async move { client.get(key).await.map(drop) }
+    });
+    until("the handler has begun", || server.begun.load(SeqCst) > begun).await;
+    get.abort();
+    assert!(get.await.unwrap_err().is_cancelled());
+}
+
+/// More than the server takes of one client at a time.
+const MANY: usize = 100;
+
+#[test]
+fn handlers_are_dropped_when_their_clients_give_up() {
+    let _watchdog = watchdog();
+    for is_within in [false, true] {
+        on_threads(2, async {
+            let spot = Spot::new();
+            let (client, server) = patient(is_within, &spot);
+            for _ in 0..MANY {
+                give_up(&client, &server, "before").await;
+            }
+            server.all_are_over().await;
+            assert_eq!(server.unwanted(), ["before"; MANY]);
+            for seed in 0..4 {
+                let body = client.get(key(seed, LARGE)).await.unwrap();
+                assert!(body.read_all().await.unwrap() == noise(seed, LARGE));
+            }
+            for _ in 0..MANY {
+                let mut body = client.get("amidst").await.unwrap();
+                let mut read = [0; 5];
+                body.read_exact(&mut read).await.unwrap();
+                assert_eq!(&read, b"begun");
+            }
+            server.all_are_over().await;
+            assert_eq!(server.unwanted()[MANY..], ["amidst"; MANY]);
+        });
+    }
+}
+
+#[test]
+fn a_handler_goes_on_after_its_answer() {
+    let _watchdog = watchdog();
+    for is_within in [false, true] {
+        on_threads(2, async {
+            let spot = Spot::new();
+            let (client, server) = patient(is_within, &spot);
+            for _ in 0..4 {
+                assert_eq!(client.get("after").await.unwrap().read_all().await.unwrap(), b"all");
+            }
+            // Their segments are used by others now, some of which are given up.
+            for seed in 0..8 {
+                give_up(&client, &server, "before").await;
+                let body = client.get(key(seed, LARGE)).await.unwrap();
+                assert!(body.read_all().await.unwrap() == noise(seed, LARGE));
+            }
+            drop(client);
+            until("only they are left", || server.alive.load(SeqCst) == 4).await;
+            server.gate.add_permits(4);
+            server.all_are_over().await;
+            assert_eq!(server.ended.load(SeqCst), 4);
+            assert_eq!(server.unwanted(), ["before"; 8]);
+        });
+    }
+}
+
+/// At its limit, a client is not listened to: its handlers look for themselves.
+#[test]
+fn a_client_at_its_limit_is_seen_to_give_up() {
+    let _watchdog = watchdog();
+    on_threads(2, async {
+        let spot = Spot::new();
+        let (client, server) = patient(false, &spot);
+        let limit = 2 * SEGMENTS as usize + 8;
+        for _ in 1..limit {
+            give_up(&client, &server, "of its own").await;
+        }
+        give_up(&client, &server, "before").await;
+        until("it is dropped", || server.unwanted() == ["before"]).await;
+        assert_eq!(server.alive.load(SeqCst), limit - 1);
+        let body = client.get(key(1, LARGE)).await.unwrap();
+        assert!(body.read_all().await.unwrap() == noise(1, LARGE));
+        server.gate.add_permits(limit);
+        server.all_are_over().await;
+        assert_eq!(server.ended.load(SeqCst), limit - 1);
+    });
+}
+
+#[test]
+fn a_thread_that_gives_up_has_the_handler_dropped() {
+    let _watchdog = watchdog();
+    on_threads(2, async {
+        let spot = Spot::new();
+        let server = Patient::of(Server::bind(spot.address.as_path()).unwrap());
+        let client = shmferry::Client::builder()
+            .segments(SEGMENTS)
+            .timeout(Duration::from_millis(1))
+            .connect(spot.address.as_path())
+            .unwrap();
+        tokio::task::block_in_place(|| {
+            for _ in 0..MANY {
+                let reply = client.get("before");
+                assert!(matches!(reply, Err(Error::Timeout(_))), "{reply:?}");
+            }
+        });
+        server.all_are_over().await;
+        assert!(server.unwanted().iter().all(|key| key == "before"));
+    });
 }

@@ -16,7 +16,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shmferry::channel::InProcess;
 use shmferry::tokio::{Client, Outgoing, Server, Serving};
 use shmferry::{Error, Size};
-use shmferry_tasks::{Spot, asked, key, noise, on_threads, until};
+use shmferry_tasks::{Spot, asked, back, key, noise, on_threads, until};
 use shmferry_test_support::watchdog::watchdog;
 use shmferry_test_support::{Dice, wait_until};
 use tokio::io::AsyncReadExt;
@@ -152,7 +152,7 @@ fn builder(segments: u32) -> shmferry::ClientBuilder {
 
 async fn all_back(clients: &[Client]) {
     for client in clients {
-        until("all segments are back", || client.stats().idle == client.stats().segments).await;
+        until("all segments are back", || back(client.stats()) == client.stats().segments).await;
     }
 }
 

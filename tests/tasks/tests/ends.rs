@@ -17,7 +17,7 @@ use shmferry::error::Awaited;
 use shmferry::loan::Loan;
 use shmferry::tokio::{Body, Client, Incoming, Server, Serving};
 use shmferry::{Error, Refusal, ServeError, Size};
-use shmferry_tasks::{Spot, asked, key, noise, on_threads, serve_tasks, until};
+use shmferry_tasks::{Spot, asked, back, key, noise, on_threads, serve_tasks, until};
 use shmferry_test_support::watchdog::watchdog;
 use tokio::io::AsyncReadExt;
 use tokio::task::JoinSet;
@@ -124,14 +124,17 @@ fn a_process() {
                 held.push(client.get(key).await.unwrap());
             }
             println!("ready");
-            let _ = client.get("silent").await;
+            held.extend(client.get("silent").await);
+            std::future::pending().await
         }),
         "ask-threads" => {
             let client = small().timeout(EVER).connect(address).unwrap();
-            let held: Vec<_> = KEYS_OF_CLIENT.map(|key| client.get(key).unwrap()).into();
+            let mut held: Vec<_> = KEYS_OF_CLIENT.map(|key| client.get(key).unwrap()).into();
             println!("ready");
-            let _ = client.get("silent");
-            drop(held);
+            held.extend(client.get("silent"));
+            loop {
+                std::thread::park();
+            }
         }
         role => panic!("no such role: {role}"),
     }
@@ -232,7 +235,7 @@ fn a_server_is_killed_while_tasks_wait_in_every_state() {
             for (seed, body) in bodies {
                 assert!(body.read_all().await.unwrap() == noise(seed, LARGE));
             }
-            assert_eq!(client.stats().idle, 4);
+            assert_eq!(back(client.stats()), 4);
         });
     }
 }
@@ -256,17 +259,26 @@ impl Drop for Alive {
 /// The key of a request, and the error that it ended with.
 type End = (String, String);
 
+/// Whether a handler ended as it should whose client had gone: one that waits for its client is told
+/// by the step that it waits in.
+fn is_told((key, error): &End) -> bool {
+    error == "Disconnected" || error == "Cancelled" || (key == "silent" && error == "Unwanted")
+}
+
 /// A server of tasks that answer in every way, until their client is gone; how they ended, and how
 /// many there are.
 fn endless(server: Server) -> (Serving, Arc<Mutex<Vec<End>>>, Arc<AtomicUsize>) {
     let (ends, alive) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<AtomicUsize>::default());
     let (told, counted) = (Arc::clone(&ends), Arc::clone(&alive));
     let server = server.timeout(EVER).on_error(move |error| {
-        if let ServeError::Handler { key, error, .. } = error {
-            let error = error.downcast_ref::<Error>().map(|error| format!("{error:?}"));
-            let key = String::from_utf8(key.to_vec()).unwrap();
-            told.lock().unwrap().push((key, error.unwrap()));
-        }
+        let (key, error) = match error {
+            ServeError::Handler { key, error, .. } => {
+                (key, format!("{:?}", error.downcast_ref::<Error>().unwrap()))
+            }
+            ServeError::Unwanted { key, .. } => (key, "Unwanted".to_owned()),
+            error => panic!("{error}"),
+        };
+        told.lock().unwrap().push((String::from_utf8(key.to_vec()).unwrap(), error));
     });
     let file = {
         let mut file = tempfile::tempfile().unwrap();
@@ -313,14 +325,13 @@ fn a_client_is_killed_while_handlers_wait_for_it() {
             client.said("ready");
             until("its last request is there", || alive.load(SeqCst) == 4).await;
             client.signal(Signal::KILL);
-            until("all handlers are over", || alive.load(SeqCst) == 0).await;
+            until("all handlers are over", || ends.lock().unwrap().len() == 4).await;
+            assert_eq!(alive.load(SeqCst), 0);
             let mut ends = ends.lock().unwrap().clone();
             ends.sort();
             let keys: Vec<_> = ends.iter().map(|(key, _)| &**key).collect();
             assert_eq!(keys, ["1:200000", "middle", "silent", "written"], "{role}");
-            for (key, error) in &ends {
-                assert!(error == "Disconnected" || error == "Cancelled", "{role}, {key}: {error}");
-            }
+            assert!(ends.iter().all(is_told), "{role}: {ends:?}");
         });
     }
 }
@@ -365,24 +376,37 @@ fn a_stopped_client_is_late_and_not_gone() {
             let ends = Arc::<Mutex<Vec<String>>>::default();
             let told = Arc::clone(&ends);
             let server = Server::bind(spot.address.as_path()).unwrap().timeout(SOON);
-            let server = server.on_error(move |error| {
-                if let ServeError::Handler { error, .. } = error {
+            let unwanted = Arc::<AtomicUsize>::default();
+            let counted = Arc::clone(&unwanted);
+            let server = server.on_error(move |error| match error {
+                ServeError::Handler { error, .. } => {
                     let error = error.downcast_ref::<Error>().unwrap();
                     told.lock().unwrap().push(format!("{error:?}"));
                 }
+                ServeError::Unwanted { .. } => _ = counted.fetch_add(1, SeqCst),
+                error => panic!("{error}"),
             });
-            let _serving = server.serve(|request| async move {
-                match request.key() {
-                    b"silent" => std::future::pending().await,
-                    _ => request.send_bytes(&noise(1, LARGE)).await,
+            let begun = Arc::<AtomicUsize>::default();
+            let count = Arc::clone(&begun);
+            let _serving = server.serve(move |request| {
+                count.fetch_add(1, SeqCst);
+                async move {
+                    match request.key() {
+                        b"silent" => std::future::pending().await,
+                        _ => request.send_bytes(&noise(1, LARGE)).await,
+                    }
                 }
             });
             let mut client = Process::start(role, &spot.address);
             client.said("ready");
+            until("its last request is there", || begun.load(SeqCst) == 4).await;
             client.stop();
             until("three have timed out", || ends.lock().unwrap().len() == 3).await;
             let late = format!("{:?}", Error::Timeout(Awaited::FreeSlot));
             assert!(ends.lock().unwrap().iter().all(|end| *end == late), "{role}: {ends:?}");
+            assert_eq!(unwanted.load(SeqCst), 0, "{role}");
+            client.signal(Signal::KILL);
+            until("the last handler is dropped", || unwanted.load(SeqCst) == 1).await;
         });
     }
 }
@@ -455,7 +479,7 @@ fn successors_take_over_under_load_and_no_request_is_lost() {
             ended.unwrap();
         }
         assert!(answered.load(SeqCst) > 3000);
-        until("all segments are back", || client.stats().idle == 8).await;
+        until("all segments are back", || back(client.stats()) == 8).await;
     });
 }
 
@@ -486,10 +510,10 @@ fn a_clients_runtime_is_dropped_in_the_middle() {
             }
             until("all are asked", || alive.load(SeqCst) == 4).await;
             theirs.shutdown_background();
-            until("all handlers are over", || alive.load(SeqCst) == 0).await;
+            let what = format!("all handlers are over, round {round}");
+            until(&what, || alive.load(SeqCst) == 0 && ends.lock().unwrap().len() == 4).await;
             let ends = std::mem::take(&mut *ends.lock().unwrap());
-            assert_eq!(ends.len(), 4, "round {round}");
-            assert!(ends.iter().all(|(_, end)| end == "Cancelled" || end == "Disconnected"));
+            assert!(ends.iter().all(is_told), "{ends:?}");
         }
         let client = small().connect_tokio(spot.address.as_path()).unwrap();
         let body = client.get(key(1, LARGE)).await.unwrap();
@@ -564,7 +588,7 @@ fn a_refusal_brings_its_metadata() {
                 other => panic!("{other:?}"),
             }
         }
-        until("all segments are back", || client.stats().idle == 8).await;
+        until("all segments are back", || back(client.stats()) == 8).await;
     });
 }
 

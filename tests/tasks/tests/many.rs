@@ -1,6 +1,6 @@
 //! Many transfers at once need no threads. Alone in its process, whose threads it counts.
 
-use shmferry_tasks::{Spot, key, noise, on_threads, threads, until};
+use shmferry_tasks::{Spot, back, key, noise, on_threads, threads, until};
 use shmferry_test_support::watchdog::watchdog;
 
 #[test]
@@ -28,6 +28,6 @@ fn many_transfers_at_once_take_no_threads() {
             most = most.max(threads());
         }
         assert!(most <= before, "{most} threads, {before} before");
-        until("all segments are back", || client.stats().idle == 256).await;
+        until("all segments are back", || back(client.stats()) == 256).await;
     });
 }

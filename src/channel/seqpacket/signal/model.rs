@@ -23,12 +23,12 @@ use crate::channel::seqpacket::client::Received;
 use crate::channel::seqpacket::ring::RING_WORDS;
 use crate::error::Awaited;
 use crate::loan::{Borrower, LoanLimits, SEALED};
-use crate::peer::{Link, Poison, ReceivedFds, Registration};
+use crate::peer::{Link, Poison, ReceivedFds, Registration, Work};
 use crate::protocol::model::{
     Asked, Asking, LONG_GRACE, Watched, ask_over, found, link_to_sender, model, pool, receive,
     send, try_as_task,
 };
-use crate::protocol::{Receiver, Receiving, ShmTransfer};
+use crate::protocol::{Receiver, Receiving, Refusal, Reply, ShmTransfer, Wanted};
 use crate::sync::modelled::{Mutex, lock};
 use crate::sync::task_model::run;
 use crate::sync::{Deadline, Semaphore};
@@ -127,6 +127,7 @@ impl Packets for End {
 struct Counted {
     signal: SocketSignal<End>,
     ours: Arc<Line>,
+    theirs: Arc<Line>,
 }
 
 impl Signal for Counted {
@@ -141,6 +142,11 @@ impl Signal for Counted {
 
     fn signal(&self) {
         self.signal.signal();
+    }
+
+    fn tell(&self) {
+        self.theirs.asked.fetch_add(1, Ordering::Relaxed); // counts as if it had been asked for
+        self.signal.tell();
     }
 }
 
@@ -171,7 +177,9 @@ fn pair(posters: u32) -> Pair {
             true => SocketSignal::of_client(&words, &socket),
             false => SocketSignal::of_server(&words, &socket),
         };
-        ours.link.signal_by(Box::new(Counted { signal, ours: Arc::clone(&ours.line) }));
+        let [ours_line, theirs_line] = [ours, theirs].map(|side| Arc::clone(&side.line));
+        let counted = Counted { signal, ours: ours_line, theirs: theirs_line };
+        ours.link.signal_by(Box::new(counted));
     }
     Pair { client, server }
 }
@@ -692,6 +700,93 @@ fn within_a_process_a_cancellation_wakes_the_senders_task() {
         });
         drop(found(asked).unwrap());
         sender.join().unwrap();
+    });
+}
+
+/// Works at an answer for ever, as a task: until nobody wants it.
+fn work_in_vain(wanted: &Arc<Wanted>) {
+    let mut working = None;
+    run(|task| match wanted.poll_lost(task, &mut working) {
+        true => Poll::Ready(()),
+        false => Poll::Pending,
+    });
+}
+
+fn wanted(asking: &Asking) -> Arc<Wanted> {
+    Arc::new(asking.wanted().unwrap())
+}
+
+#[test]
+fn a_withdrawal_ends_the_work_at_an_answer() {
+    model(|| {
+        let sending = |asking: Asking| {
+            work_in_vain(&wanted(&asking));
+            assert!(matches!(asking.accept(1), Err(Error::Stale)));
+        };
+        over_a_connection(1, (false, true), sending, drop);
+    });
+}
+
+#[test]
+fn a_cancellation_ends_the_work_at_an_answer() {
+    model(|| {
+        let sending = |asking: Asking| {
+            let wanted = wanted(&asking);
+            wanted.set_answered();
+            let mut sending = asking.accept(2).unwrap();
+            sending.next_slot(Deadline::NEVER).unwrap().send(&[1]).unwrap();
+            work_in_vain(&wanted);
+        };
+        over_a_connection(2, (false, true), sending, |asked| drop(found(asked).unwrap()));
+    });
+}
+
+#[test]
+fn within_a_process_a_withdrawal_ends_the_work_at_an_answer() {
+    model(|| {
+        let link = Arc::new(Link::within());
+        let pool = pool(1, LONG_GRACE);
+        let (asked, asking) = ask_over(&pool, &link, &link);
+        let working = spawn(move || work_in_vain(&wanted(&asking)));
+        drop(asked);
+        working.join().unwrap();
+    });
+}
+
+#[test]
+fn the_end_of_a_link_ends_the_work_at_an_answer() {
+    model(|| {
+        let links = [(); 2].map(|()| link_to_sender());
+        let pool = pool(1, LONG_GRACE);
+        let (asked, asking) = ask_over(&pool, &links[0], &links[1]);
+        let working = spawn(move || work_in_vain(&wanted(&asking)));
+        links[1].sever(|| None);
+        working.join().unwrap();
+        drop(asked);
+    });
+}
+
+/// Whoever answers, and whatever becomes of the segment then: an answer that is complete was
+/// wanted.
+#[test]
+fn an_answer_that_is_complete_was_not_given_up() {
+    model(|| {
+        let link = Arc::new(Link::within());
+        let pool = pool(1, LONG_GRACE);
+        let (asked, asking) = ask_over(&pool, &link, &link);
+        let wanted = wanted(&asking);
+        let watching = spawn({
+            let wanted = Arc::clone(&wanted);
+            move || (0..2).for_each(|_| assert!(!wanted.is_given_up()))
+        });
+        let sender = spawn(move || {
+            wanted.set_answered();
+            asking.refuse(Refusal::NotFound).unwrap();
+        });
+        assert!(matches!(asked.reply(Deadline::NEVER), Ok(Reply::Refused(Refusal::NotFound))));
+        let (next, _request) = ask_over(&pool, &link, &link);
+        drop(next); // withdrawn
+        [watching, sender].into_iter().for_each(|thread| thread.join().unwrap());
     });
 }
 
