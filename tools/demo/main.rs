@@ -24,7 +24,7 @@ use shmferry_examples::program::signals_that_end;
 /// Start simplecached and webproxy, fetch files through them, and check every byte.
 #[derive(Parser)]
 struct Options {
-    /// Keep both programs running, until interrupted
+    /// Keep both programs running, and a web server before the cache, until interrupted
     #[arg(long)]
     stay: bool,
     #[command(subcommand)]
@@ -75,7 +75,7 @@ fn interruptible(options: &Options) -> Result<()> {
 }
 
 fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
-    let programs = build(interrupt)?;
+    let programs = build(options.stay, interrupt)?;
     let dir =
         tempfile::Builder::new().prefix("shmferry-demo-").tempdir().map_err(|e| e.to_string())?;
     let samples = samples::make(&dir.path().join("files"), interrupt)?;
@@ -100,16 +100,22 @@ fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
     tell(&getfile.fetch_missing()?)?;
 
     if options.stay {
-        getfile.explain(&samples[0].key)?;
+        let listen = format!("{HOST}:0");
+        let args = ["--listen", &listen, "--cache", &address].map(AsRef::as_ref);
+        let mut web = Running::start(&programs.join(WEB), &args, interrupt)?;
+        let web_port = port_of(&web.ready()?)?;
+        getfile.explain(&samples[0].key, web_port)?;
         interrupt.wait();
+        web.end("hits=")?;
     }
-    let ends = [proxy.end()?, cache.end()?];
+    let ends = [proxy.end("requests=")?, cache.end("requests=")?];
     tell(&format!("\nwebproxy     {}\nsimplecached {}", ends[0], ends[1]))?;
     if socket.parent().is_some_and(Path::exists) {
         return Err(format!("{} is still there", socket.display()));
     }
     dir.close().map_err(|error| format!("cannot remove the demo's files: {error}"))?;
-    tell("\nevery byte as it was; both programs ended, and nothing is left behind")
+    tell("\nevery byte as it was; both programs ended, and nothing is left behind")?;
+    tell("to see the pictures in a browser: cargo run --release --bin demo -- --stay")
 }
 
 /// Prints a line. Where there is no one to read it any more, the demo ends, and clears up.
@@ -118,7 +124,7 @@ fn tell(line: &str) -> Result<()> {
 }
 
 /// Builds the programs in the profile that the demo itself was built in; says where they are.
-fn build(interrupt: &Interrupt) -> Result<PathBuf> {
+fn build(with_web: bool, interrupt: &Interrupt) -> Result<PathBuf> {
     let here = std::env::current_exe().map_err(|error| error.to_string())?;
     let programs = here.parent().ok_or("the demo has no directory")?.to_owned();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -130,6 +136,9 @@ fn build(interrupt: &Interrupt) -> Result<PathBuf> {
         concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"),
     ]);
     build.args(["--bin", "simplecached", "--bin", "webproxy", "--bin", "getfile"]);
+    if with_web {
+        build.args(["--bin", WEB]);
+    }
     if programs.components().any(|part| part.as_os_str() == "release") {
         build.arg("--release");
     }
@@ -205,14 +214,19 @@ impl GetFile<'_> {
         Ok(format!("{key:<28} {:>12} {:>10}   refused, as it should be: {said}", "-", "-"))
     }
 
-    fn explain(&self, key: &str) -> Result<()> {
+    fn explain(&self, key: &str, web_port: u16) -> Result<()> {
         let (program, port) = (self.program.display(), self.port);
-        tell("\nstill running; fetch by hand, in another terminal:")?;
+        tell("\nstill running; in a browser:")?;
+        tell(&format!("  http://{HOST}:{web_port}{key}"))?;
+        tell("by hand, in another terminal:")?;
         tell(&format!("  {program} -s {HOST} -p {port} -o - {key}"))?;
         tell(&format!("  printf 'GETFILE GET {key}\\r\\n\\r\\n' | nc {HOST} {port}"))?;
         tell("interrupt with Ctrl-C to end")
     }
 }
+
+/// The web server.
+const WEB: &str = "shmferry-http";
 
 /// Where the proxy listens: for this machine alone.
 const HOST: &str = "127.0.0.1";

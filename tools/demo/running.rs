@@ -59,10 +59,10 @@ impl Running {
         self.line_with("listening on ")
     }
 
-    /// Asks it to end; returns what it says last.
-    pub fn end(&mut self) -> Result<String> {
+    /// Asks it to end; returns what it says last, from `word` on.
+    pub fn end(&mut self, word: &str) -> Result<String> {
         kill_process(self.child.pid(), Signal::TERM).map_err(|error| error.to_string())?;
-        let summary = self.line_with("requests=")?;
+        let summary = self.line_with(word)?;
         let status = self.child.wait()?;
         if status.success() {
             Ok(summary)

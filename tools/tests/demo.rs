@@ -1,7 +1,8 @@
 //! The `demo` program, interrupted at every stage: both of its programs end, and its files go.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -86,6 +87,22 @@ fn the_demo_listens_on_the_loopback_address_only() {
     assert!(line.contains(" listening on 127.0.0.1:"), "{line}");
 }
 
+#[test]
+fn a_demo_that_stays_shows_its_pictures_to_browsers() {
+    let mut demo = Demo::start();
+    demo.wait_for(Stage::Said("interrupt with Ctrl-C to end"));
+    let said = demo.said();
+    let url = said.lines().find_map(|line| line.trim().strip_prefix("http://")).unwrap();
+    let (host, path) = url.split_once('/').unwrap();
+    let mut connection = TcpStream::connect(host).unwrap();
+    write!(connection, "GET /{path} HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    connection.read_to_end(&mut answer).unwrap();
+    assert!(answer.starts_with(b"HTTP/1.0 200 OK\r\n"), "{}", answer[..80].escape_ascii());
+    let begin = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").unwrap() + 4;
+    assert!(answer[begin..].starts_with(b"\x89PNG"), "a picture");
+}
+
 /// A demo that is running in a group of its own, with a temporary directory of its own.
 struct Demo {
     child: Child,
@@ -100,7 +117,7 @@ impl Demo {
     /// it runs, and reads from a pipe until [`wait_for`](Self::wait_for) writes to that.
     fn start() -> Demo {
         // Those of another package are built with all tests, not with this one alone.
-        let _ = ["simplecached", "webproxy"].map(path_of);
+        let _ = ["simplecached", "webproxy", "shmferry-http"].map(path_of);
         let temporary = TempDir::new().unwrap();
         let other = TempDir::new().unwrap();
         let cargo = other.path().join("cargo");
