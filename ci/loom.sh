@@ -109,7 +109,7 @@ seeded "covered before it has accepted" $w $m::a_link_severed_while_its_sender_l
 seeded "in reach of the link after an abort" $w $m::a_link_severed_while_its_sender_aborts '/fn leave/,/^    \}/{s/^        drop\(self.registration\);$//; s/^        \((self.segment.header\(\).turn.advance.*), link\)$/let left = \1; drop(self.registration); (left, link)/}'
 seeded "a request dropped by its sender, not aborted" $t $m::an_abort_before '/fn abort/,/^    \}/s/^            let _ = self.take_up\(\);.*//'
 seeded "an abort of what was never taken up" $t $m::a_late_accept '/fn abort/,/^    \}/s/^        let Some\(writer\) = self.stand.leave.*/self.header().filled.set_poison(); &/'
-seeded "a segment poisoned after its registration ended" peer/link.rs $m::a_request_sent_after '/fn sever/,/^    \}/{s/^        state.registered.values\(\).*/let late: Vec<_> = state.registered.values().flatten().cloned().collect();/; s/^        wakers.into_values/late.iter().for_each(|subject| subject.poison()); &/}'
+seeded "a segment poisoned after its registration ended" peer/link.rs $m::a_request_sent_after '/fn sever/,/^    \}/{s/^        state.registered.values\(\).*/let late: Vec<_> = state.registered.values().flatten().cloned().collect();/; s/^        wakers.into_iter/late.iter().for_each(|subject| subject.poison()); &/}'
 seeded "a registration that never ends"               peer/link.rs $m::a_link_severed_late 's/^        state.registered.remove\(&self.number\);//'
 e=segment.rs
 seeded "a receiver's link that poisons the sender's wait" $e $m::a_severed 's/self.header\(\).filled.poison\(\);/self.header().free.poison();/'
