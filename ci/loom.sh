@@ -239,7 +239,7 @@ l=peer/link.rs
 y=channel/seqpacket/signal.rs
 j=signal::model
 seeded "no fence after a question"                  $l $j::a_task_takes '/fn ask\(/,/^    }/s/^        fence\(SeqCst\);$//'
-seeded "a question outside the lock"                $l $j::two_tasks '/fn wake_later/,/^    }/s/^            self.link.ask\(\);$/drop(state); self.link.ask();/'
+seeded "a question outside the lock"                $l $j::two_tasks '/fn wake_later/,/^    }/s/^            self.link.ask\(\);$/drop(state); self.link.ask(); return;/'
 bound=3 seeded "a waker left after the question"            $l $j::two_tasks '/fn wake_later/,/^    }/{s/^        if mem::replace.*/        if true {/; s/^        let before = state.wakers.insert.*/if !mem::replace(\&mut state.has_asked, true) { self.link.ask(); } drop(state); let mut state = lock(\&self.link.state); &/}'
 seeded "a waker that is not left"                   $l $j::a_task_takes 's/let before = state.wakers.insert\(self.number, waker\);/let before = Some(waker);/'
 seeded "a waker that is not replaced"               $l $j::the_last 's/let before = state.wakers.insert\(self.number, waker\);/let before = Some(state.wakers.entry(self.number).or_insert(waker).clone());/'
