@@ -1,11 +1,15 @@
-//! Links: certain deaths, in-flight limits, and reasons of an end.
+//! Links: certain deaths, in-flight limits, reasons of an end, and signals that come late.
 
 use super::*;
 use crate::error::{Error, Rejection};
 use crate::sync::Deadline;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU32, AtomicUsize,
+    Ordering::{Relaxed, SeqCst},
+};
+use std::task::Waker;
 use std::time::Duration;
 
 #[test]
@@ -55,4 +59,36 @@ fn the_first_reason_for_an_end_is_the_one_that_is_told() {
     link.sever(|| Some(Rejection::Protocol));
     link.sever(|| Some(Rejection::Resources));
     assert!(matches!(link.disconnect_reason(), Error::Rejected(Rejection::Protocol)));
+}
+
+/// Counts how often it asks.
+struct Asks(Arc<AtomicUsize>);
+
+impl Signal for Asks {
+    fn ask(&self) {
+        self.0.fetch_add(1, SeqCst);
+    }
+
+    fn is_asked(&self) -> bool {
+        false
+    }
+
+    fn signal(&self) {}
+
+    fn tell(&self) {}
+}
+
+/// A client's ring may come after its first request.
+#[test]
+fn tasks_that_wait_before_there_is_a_signal_have_asked_once_there_is() {
+    for waits in [false, true] {
+        let link = Arc::new(Link::to_receiver(Peer { pid: None, uid: 0 }));
+        let registration = link.count();
+        if waits {
+            registration.wake_later(Waker::noop());
+        }
+        let asked = Arc::<AtomicUsize>::default();
+        link.signal_by(Box::new(Asks(Arc::clone(&asked))));
+        assert_eq!(asked.load(SeqCst), usize::from(waits));
+    }
 }

@@ -82,3 +82,6 @@ impl<C> AsFd for Lines<C> {
 }
 
 const ONCE: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::ET);
+
+#[cfg(all(test, not(loom)))]
+mod tests;

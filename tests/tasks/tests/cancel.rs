@@ -1012,3 +1012,52 @@ fn a_thread_that_gives_up_has_the_handler_dropped() {
         assert!(server.unwanted().iter().all(|key| key == "before"));
     });
 }
+
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        panic!("as it was told");
+    }
+}
+
+#[test]
+fn a_handler_that_panics_when_it_is_dropped_ends_nothing_else() {
+    let _watchdog = watchdog();
+    on_threads(2, async {
+        let queue = InProcess::bounded(4);
+        let (begun, told) = (Arc::<AtomicUsize>::default(), Arc::<Mutex<Vec<String>>>::default());
+        let (counted, tell) = (Arc::clone(&begun), Arc::clone(&told));
+        let server = Server::in_process(queue.clone()).on_error(move |error| {
+            tell.lock().unwrap().push(error.to_string());
+        });
+        let _serving = server.serve(move |request| {
+            counted.fetch_add(1, SeqCst);
+            async move {
+                if let Some(bytes) = asked(request.key()) {
+                    return request.send_bytes(&bytes).await;
+                }
+                let _bomb = Bomb;
+                std::future::pending().await
+            }
+        });
+        let builder = shmferry::Client::builder().segments(SEGMENTS);
+        let client = builder.in_process_tokio(&queue).unwrap();
+        for round in 1..4 {
+            let get = tokio::spawn({
+                let client = client.clone();
+                async move { client.get("bomb").await.map(drop) }
+            });
+            until("the handler has begun", || begun.load(SeqCst) == 2 * round - 1).await;
+            get.abort();
+            until("the panic was told", || told.lock().unwrap().len() == round).await;
+            let body = client.get(key(1, LARGE)).await.unwrap();
+            assert!(body.read_all().await.unwrap() == noise(1, LARGE));
+        }
+        let told = told.lock().unwrap();
+        assert!(
+            told.iter().all(|error| error == "serving bomb panicked: as it was told"),
+            "{told:?}"
+        );
+    });
+}

@@ -1,6 +1,6 @@
 //! A borrower over a pair of sockets, whose other end does as the test likes.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 use std::time::Duration;
 
@@ -196,4 +196,31 @@ fn returns_that_nobody_hears_are_no_more_than_an_honest_server_lends() {
         let _ = borrower.borrow(id);
     }
     assert!(lock(&borrower.returned).len() <= 3);
+}
+
+/// A connection on which one more signal has always come.
+struct Flood;
+
+impl Packets for Flood {
+    fn send_now(&self, _: &[u8], _: Option<BorrowedFd<'_>>) -> Result<()> {
+        Ok(())
+    }
+
+    fn receive(&self, buffer: &mut [u8]) -> Result<Option<Received>> {
+        let signal = Message::Wakeup.encode();
+        buffer[..signal.len()].copy_from_slice(&signal);
+        let fds = ReceivedFds(Vec::new());
+        Ok(Some(Received { len: signal.len(), fds, lost: false }))
+    }
+}
+
+#[test]
+fn a_flood_of_signals_holds_up_nobody() {
+    let borrower = SocketBorrower::new(&Arc::new(Flood), MANY);
+    assert!(!borrower.read_all(), "there may be more");
+    assert!(borrower.was_signalled());
+    assert!(borrower.borrow(1).unwrap().is_none());
+    borrower.make_room(1);
+    assert!(borrower.was_signalled());
+    assert_eq!(borrower.last_words(), None);
 }
