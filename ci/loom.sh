@@ -268,7 +268,7 @@ seeded "an end that signals nobody"                 $t $j::a_task_receives '/fn 
 seeded "an abort that signals nobody"               $t $j::an_abort '/fn abort/,/^    }/s/^        link.wake_tasks\(\);$//'
 seeded "a sender's task that leaves no waker"       $t $j::a_task_sends_what_a_thread 's/^            writer.wake_later\(task\);$//'
 seeded "a slot that goes back and signals nobody"   $k $j::a_task_sends_what_a_thread 's/^                self.side.offer.wake_tasks\(\);$//'
-seeded "a cancellation that signals nobody"         $r $j::a_cancellation '/fn break_off/,/^    }/s/^            link.into_iter.*//'
+seeded "a cancellation that signals nobody"         $r $j::a_cancellation '/fn end\(/,/^    }/s/^            link.iter.*//'
 seeded "a signal before the permit"                 $t $j::a_task_receives '/fn hand_over/,/^    }/{s/^            self.stand.link.*//; s/^        header.filled.add\(permit\);$/self.stand.link().into_iter().for_each(Link::wake_tasks); &/}'
 seeded "a request sent whose task is not woken"     $f $j::a_request_sent 's/^            wake\(before\);.*/let _ = before;/'
 seeded "a task that waits for no request"           $f $j::a_request_sent 's/OfferState::Unsent\(waker\) => \*waker = Some\(task.clone\(\)\)/OfferState::Unsent(_) => {}/'
@@ -277,14 +277,16 @@ seeded "a task woken under the lock of its request" $f $j::a_task_that_runs '/fn
 seeded "a task woken under the lock of what it dropped" $f $j::a_task_that_runs '/fn abandon/,/^    \}/s/^                drop\(state\);.*//'
 
 x=protocol/sender/wanted.rs
-seeded "a withdrawal that tells nobody"             $r $j::a_withdrawal_ends 's/if is_answering \|\| withdrawn.is_ok\(\)/if is_answering/'
+seeded "a withdrawal that tells nobody"             $r $j::a_withdrawal_ends 's/^        is_answering \|\| withdrawn.is_ok\(\)$/        is_answering/'
 seeded "an end that is told within no process"      $l $j::within_a_process_a_withdrawal '/fn tell_end/,/^    }/s/Other::Here\(_\) => self.look\(\)/Other::Here(_) => {}/'
 seeded "an answer that is complete and cancelled"   $r $j::an_answer_that_is_complete 's/^        self.is_complete = true;$//'
 seeded "a look that keeps those who work in vain"   $l $j::a_withdrawal_ends 's/^        let mut wakers = state.take_idle\(\);/let mut wakers = Vec::new();/'
 seeded "a severed link that wakes nobody who works" $l $j::the_end_of_a_link_ends 's/let all = all.chain\(self.work.*/let all = all.chain([]);/'
-seeded "work that is looked at before its waker is left" $x $j::a_withdrawal_ends '/fn poll_lost/,/^    }/{s/^        if !working.*/        let lost = self.is_given_up(); &/; s/^        self.is_given_up\(\) \|\| /lost || /}'
+seeded "work that is looked at before its waker is left" $x $j::a_withdrawal_ends '/fn poll_lost/,/^    }/{s/^        let before = .*/        let lost = request.is_given_up(); &/; s/request.is_given_up\(\) \|\| /lost || /}'
 seeded "a given-up answer that is not noticed"      $x $j::a_cancellation_ends 's/receiver.cancelled.load\(Relaxed\) != 0/receiver.cancelled.load(Relaxed) == 2/'
 seeded "an answer that counts as given up when its segment is used again" $x $j::an_answer_that_is_complete 's/!self.is_answered.load\(Relaxed\)/true/'
+seeded "a link let go of before the withdrawal" $r $j::a_withdrawal_of_what '/fn end\(/,/^    }/s/^        let breaks_off = .*/        let link = self.offer.end(); &/; /fn end\(/,/^    }/s/^        let link = self.offer.end\(\);$//'
+seeded "a withdrawal that overlooks a request just being sent" $f $j::a_withdrawal_of_what '/fn sent_over/,/^    }/s/^            link.tell_end\(\);.*//'
 
 z=fair_semaphore::model
 seeded "a turn given up and not passed on"          $n $z '/fn give_up/,/^    }/s/^                self.leave\(\);$//'

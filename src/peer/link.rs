@@ -9,10 +9,10 @@
 //!
 //! No wake-up is lost. A task leaves its waker, sees to it that its process has asked, and only
 //! then tries once more. Task: ask, `fence(SeqCst)`, read the semaphore. Poster: change the
-//! semaphore, `fence(SeqCst)` (in `Semaphore::wake`), read whether the peer has asked. The fences are totally ordered: the task sees what was posted, or the poster that it
-//! is to signal. A process that has asked is not asked for again before the signal has come; the
-//! look that follows asks first, and then reads the semaphores of all who wait by then, with the
-//! same fence between.
+//! semaphore, `fence(SeqCst)` (in `Semaphore::wake`), read whether the peer has asked. The fences
+//! are totally ordered: the task sees what was posted, or the poster that it is to signal. A process
+//! that has asked is not asked for again before the signal has come; the look that follows asks
+//! first, and then reads the semaphores of all who wait by then, with the same fence between.
 //!
 //! A task that [works](Work) for the peer is to stop when that gives up. A side that gives up tells
 //! the other, asked or not: it writes the turn word, and then sends. Who receives that looks, under
@@ -415,6 +415,9 @@ pub(crate) struct Working {
 #[cfg(any(feature = "tokio", loom))]
 impl Drop for Working {
     fn drop(&mut self) {
+        if !self.link.origin.is_here() {
+            return;
+        }
         let before = lock(&self.link.state).work.remove(&self.number);
         drop(before); // not under the lock: this may drop its task
     }

@@ -71,12 +71,15 @@ impl Offer {
     /// Records that the request was sent: from now on the link's end ends the transfer's waits.
     pub(crate) fn sent_over(&self, link: &Arc<Link>) {
         let mut state = lock(&self.state);
-        if !matches!(*state, OfferState::Over) {
-            let sent = OfferState::Sent(link.register(Arc::clone(&self.segment) as _));
-            let before = mem::replace(&mut *state, sent);
+        if matches!(*state, OfferState::Over) {
             drop(state);
-            wake(before); // to wait for the link
+            link.tell_end(); // who gave up knew of no link yet
+            return;
         }
+        let sent = OfferState::Sent(link.register(Arc::clone(&self.segment) as _));
+        let before = mem::replace(&mut *state, sent);
+        drop(state);
+        wake(before); // to wait for the link
     }
 
     /// Withdraws the offer, because the request was dropped unsent: no answer will come.

@@ -6,7 +6,6 @@ use std::sync::atomic::AtomicUsize;
 use std::task::{Poll, Waker, ready};
 
 use crate::error::{Awaited, Error, Misuse, PeerFault, Result};
-use crate::peer::Link;
 use crate::segment::{Ended, Header, MAX_METADATA, Phase, ReadSlots, Segment, SegmentGuard};
 use crate::sync::atomic::Relaxed;
 use crate::sync::{Deadline, Permit};
@@ -334,15 +333,18 @@ impl Receiver {
 
     /// Ends the transfer for both sides, unless the whole answer has come.
     fn end(&mut self) -> Ended {
+        let breaks_off = !self.is_complete && self.break_off();
+        // After the withdrawal: whoever is just sending the request tells the sender, too.
         let link = self.offer.end();
-        if !self.is_complete {
-            self.break_off(link.as_deref());
+        if breaks_off {
+            link.iter().for_each(|link| link.tell_end());
         }
         Ended::new(self.generation, link)
     }
 
-    /// Withdraws the offer if no sender accepted it, and cancels if a sender is still writing.
-    fn break_off(&self, link: Option<&Link>) {
+    /// Withdraws the offer if no sender accepted it, and cancels if a sender is still writing;
+    /// whether either was the case.
+    fn break_off(&self) -> bool {
         let header = self.header();
         // Fails for every transfer that a sender has accepted, as intended.
         let withdrawn = header.turn.advance(self.generation, Phase::Offered, Phase::Withdrawn);
@@ -352,9 +354,7 @@ impl Receiver {
             header.receiver.cancelled.store(1, Relaxed); // published by the poison
             header.free.poison();
         }
-        if is_answering || withdrawn.is_ok() {
-            link.into_iter().for_each(Link::tell_end);
-        }
+        is_answering || withdrawn.is_ok()
     }
 }
 

@@ -11,8 +11,7 @@
 //!    word, `fence(SeqCst)`, read `sleepers`. Sleeper: raise `sleepers`, `fence(SeqCst)`, let the
 //!    kernel compare the word. The fences are totally ordered: either the poster's comes first, and
 //!    then the kernel sees the changed word and does not sleep, or the sleeper's does, and then the
-//!    poster sees `sleepers` and wakes. Everything else about `sleepers` is `Relaxed`. `poison` has
-//!    the fence for the tasks: whether they have asked is read after it (`peer::link`).
+//!    poster sees `sleepers` and wakes. Everything else about `sleepers` is `Relaxed`.
 
 use std::io;
 

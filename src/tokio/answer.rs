@@ -6,12 +6,11 @@ use std::panic::{self, AssertUnwindSafe};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::{Sleep, sleep};
 
-use crate::peer::Working;
 use crate::protocol::{Sender, ShmTransfer, Starting, Wanted};
 use crate::server::{Hook, ServeError, message_of};
 
@@ -20,9 +19,9 @@ use super::incoming::Incoming;
 /// How often to look whether an answer is wanted where the client cannot signal that it is not.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// How far a handler has come.
-#[derive(Debug, Default)]
+/// How far a handler has come, and its answer.
 pub(super) struct Progress {
+    wanted: Wanted,
     /// Its request was dropped unanswered.
     unanswered: AtomicBool,
     /// Its first step is past: what follows runs as a task of its own, or of the handler's making.
@@ -30,6 +29,17 @@ pub(super) struct Progress {
 }
 
 impl Progress {
+    /// A handler is about to begin.
+    pub(super) fn of(transfer: &ShmTransfer<Sender, Starting>) -> Progress {
+        let wanted = transfer.wanted();
+        Progress { wanted, unanswered: AtomicBool::new(false), is_past: AtomicBool::new(false) }
+    }
+
+    /// The answer is over on this side: from here on, the handler does not work for its client.
+    pub(super) fn end_answer(&self) {
+        self.wanted.end();
+    }
+
     /// Whether it may still run where requests are taken.
     pub(super) fn keeps_others_waiting(&self) -> bool {
         !self.is_past.load(Relaxed)
@@ -44,25 +54,23 @@ impl Progress {
 /// The duty to answer a request. Notes that the request is dropped, unless it is answered.
 pub(super) struct Duty {
     progress: Arc<Progress>,
-    wanted: Option<Arc<Wanted>>,
     is_done: bool,
 }
 
 impl Duty {
-    /// To be called before the request is answered.
+    /// To be called before the request is answered; [`Progress::end_answer`] when that is over.
     pub(super) fn fulfil(mut self) -> Arc<Progress> {
         self.is_done = true;
+        self.progress.wanted.set_answered();
         Arc::clone(&self.progress)
     }
 }
 
 impl Drop for Duty {
     fn drop(&mut self) {
-        if let Some(wanted) = &self.wanted {
-            wanted.set_answered();
-        }
         if !self.is_done {
             self.progress.unanswered.store(true, Relaxed);
+            self.progress.end_answer();
         }
     }
 }
@@ -88,11 +96,10 @@ pub(super) async fn answer<F, A, E>(
     E: Into<Box<dyn StdError + Send + Sync>>,
 {
     let (key, peer) = (transfer.shared_key(), transfer.peer());
-    let wanted = transfer.wanted().map(Arc::new);
-    let duty = Duty { progress: Arc::clone(&progress), wanted: wanted.clone(), is_done: false };
+    let duty = Duty { progress: Arc::clone(&progress), is_done: false };
     let incoming = Incoming::new(transfer, timeout, duty);
     let end = match panic::catch_unwind(AssertUnwindSafe(|| handler(incoming))) {
-        Ok(answering) => run(answering, wanted).await,
+        Ok(answering) => run(answering, &progress.wanted).await,
         Err(panic) => End::Panicked(panic),
     };
     let error = match end {
@@ -108,17 +115,13 @@ pub(super) async fn answer<F, A, E>(
 }
 
 /// Polls a handler until it ends, or its answer is not wanted any more; then drops it.
-async fn run<A, E>(
-    answering: A,
-    wanted: Option<Arc<Wanted>>,
-) -> End<Box<dyn StdError + Send + Sync>>
+async fn run<A, E>(answering: A, wanted: &Wanted) -> End<Box<dyn StdError + Send + Sync>>
 where
     A: Future<Output = Result<(), E>>,
     E: Into<Box<dyn StdError + Send + Sync>>,
 {
     let mut answering = pin!(Some(answering));
-    let mut watch =
-        wanted.map(|wanted| Attention { wanted, working: None, timer: None, is_lost: false });
+    let mut watch = Attention { wanted, timer: None, is_lost: false };
     let end = poll_fn(|context| {
         let Some(handler) = answering.as_mut().as_pin_mut() else { unreachable!("not ended yet") };
         // Also what makes an error of theirs into one of ours is the application's code.
@@ -126,10 +129,7 @@ where
         match panic::catch_unwind(poll) {
             Ok(Poll::Ready(answered)) => Poll::Ready(End::Answered(answered)),
             Err(panic) => Poll::Ready(End::Panicked(panic)),
-            Ok(Poll::Pending) => match &mut watch {
-                Some(watch) => watch.poll_lost(context).map(|()| End::Unwanted),
-                None => Poll::Pending,
-            },
+            Ok(Poll::Pending) => watch.poll_lost(context).map(|()| End::Unwanted),
         }
     })
     .await;
@@ -141,22 +141,21 @@ where
 }
 
 /// Watches whether an answer is wanted.
-struct Attention {
-    wanted: Arc<Wanted>,
-    working: Option<(Working, Waker)>,
+struct Attention<'w> {
+    wanted: &'w Wanted,
     /// Made where the client cannot signal.
     timer: Option<Pin<Box<Sleep>>>,
     /// It was not, when the handler had been polled last.
     is_lost: bool,
 }
 
-impl Attention {
+impl Attention<'_> {
     /// Ready if the answer was not wanted before the handler was polled last, and still is not: a
     /// handler that waits for its client learns the reason there.
     fn poll_lost(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             let was_lost = self.is_lost;
-            self.is_lost = self.wanted.poll_lost(context.waker(), &mut self.working);
+            self.is_lost = self.wanted.poll_lost(context.waker());
             match (was_lost, self.is_lost) {
                 (true, true) => return Poll::Ready(()),
                 (false, true) => {

@@ -46,7 +46,11 @@ impl Incoming {
     /// # Errors
     /// Those of [`crate::Incoming::refuse`].
     pub fn refuse(self, why: Refusal) -> Result<()> {
-        self.answered(|transfer, _, _| transfer.refuse(why))
+        self.answered(|transfer, _, progress| {
+            transfer.refuse(why)?;
+            progress.end_answer();
+            Ok(())
+        })
     }
 
     /// Answers with these bytes.
@@ -83,7 +87,10 @@ impl Incoming {
     pub async fn lend_with(self, loan: &Loan, metadata: &impl Metadata) -> Result<()> {
         let sent = self.answered(|transfer, timeout, progress| {
             Ok(match transfer.try_lend(loan, metadata)? {
-                Lending::Lent => None,
+                Lending::Lent => {
+                    progress.end_answer();
+                    None
+                }
                 Lending::Send(sending) => Some(Outgoing::new(sending, timeout, progress)),
             })
         });
@@ -116,7 +123,9 @@ impl Incoming {
         self,
         answer: impl FnOnce(Requested, Duration, Arc<Progress>) -> Result<T>,
     ) -> Result<T> {
-        answer(self.transfer, self.timeout, self.duty.fulfil())
+        let progress = self.duty.fulfil();
+        let answered = answer(self.transfer, self.timeout, Arc::clone(&progress));
+        answered.inspect_err(|_| progress.end_answer())
     }
 }
 

@@ -141,7 +141,11 @@ impl Outgoing {
             ready!(self.poll_room(context))?;
         }
         match self.transfer.take() {
-            Some(transfer) => Poll::Ready(transfer.finish()), // has its slot
+            Some(transfer) => {
+                let finished = transfer.finish(); // has its slot
+                self.patience.progress.end_answer();
+                Poll::Ready(finished)
+            }
             None => Poll::Ready(Err(Misuse::TransferOver.into())),
         }
     }
@@ -198,6 +202,13 @@ impl Outgoing {
             filling.await.map_err(|error| Error::Source(io::Error::other(error)))?;
         self.transfer = Some(transfer);
         filled
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        drop(self.transfer.take());
+        self.patience.progress.end_answer();
     }
 }
 

@@ -35,7 +35,8 @@ type Requested = ShmTransfer<Sender, Starting>;
 /// ```no_run
 /// use shmferry::Refusal;
 /// use shmferry::tokio::Server;
-/// ///
+/// use std::fs::File;
+///
 /// # async fn serve() -> shmferry::Result<()> {
 /// let server = Server::bind("unix:/run/me/cache.sock")?.serve(|request| async move {
 ///     match request.key() {
@@ -129,7 +130,7 @@ impl Server {
                 match source.next().await {
                     Ok(transfer) => {
                         let (handler, hook) = (Arc::clone(&handler), Arc::clone(&hook));
-                        let progress = Arc::new(Progress::default());
+                        let progress = Arc::new(Progress::of(&transfer));
                         let mut answering = Box::pin({
                             let progress = Arc::clone(&progress);
                             async move {

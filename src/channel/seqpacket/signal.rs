@@ -77,7 +77,8 @@ impl<P: Packets> Signal for SocketSignal<P> {
 
     #[cold]
     fn tell(&self) {
-        // Fails if the connection is gone: its end tells more.
+        // Fails if the connection is gone, whose end tells more, or if there is no memory: then the
+        // peer learns of it at its next step.
         let _ = self.send();
     }
 }

@@ -23,7 +23,7 @@ use crate::channel::seqpacket::client::Received;
 use crate::channel::seqpacket::ring::RING_WORDS;
 use crate::error::Awaited;
 use crate::loan::{Borrower, LoanLimits, SEALED};
-use crate::peer::{Link, Poison, ReceivedFds, Registration, Work};
+use crate::peer::{Link, Poison, ReceivedFds, Registration};
 use crate::protocol::model::{
     Asked, Asking, LONG_GRACE, Watched, ask_over, found, link_to_sender, model, pool, receive,
     send, try_as_task,
@@ -704,23 +704,18 @@ fn within_a_process_a_cancellation_wakes_the_senders_task() {
 }
 
 /// Works at an answer for ever, as a task: until nobody wants it.
-fn work_in_vain(wanted: &Arc<Wanted>) {
-    let mut working = None;
-    run(|task| match wanted.poll_lost(task, &mut working) {
+fn work_in_vain(wanted: &Wanted) {
+    run(|task| match wanted.poll_lost(task) {
         true => Poll::Ready(()),
         false => Poll::Pending,
     });
-}
-
-fn wanted(asking: &Asking) -> Arc<Wanted> {
-    Arc::new(asking.wanted().unwrap())
 }
 
 #[test]
 fn a_withdrawal_ends_the_work_at_an_answer() {
     model(|| {
         let sending = |asking: Asking| {
-            work_in_vain(&wanted(&asking));
+            work_in_vain(&asking.wanted());
             assert!(matches!(asking.accept(1), Err(Error::Stale)));
         };
         over_a_connection(1, (false, true), sending, drop);
@@ -731,7 +726,7 @@ fn a_withdrawal_ends_the_work_at_an_answer() {
 fn a_cancellation_ends_the_work_at_an_answer() {
     model(|| {
         let sending = |asking: Asking| {
-            let wanted = wanted(&asking);
+            let wanted = asking.wanted();
             wanted.set_answered();
             let mut sending = asking.accept(2).unwrap();
             sending.next_slot(Deadline::NEVER).unwrap().send(&[1]).unwrap();
@@ -747,7 +742,7 @@ fn within_a_process_a_withdrawal_ends_the_work_at_an_answer() {
         let link = Arc::new(Link::within());
         let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask_over(&pool, &link, &link);
-        let working = spawn(move || work_in_vain(&wanted(&asking)));
+        let working = spawn(move || work_in_vain(&asking.wanted()));
         drop(asked);
         working.join().unwrap();
     });
@@ -759,7 +754,7 @@ fn the_end_of_a_link_ends_the_work_at_an_answer() {
         let links = [(); 2].map(|()| link_to_sender());
         let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask_over(&pool, &links[0], &links[1]);
-        let working = spawn(move || work_in_vain(&wanted(&asking)));
+        let working = spawn(move || work_in_vain(&asking.wanted()));
         links[1].sever(|| None);
         working.join().unwrap();
         drop(asked);
@@ -774,19 +769,35 @@ fn an_answer_that_is_complete_was_not_given_up() {
         let link = Arc::new(Link::within());
         let pool = pool(1, LONG_GRACE);
         let (asked, asking) = ask_over(&pool, &link, &link);
-        let wanted = wanted(&asking);
+        let wanted = Arc::new(asking.wanted());
         let watching = spawn({
             let wanted = Arc::clone(&wanted);
-            move || (0..2).for_each(|_| assert!(!wanted.is_given_up()))
+            move || (0..2).for_each(|_| assert!(!wanted.poll_lost(Waker::noop())))
         });
         let sender = spawn(move || {
             wanted.set_answered();
             asking.refuse(Refusal::NotFound).unwrap();
+            wanted.end();
         });
         assert!(matches!(asked.reply(Deadline::NEVER), Ok(Reply::Refused(Refusal::NotFound))));
         let (next, _request) = ask_over(&pool, &link, &link);
         drop(next); // withdrawn
         [watching, sender].into_iter().for_each(|thread| thread.join().unwrap());
+    });
+}
+
+/// The transfer is dropped before it is noted which link its request went over.
+#[test]
+fn a_withdrawal_of_what_is_just_being_sent_ends_the_work_at_it() {
+    model(|| {
+        let link = Arc::new(Link::within());
+        let pool = pool(1, LONG_GRACE);
+        let (request, asked) = pool.lease(Deadline::NEVER).unwrap().request("key").unwrap();
+        let asking = request.begin_here(&link).unwrap();
+        let working = spawn(move || work_in_vain(&asking.wanted()));
+        let sending = spawn(move || request.sent_over(&link));
+        drop(asked);
+        [working, sending].into_iter().for_each(|thread| thread.join().unwrap());
     });
 }
 
