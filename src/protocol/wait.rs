@@ -57,6 +57,7 @@ impl Waiter {
 
     /// Takes a permit: at once, after a short spin where that can pay (rule P8), or after a sleep.
     /// The sleep is [`blocking`]; its place at work is free meanwhile.
+    #[inline(always)] // short where nothing is waited for
     pub(super) fn wait(
         &mut self,
         wait: Wait<'_, impl Fn() -> bool>,
