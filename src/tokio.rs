@@ -50,7 +50,7 @@
 //! [lent file](crate::loan::Loan::file), is done on tokio's blocking threads. Making a connection
 //! and replacing a segment is done where the task runs, and takes up to a millisecond.
 //!
-//! A task that waits tries for up to 10 µs before it sleeps, where that can pay; so long, no other
+//! A task that waits tries for up to 50 µs before it sleeps, where that can pay; so long, no other
 //! task runs on its thread.
 
 mod answer;

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio::task::coop::consume_budget;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 
 use crate::address::Address;
@@ -19,6 +19,8 @@ use crate::channel::{InProcess, RequestQueue, SeqpacketQueue};
 use crate::error::{Error, Misuse, Result};
 use crate::protocol::{DEFAULT_TIMEOUT, Sender, ShmTransfer, Starting};
 use crate::server::{Hook, PAUSE, ServeError, ServerBuilder};
+
+use crate::sync::BUDGET;
 
 use super::answer::{Progress, answer};
 use super::descriptor::readable;
@@ -127,7 +129,9 @@ impl Server {
             let over = over;
             let mut answers = JoinSet::new();
             loop {
-                match source.next().await {
+                // While answers are under way, their tasks have this thread.
+                let look = if answers.is_empty() { BUDGET } else { Duration::ZERO };
+                match source.next(look).await {
                     Ok(transfer) => {
                         let (handler, hook) = (Arc::clone(&handler), Arc::clone(&hook));
                         let progress = Arc::new(Progress::of(&transfer));
@@ -144,6 +148,7 @@ impl Server {
                         progress.go_on_as_task();
                         if !is_done {
                             answers.spawn(answering);
+                            yield_now().await; // it goes on first
                         }
                     }
                     Err(Error::Closed | Error::Misuse(_)) => break,
@@ -206,12 +211,13 @@ impl Source {
         }
     }
 
-    /// The next request. Meanwhile, the tasks that clients signal are woken.
-    async fn next(&self) -> Result<Requested> {
+    /// The next request, looked for so long before it is waited for. Meanwhile, the tasks that
+    /// clients signal are woken.
+    async fn next(&self, look: Duration) -> Result<Requested> {
         consume_budget().await;
         match self {
             Source::Socket(queue, descriptor) => loop {
-                if let Poll::Ready(taken) = queue.try_recv() {
+                if let Poll::Ready(taken) = queue.try_recv_within(look) {
                     return taken;
                 }
                 let Ok(mut ready) = descriptor.readable().await else {

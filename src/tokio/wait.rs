@@ -9,9 +9,10 @@ use tokio::task::coop::poll_proceed;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::protocol::Awaiting;
+use crate::sync::BUDGET;
 
 /// How long a task tries before it sleeps, where that can pay: others share its processor.
-const MOMENT: Duration = Duration::from_micros(10);
+const MOMENT: Duration = BUDGET;
 /// Tries between two readings of the clock.
 const TRIES: usize = 16;
 

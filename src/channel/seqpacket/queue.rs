@@ -24,7 +24,7 @@ use crate::channel::poller::{Poller, TIMER, WAKE_ONE};
 use crate::error::{Error, Rejection, Result};
 use crate::peer::{Link, Peer, Socket, is_behind, on_hang_up};
 use crate::protocol::{Refusal, Sender, ShmTransfer, Starting};
-use crate::sync::{Deadline, lock};
+use crate::sync::{BUDGET, Deadline, lock};
 
 use super::address::Address;
 use super::client::{Client, Heard, loans};
@@ -53,7 +53,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 const RINGS_BEFORE_BACKLOG: u32 = 4;
 
 /// How long a task looks for a request before it sleeps, where that can pay.
-const MOMENT: Duration = Duration::from_micros(10);
+const MOMENT: Duration = BUDGET;
 
 /// How many clients are accepted at one event of the listener, which comes up once in a round of
 /// all ready connections.
@@ -138,7 +138,7 @@ impl SeqpacketQueue {
 
 impl SeqpacketQueue {
     /// Takes the next request, if there is one, and wakes the tasks that have something to take
-    /// ([`poll_slot`](ShmTransfer::poll_slot)). Never waits, but looks for a request for up to 10
+    /// ([`poll_slot`](ShmTransfer::poll_slot)). Never waits, but looks for a request for up to 50
     /// µs where that can pay. Once this is pending, the queue's descriptor ([`AsFd`]) becomes
     /// readable when it is to be called again. For one caller at a time, and none beside it in
     /// [`recv`](RequestQueue::recv): another might not be told.
@@ -146,8 +146,16 @@ impl SeqpacketQueue {
     /// # Errors
     /// Those of [`recv`](RequestQueue::recv), but for [`Error::Timeout`].
     pub fn try_recv(&self) -> Poll<Result<ShmTransfer<Sender, Starting>>> {
+        self.try_recv_within(MOMENT)
+    }
+
+    /// As [`try_recv`](Self::try_recv), and looks for a request for so long at most.
+    pub(crate) fn try_recv_within(
+        &self,
+        look: Duration,
+    ) -> Poll<Result<ShmTransfer<Sender, Starting>>> {
         self.shared.poller.check_open()?; // before any lock
-        match self.shared.wake_policy.try_recv(&*self.shared, Deadline::after(MOMENT)) {
+        match self.shared.wake_policy.try_recv(&*self.shared, Deadline::after(look)) {
             Err(Error::Timeout(_)) => Poll::Pending,
             taken => Poll::Ready(taken),
         }
