@@ -64,7 +64,7 @@ impl Wanted {
     pub(crate) fn poll_lost(&self, task: &Waker) -> bool {
         let mut watch = lock(&self.0);
         let Some(Watch { request, link, working }) = &mut *watch else { return false };
-        // Whoever is struck off has lost it: a task that was left to be woken still is.
+        // An entry leaves the link only once its work is lost: one for this task still stands.
         let before = if working.as_ref().is_some_and(|(_, known)| known.will_wake(task)) {
             None
         } else {
