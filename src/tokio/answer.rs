@@ -19,8 +19,12 @@ use super::incoming::Incoming;
 /// How often to look whether an answer is wanted where the client cannot signal that it is not.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// A server's share in each answer of its that is under way, whoever has it.
+pub(super) struct UnderWay;
+
 /// How far a handler has come, and its answer.
 pub(super) struct Progress {
+    _under_way: Arc<UnderWay>,
     wanted: Wanted,
     /// Its request was dropped unanswered.
     unanswered: AtomicBool,
@@ -30,9 +34,16 @@ pub(super) struct Progress {
 
 impl Progress {
     /// A handler is about to begin.
-    pub(super) fn of(transfer: &ShmTransfer<Sender, Starting>) -> Progress {
-        let wanted = transfer.wanted();
-        Progress { wanted, unanswered: AtomicBool::new(false), is_past: AtomicBool::new(false) }
+    pub(super) fn of(
+        transfer: &ShmTransfer<Sender, Starting>,
+        under_way: &Arc<UnderWay>,
+    ) -> Progress {
+        Progress {
+            _under_way: Arc::clone(under_way),
+            wanted: transfer.wanted(),
+            unanswered: AtomicBool::new(false),
+            is_past: AtomicBool::new(false),
+        }
     }
 
     /// The answer is over on this side: from here on, the handler does not work for its client.

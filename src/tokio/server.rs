@@ -2,7 +2,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::{Future, pending, poll_fn};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Poll;
@@ -22,7 +22,7 @@ use crate::server::{Hook, PAUSE, ServeError, ServerBuilder};
 
 use crate::sync::BUDGET;
 
-use super::answer::{Progress, answer};
+use super::answer::{Progress, UnderWay, answer};
 use super::descriptor::readable;
 use super::incoming::Incoming;
 
@@ -127,14 +127,14 @@ impl Server {
         let over = Over { queue: Some(queue.clone()), done };
         tokio::spawn(async move {
             let over = over;
-            let mut answers = JoinSet::new();
+            let (mut answers, under_way) = (JoinSet::new(), Arc::new(UnderWay));
             loop {
                 // While answers are under way, their tasks have this thread.
-                let look = if answers.is_empty() { BUDGET } else { Duration::ZERO };
+                let look = if Arc::strong_count(&under_way) == 1 { BUDGET } else { Duration::ZERO };
                 match source.next(look).await {
                     Ok(transfer) => {
                         let (handler, hook) = (Arc::clone(&handler), Arc::clone(&hook));
-                        let progress = Arc::new(Progress::of(&transfer));
+                        let progress = Arc::new(Progress::of(&transfer, &under_way));
                         let mut answering = Box::pin({
                             let progress = Arc::clone(&progress);
                             async move {
@@ -160,7 +160,7 @@ impl Server {
                 while answers.try_join_next().is_some() {}
             }
             drop(source);
-            wind_down(&at, &mut answers).await;
+            wind_down(&at, &mut answers, &under_way).await;
             drop(at);
             drop(over);
         });
@@ -253,9 +253,16 @@ impl Drop for Over {
     }
 }
 
-/// Waits for the answers under way, and looks after them meanwhile.
-async fn wind_down(queue: &Queue, answers: &mut JoinSet<()>) {
-    while let Ok(Some(_)) | Err(_) = timeout(LOOK, answers.join_next()).await {
+/// Waits for the answers under way, those included that handlers gave to tasks of their own, and
+/// looks after them meanwhile.
+async fn wind_down(queue: &Queue, answers: &mut JoinSet<()>, under_way: &Arc<UnderWay>) {
+    while !answers.is_empty() || Arc::strong_count(under_way) > 1 {
+        let ended = async {
+            if answers.join_next().await.is_none() {
+                pending::<()>().await; // the others are looked for again
+            }
+        };
+        let _ = timeout(LOOK, ended).await;
         if let Queue::Socket(queue) = queue {
             queue.look();
         }

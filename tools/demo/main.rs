@@ -75,6 +75,7 @@ fn interruptible(options: &Options) -> Result<()> {
 }
 
 fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
+    tell("building what is not built yet")?;
     let programs = build(options.stay, interrupt)?;
     let dir =
         tempfile::Builder::new().prefix("shmferry-demo-").tempdir().map_err(|e| e.to_string())?;

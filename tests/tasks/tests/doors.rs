@@ -1,5 +1,7 @@
 //! Tasks and threads, over sockets and within a process: the same bytes, the same errors.
 
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shmferry::channel::InProcess;
@@ -8,6 +10,7 @@ use shmferry::{Error, Refusal, Size};
 use shmferry_tasks::{Spot, asked, key, noise, on_threads, serve_tasks};
 use shmferry_test_support::watchdog::watchdog;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::oneshot;
 
 const SIZES: [usize; 9] = [0, 1, 1000, 4096, 262_144, 262_145, 2 << 20, (2 << 20) + 1, 9_000_000];
 
@@ -220,5 +223,47 @@ fn an_answer_that_the_handler_hands_to_a_task_of_its_own_is_sent() {
         let client = Client::connect(spot.address.as_path()).unwrap();
         let bytes = client.get(key(3, 3_000_000)).await.unwrap().read_all().await.unwrap();
         assert!(bytes == noise(3, 3_000_000));
+    });
+}
+
+#[test]
+fn a_stopped_server_waits_for_answers_that_were_handed_to_other_tasks() {
+    let _watchdog = watchdog();
+    on_threads(2, async {
+        let spot = Spot::new();
+        let (taken, is_taken) = oneshot::channel();
+        let (taken, is_sent) = (Mutex::new(Some(taken)), Arc::new(AtomicBool::new(false)));
+        let sent = Arc::clone(&is_sent);
+        let server = Server::bind(spot.address.as_path()).unwrap();
+        let serving = server.serve(move |request| {
+            let (taken, sent) = (taken.lock().unwrap().take().unwrap(), Arc::clone(&sent));
+            async move {
+                let bytes = asked(request.key()).unwrap();
+                tokio::spawn(async move {
+                    taken.send(()).unwrap();
+                    request.send_bytes(&bytes).await.unwrap();
+                    sent.store(true, SeqCst);
+                });
+                Ok::<(), Error>(())
+            }
+        });
+        let serving = serving.unwrap();
+        let builder = shmferry::Client::builder().segments(1).segment_len(16 << 10).slots(4);
+        let client = builder.connect_tokio(spot.address.as_path()).unwrap();
+        let reading = tokio::spawn(async move {
+            let mut body = client.get(key(3, 3_000_000)).await.unwrap();
+            let (mut bytes, mut buffer) = (Vec::new(), vec![0; 5000]);
+            loop {
+                match body.read(&mut buffer).await.unwrap() {
+                    0 => return bytes,
+                    len => bytes.extend_from_slice(&buffer[..len]),
+                }
+            }
+        });
+        is_taken.await.unwrap();
+        serving.stop();
+        serving.wait().await;
+        assert!(is_sent.load(SeqCst), "it waited");
+        assert!(reading.await.unwrap() == noise(3, 3_000_000));
     });
 }
