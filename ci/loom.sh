@@ -156,7 +156,7 @@ f=protocol/offer.rs
 v=protocol/wait.rs
 seeded "a dropped request that does not wake"       $f $m 's/^                header.filled.poison\(\);$/header.filled.set_poison();/'
 seeded "a dropped request that is not withdrawn"    $f $m 's/if header.turn.advance\(self.generation, Phase::Offered, Phase::Withdrawn\).is_ok\(\)/if header.turn.load().is_err()/'
-seeded "a request registered after its transfer is over" $f $m::a_request_sent_after '/fn sent_over/,/^    \}/s/if !matches!\(\*state, OfferState::Over\) \{/{/'
+seeded "a request registered after its transfer is over" $f $m::a_request_sent_after '/fn sent_over/,/^    \}/s/if matches!\(\*state, OfferState::Over\) \{/if false {/'
 seeded "an offer that is never over"                $f $m::a_request_sent_after '/fn end\(/,/^    \}/s/let over = .*/let over = \&*lock(\&self.state);/'
 seeded "a request withdrawn although it was sent"   $f $m::one_slot '/fn abandon/,/^    \}/s/if let OfferState::Unsent\(waker\) = &mut \*state/let mut nobody = None; let waker = match \&mut *state { OfferState::Unsent(waker) => waker, OfferState::Sent(_) => \&mut nobody, OfferState::Over => return }; /'
 seeded "a dropped request that poisons what a sender has" $f $m::a_request_dropped '/fn abandon/,/^    \}/s/Phase::Withdrawn\).is_ok\(\)/Phase::Withdrawn).is_ok() || true/'
@@ -270,10 +270,10 @@ seeded "a sender's task that leaves no waker"       $t $j::a_task_sends_what_a_t
 seeded "a slot that goes back and signals nobody"   $k $j::a_task_sends_what_a_thread 's/^                self.side.offer.wake_tasks\(\);$//'
 seeded "a cancellation that signals nobody"         $r $j::a_cancellation '/fn end\(/,/^    }/s/^            link.iter.*//'
 seeded "a signal before the permit"                 $t $j::a_task_receives '/fn hand_over/,/^    }/{s/^            self.stand.link.*//; s/^        header.filled.add\(permit\);$/self.stand.link().into_iter().for_each(Link::wake_tasks); &/}'
-seeded "a request sent whose task is not woken"     $f $j::a_request_sent 's/^            wake\(before\);.*/let _ = before;/'
+seeded "a request sent whose task is not woken"     $f $j::a_request_sent 's/^        wake\(before\);.*/let _ = before;/'
 seeded "a task that waits for no request"           $f $j::a_request_sent 's/OfferState::Unsent\(waker\) => \*waker = Some\(task.clone\(\)\)/OfferState::Unsent(_) => {}/'
 seeded "a request dropped whose task is not woken"  $f $j::a_request_dropped '/fn abandon/,/^    \}/s/^                waker.into_iter\(\).*//'
-seeded "a task woken under the lock of its request" $f $j::a_task_that_runs '/fn sent_over/,/^    \}/{s/^            drop\(state\);$//; s/^            wake\(before\);.*/&; drop(state);/}'
+seeded "a task woken under the lock of its request" $f $j::a_task_that_runs '/fn sent_over/,/^    \}/{s/^        drop\(state\);$//; s/^        wake\(before\);.*/wake(before); drop(state);/}'
 seeded "a task woken under the lock of what it dropped" $f $j::a_task_that_runs '/fn abandon/,/^    \}/s/^                drop\(state\);.*//'
 
 x=protocol/sender/wanted.rs
