@@ -19,7 +19,7 @@ use super::incoming::Incoming;
 /// How often to look whether an answer is wanted where the client cannot signal that it is not.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// A server's share in each answer of its that is under way, whoever has it.
+/// Counts the answers under way of a server: each has a clone of its `Arc`, whoever has the answer.
 pub(super) struct UnderWay;
 
 /// How far a handler has come, and its answer.

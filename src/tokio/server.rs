@@ -19,7 +19,6 @@ use crate::channel::{InProcess, RequestQueue, SeqpacketQueue};
 use crate::error::{Error, Misuse, Result};
 use crate::protocol::{DEFAULT_TIMEOUT, Sender, ShmTransfer, Starting};
 use crate::server::{Hook, PAUSE, ServeError, ServerBuilder};
-
 use crate::sync::BUDGET;
 
 use super::answer::{Progress, UnderWay, answer};

@@ -5,6 +5,8 @@ mod driven;
 
 use std::future::Future;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 pub use driven::{Driven, counts};
@@ -38,6 +40,22 @@ pub fn asked(key: &[u8]) -> Option<Vec<u8>> {
 /// when they are next leased: also where the last byte was read just before it left.
 pub fn back(stats: PoolStats) -> usize {
     stats.idle + stats.quarantined
+}
+
+/// Counts handlers that have not been dropped.
+pub struct Alive(Arc<AtomicUsize>);
+
+impl Alive {
+    pub fn among(all: &Arc<AtomicUsize>) -> Alive {
+        all.fetch_add(1, SeqCst);
+        Alive(Arc::clone(all))
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
 }
 
 /// A directory with an address in it.

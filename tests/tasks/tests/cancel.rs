@@ -15,7 +15,7 @@ use shmferry::channel::InProcess;
 use shmferry::segment::{Memfd, SegmentPool};
 use shmferry::tokio::{BodyStream, Client, Incoming, Outgoing, Server};
 use shmferry::{Deadline, Error, ServeError, Size};
-use shmferry_tasks::{Driven, Spot, asked, back, counts, key, noise, on_threads, until};
+use shmferry_tasks::{Alive, Driven, Spot, asked, back, counts, key, noise, on_threads, until};
 use shmferry_test_support::watchdog::watchdog;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc};
@@ -799,22 +799,6 @@ proptest! {
 }
 
 // ---------------------------------------------------------------- handlers
-
-/// Counts handlers that have not been dropped.
-struct Alive(Arc<AtomicUsize>);
-
-impl Alive {
-    fn among(all: &Arc<AtomicUsize>) -> Alive {
-        all.fetch_add(1, SeqCst);
-        Alive(Arc::clone(all))
-    }
-}
-
-impl Drop for Alive {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, SeqCst);
-    }
-}
 
 /// A server whose handlers wait for something that does not come: before they answer, in the midst
 /// of it, after it, or in a task of their own.

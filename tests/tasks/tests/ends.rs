@@ -17,7 +17,7 @@ use shmferry::error::Awaited;
 use shmferry::loan::Loan;
 use shmferry::tokio::{Body, Client, Incoming, Server, Serving};
 use shmferry::{Error, Refusal, ServeError, Size};
-use shmferry_tasks::{Spot, asked, back, key, noise, on_threads, serve_tasks, until};
+use shmferry_tasks::{Alive, Spot, asked, back, key, noise, on_threads, serve_tasks, until};
 use shmferry_test_support::watchdog::watchdog;
 use tokio::io::AsyncReadExt;
 use tokio::task::JoinSet;
@@ -237,22 +237,6 @@ fn a_server_is_killed_while_tasks_wait_in_every_state() {
             }
             assert_eq!(back(client.stats()), 4);
         });
-    }
-}
-
-/// Counts those that are alive.
-struct Alive(Arc<AtomicUsize>);
-
-impl Alive {
-    fn among(all: &Arc<AtomicUsize>) -> Alive {
-        all.fetch_add(1, SeqCst);
-        Alive(Arc::clone(all))
-    }
-}
-
-impl Drop for Alive {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, SeqCst);
     }
 }
 
